@@ -1,0 +1,47 @@
+# Needs Python 3.10 or newer with pip, and make. Everything else comes into .venv and .tools here.
+
+PYTHON ?= python3
+UV := PYTHONPATH=.tools $(PYTHON) -m uv
+RUN := .venv/bin/python
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format lock clean
+
+help: ## List what can be made
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(READY) ## Publish a dozen pictures to a local S3 server, twice; ARGS=--serve keeps the pages up
+	@$(RUN) -m flows.demo $(ARGS)
+
+test: $(READY) ## Run the tests; ARGS are pytest's
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(READY) ## Check style and types
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m mypy
+
+format: $(READY) ## Format the code
+	@$(RUN) -m ruff check --fix
+	@$(RUN) -m ruff format
+
+lock: .tools/uv ## Write the lock files anew from pyproject.toml
+	@$(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --extra dev \
+		--no-header --no-annotate --no-emit-index-url pyproject.toml --output-file requirements.txt
+	@echo uv | $(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes \
+		--no-header --no-annotate --no-emit-index-url - --output-file requirements-uv.txt
+
+clean: ## Remove everything that was made here
+	rm -rf .venv .tools .demo .sandbox .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(READY): requirements.txt pyproject.toml .tools/uv
+	@echo "Installing the locked packages into .venv (once; about 500 MB) ..."
+	@$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	@$(UV) pip sync --quiet --python $(RUN) --require-hashes requirements.txt
+	@$(UV) pip install --quiet --python $(RUN) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.tools/uv: requirements-uv.txt
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --upgrade --target .tools --require-hashes -r $<
+	@touch $@

@@ -1,0 +1,1 @@
+"""What gets deployed: each file one flow, thin."""

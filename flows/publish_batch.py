@@ -1,0 +1,116 @@
+"""Publish the pictures of a prompt table.
+
+From a shell: `python -m flows.publish_batch prompts.csv --bucket s3://name/prefix --max-in-flight 8`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Annotated, Any, cast
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
+from pydantic import Field
+from rich.console import Console
+
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.progress import show_progress
+from flux_prefect.batch.report import BatchFailed, BatchReport, tabulate
+from flux_prefect.batch.running import run_batch
+from flux_prefect.batch.table import read_table
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
+from flux_prefect.spool import Spool
+
+
+def _name_run() -> str:
+    source = flow_run.parameters["source"]
+    return f"publish {source}" if isinstance(source, str) else f"publish {len(source)} requests"
+
+
+@flow(name="publish-batch", flow_run_name=_name_run)
+async def publish_batch(
+    source: str | list[ImageRequest] | list[dict[str, Any]],
+    bucket: ImageBucket | str,
+    credentials: AimlApiCredentials | str | None = None,
+    max_in_flight: Annotated[int, Field(ge=1, le=1000)] = 8,
+    max_failed: Annotated[int, Field(ge=0)] = 0,
+) -> BatchReport:
+    """Have the pictures of every row of a table in a bucket; what is there already costs nothing.
+
+    A bad row or a failed picture never stops the others. Everything that can be known before the first paid call
+    (the table, the bucket, the keys, the spool) is checked before it.
+
+    Args:
+        source: A .csv or .jsonl file with the columns id, prompt, seed, aspect_ratio, output_format, guidance_scale,
+            safety_tolerance, num_images, model (only prompt is required; others are carried through),
+            or a list of requests.
+        bucket: s3://name/prefix, or a saved Image Bucket block or its name.
+        credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
+        max_in_flight: Most paid calls at once.
+        max_failed: How many items may end without their pictures before the run counts as Failed.
+
+    Returns:
+        A record for every row, and their sums.
+
+    Raises:
+        TableError: the table can't be read as a whole.
+        BucketError: the bucket or its keys are wrong.
+        BatchFailed: more than max_failed items failed, were flagged or were invalid. Its `report` is the whole report.
+    """
+    logger = get_run_logger()
+    rows = list(read_table(source))
+    destination = await ImageBucket.resolve(bucket)
+    account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
+    Spool().prepare()
+    await destination.check()
+    with show_progress(len(rows), logger) as tell:
+        report = await run_batch(rows, destination, account, run=str(flow_run.id), on_record=tell)
+    logger.info("%s", report.summary())
+    unsuccessful = len(report.unsuccessful)
+    if unsuccessful > max_failed:
+        message = (
+            f"{unsuccessful} of {len(rows)} items without their pictures (max_failed {max_failed}): {report.summary()}"
+        )
+        state: State[Any] = Failed(message=message, data=BatchFailed(message, report))
+    else:
+        state = Completed(message=report.summary(), data=report)
+    # A state, so that the run's page shows the message; whoever calls the flow gets what is inside.
+    return cast("BatchReport", state)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status, 0 only where the run is Completed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.publish_batch", description="Publish a prompt table's pictures."
+    )
+    parser.add_argument("source", help="a .csv or .jsonl file with a column 'prompt'")
+    add_connection_arguments(parser)
+    parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
+    parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate (default 0)")
+    given = parser.parse_args(arguments)
+    state = run_to_state(
+        publish_batch(
+            given.source,
+            given.bucket,
+            given.credentials,
+            max_in_flight=given.max_in_flight,
+            max_failed=given.max_failed,
+            return_state=True,
+        )
+    )
+    result = state.result(raise_on_failure=False)
+    report = result.report if isinstance(result, BatchFailed) else result
+    if isinstance(report, BatchReport):
+        Console().print(tabulate(report))
+    print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
+    return 0 if state.is_completed() else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Image generation as ordinary Prefect pipeline work."""

@@ -1,0 +1,1 @@
+"""The image service: its requests, answers, errors and client, with no Prefect in it."""

@@ -1,0 +1,327 @@
+"""What goes to the image service and what comes back.
+
+Source of every field, bound and default: the service's own page for `flux/kontext-max/text-to-image`
+(its OpenAPI document is kept in `tests/data`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from flux_prefect.api.errors import Billed, EmptyGeneration, InvalidResponse
+
+GENERATIONS_PATH = "/v1/images/generations"
+
+CREDITS_PER_USD = 2_000_000
+"""The service's credits for one US dollar."""
+
+MAX_SEED = 2**32 - 1
+"""The largest seed sent. The service documents none; its samples fit 32 bits unsigned."""
+
+TextToImageModel = Literal["flux/kontext-max/text-to-image", "flux/kontext-pro/text-to-image"]
+SafetyTolerance = Literal["1", "2", "3", "4", "5", "6"]
+OutputFormat = Literal["jpeg", "png"]
+AspectRatio = Literal["21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21"]
+
+Seed = Annotated[int, Field(ge=1, le=MAX_SEED)]
+
+
+class ImageRequest(BaseModel):
+    """One request to the service, checked before it costs anything.
+
+    Every default of the service stands here and is always sent, so that a change of the service's
+    defaults never changes a picture. Unknown fields are refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str = Field(
+        min_length=1,
+        max_length=4000,
+        description="What the picture shows: content, style, composition. 1 to 4,000 characters.",
+    )
+    seed: Seed | None = Field(
+        default=None,
+        description=(
+            "The same seed with the same other fields gives the same picture. "
+            "A flow draws one and records it where none is given."
+        ),
+    )
+    aspect_ratio: AspectRatio = Field(
+        default="16:9", description="Width to height. The service chooses the size in pixels."
+    )
+    output_format: OutputFormat = Field(default="jpeg", description="The picture's file format.")
+    guidance_scale: float | None = Field(
+        default=None,
+        ge=1,
+        le=20,
+        allow_inf_nan=False,
+        description="How closely the picture follows the prompt, 1 to 20. Not sent where empty.",
+    )
+    safety_tolerance: SafetyTolerance = Field(
+        default="2", description="1 is the strictest, 5 and 6 are the most permissive."
+    )
+    num_images: int = Field(default=1, ge=1, le=4, description="Pictures a request, 1 to 4; each is paid for.")
+    model: TextToImageModel = Field(
+        default="flux/kontext-max/text-to-image", description="The text-to-image model of the service."
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_blank(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("prompt is blank: say what the picture shows")
+        return prompt
+
+    @property
+    def label(self) -> str:
+        """The request in one short line for run names and logs: what, and which seed."""
+        words = " ".join(self.prompt.split())
+        what = words if len(words) <= 48 else words[:47].rstrip() + "…"  # noqa: PLR2004 - a line's worth
+        return f"{what} · seed {self.seed}" if self.seed is not None else what
+
+    def payload(self) -> dict[str, Any]:
+        """The JSON body for the service: every default explicit, fields that are None left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def fingerprint(self, endpoint: str) -> str:
+        """The identity of this request's pictures at one endpoint: 64 hex digits.
+
+        Two requests share a fingerprint exactly where the service promises the same pictures: all fields
+        that change the picture and the endpoint's root URL go in, the API key never does.
+
+        Raises:
+            ValueError: the request has no seed, so the service promises nothing.
+        """
+        if self.seed is None:
+            raise ValueError("seed is missing: only a request with a seed can be recognised again")
+        canonical = json.dumps(
+            {"version": 1, "endpoint": normalize_endpoint(endpoint), "request": self.payload()},
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=True,
+        )
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+class GeneratedImage(BaseModel):
+    """One picture of an answer: where its bytes are, and what the service said of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int = Field(ge=0, description="The picture's place in the answer, from 0.")
+    url: str | None = Field(
+        description="Where the bytes can be fetched, for some minutes. None once inline bytes are spooled."
+    )
+    width: int | None = Field(default=None, description="Pixels, as the service said.")
+    height: int | None = Field(default=None, description="Pixels, as the service said.")
+    content_type: str | None = Field(default=None, description="The MIME type, as the service said.")
+    flagged: bool = Field(default=False, description="The service marked the picture as unsafe.")
+
+
+class Generation(BaseModel):
+    """One paid answer of the service. A small record: it holds no picture bytes once a task returns it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    request: ImageRequest = Field(description="The request as it was sent.")
+    endpoint: str = Field(description="The root URL of the service that answered.")
+    fingerprint: str = Field(
+        description=(
+            "The identity of these pictures. Of a request without a seed: by the seed that the service "
+            "reported, else by the call itself."
+        )
+    )
+    images: tuple[GeneratedImage, ...] = Field(description="The pictures, in the service's order.")
+    seed: int | None = Field(description="The seed asked for, else the one that the service reported.")
+    reported_seed: int | None = Field(default=None, description="The seed that the service reported.")
+    credits_used: float | None = Field(
+        default=None, description="What the call cost, in credits (2,000,000 to the US dollar)."
+    )
+    usd_spent: float | None = Field(default=None, description="What the call cost, in US dollars.")
+    inference_id: str | None = Field(default=None, description="The service's id of the call.")
+    client_request_id: str = Field(description="Our id of the call, sent as X-Client-Request-Id.")
+    created_at: datetime = Field(description="When the answer was complete, UTC.")
+
+
+class Balance(BaseModel):
+    """What is left in an account."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    credits: float = Field(description="Credits, 2,000,000 to the US dollar.")
+    usd: float = Field(description="US dollars.")
+
+
+def normalize_endpoint(endpoint: str) -> str:
+    """The root URL in the one form that goes into fingerprints: no trailing slash, host in lower case."""
+    scheme, separator, rest = endpoint.strip().partition("://")
+    if not separator:
+        raise ValueError(f"base_url {endpoint!r} has no scheme: write it as https://api.aimlapi.com")
+    host, slash, path = rest.partition("/")
+    return f"{scheme.lower()}://{host.lower()}{slash}{path}".rstrip("/")
+
+
+def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword what was asked
+    body: Any,
+    headers: Mapping[str, str],
+    *,
+    request: ImageRequest,
+    endpoint: str,
+    client_request_id: str,
+    created_at: datetime,
+) -> Generation:
+    """Read any of the answer shapes that the service is known to send.
+
+    `{"data": [{"url" | "b64_json"}], "meta"}` as its schema says, `{"images": [{"url", ...}], "seed",
+    "has_nsfw_concepts"}` as its samples show, and both at once. Pictures sent inline come out as `data:`
+    URIs in `GeneratedImage.url`.
+
+    Raises:
+        InvalidResponse: the body is no JSON object, or its lists hold something else than pictures.
+        EmptyGeneration: no picture is in it.
+    """
+    cost = _read_cost(body, headers)
+    if not isinstance(body, dict):
+        raise InvalidResponse(
+            f"The service answered with {_kind(body)} instead of a JSON object. "
+            f"{_paid_sentence(cost)} Look for {client_request_id} in its log.",
+            client_request_id=client_request_id,
+            billed=_billed(cost),
+        )
+    listed, data = _read_list(body, "images", client_request_id), _read_list(body, "data", client_request_id)
+    flags = body.get("has_nsfw_concepts")
+    images: list[GeneratedImage] = []
+    for index in range(max(len(listed), len(data))):
+        item = {**_item(data, index), **_item(listed, index)}
+        url = _read_url(item, request.output_format)
+        if url is None:
+            continue
+        images.append(
+            GeneratedImage(
+                index=index,
+                url=url,
+                width=_read_int(item.get("width")),
+                height=_read_int(item.get("height")),
+                content_type=_read_text(item.get("content_type")),
+                flagged=isinstance(flags, Sequence) and index < len(flags) and flags[index] is True,
+            )
+        )
+    if not images:
+        raise EmptyGeneration(
+            f"The service answered with no picture in it. {_paid_sentence(cost)} "
+            f"Look for {client_request_id} in its log.",
+            client_request_id=client_request_id,
+            billed=_billed(cost),
+        )
+    reported_seed = _read_int(body.get("seed"))
+    seed = request.seed if request.seed is not None else reported_seed
+    if seed is not None and 1 <= seed <= MAX_SEED:
+        fingerprint = request.model_copy(update={"seed": seed}).fingerprint(endpoint)
+    else:
+        fingerprint = hashlib.sha256(f"call {client_request_id}".encode()).hexdigest()
+    return Generation(
+        request=request,
+        endpoint=normalize_endpoint(endpoint),
+        fingerprint=fingerprint,
+        images=tuple(images),
+        seed=seed,
+        reported_seed=reported_seed,
+        credits_used=cost.credits_used,
+        usd_spent=cost.usd_spent,
+        inference_id=headers.get("x-inference-id"),
+        client_request_id=client_request_id,
+        created_at=created_at,
+    )
+
+
+class _Cost(BaseModel):
+    credits_used: float | None = None
+    usd_spent: float | None = None
+
+
+def _read_cost(body: Any, headers: Mapping[str, str]) -> _Cost:
+    meta = body.get("meta") if isinstance(body, dict) else None
+    usage = meta.get("usage") if isinstance(meta, dict) else None
+    usage = usage if isinstance(usage, dict) else {}
+    credits_used = _read_number(headers.get("x-aimlapi-credits-used"))
+    usd_spent = _read_number(headers.get("x-aimlapi-usd-spent"))
+    return _Cost(
+        credits_used=_read_number(usage.get("credits_used")) if credits_used is None else credits_used,
+        usd_spent=_read_number(usage.get("usd_spent")) if usd_spent is None else usd_spent,
+    )
+
+
+def _billed(cost: _Cost) -> Billed:
+    spent = [amount for amount in (cost.credits_used, cost.usd_spent) if amount is not None]
+    if not spent:
+        return Billed.UNKNOWN
+    return Billed.YES if any(amount > 0 for amount in spent) else Billed.NO
+
+
+def _paid_sentence(cost: _Cost) -> str:
+    return {
+        Billed.YES: "It was billed.",
+        Billed.NO: "It was not billed.",
+        Billed.UNKNOWN: "It may have been billed.",
+    }[_billed(cost)]
+
+
+def _read_list(body: dict[str, Any], name: str, client_request_id: str) -> list[Any]:
+    value = body.get(name)
+    if value is None:
+        return []
+    if isinstance(value, list) and all(item is None or isinstance(item, dict) for item in value):
+        return value
+    raise InvalidResponse(
+        f"{name} in the service's answer is {_kind(value)} instead of a list of pictures. "
+        f"It may have been billed: look for {client_request_id} in the service's log.",
+        client_request_id=client_request_id,
+    )
+
+
+def _item(items: list[Any], index: int) -> dict[str, Any]:
+    item = items[index] if index < len(items) else None
+    return {key: value for key, value in (item or {}).items() if value is not None}
+
+
+def _read_url(item: dict[str, Any], output_format: OutputFormat) -> str | None:
+    url, inline = _read_text(item.get("url")), _read_text(item.get("b64_json"))
+    if url is None and inline is not None:
+        content_type = _read_text(item.get("content_type")) or f"image/{output_format}"
+        return f"data:{content_type};base64,{inline}"
+    return url
+
+
+def _read_text(value: Any) -> str | None:
+    if not isinstance(value, str) or not value:
+        return None
+    # JSON can spell lone surrogates, which no URL and no record can hold.
+    return value if value.encode("utf-8", errors="replace").decode("utf-8") == value else None
+
+
+def _read_number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
+
+
+def _read_int(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "text", type(None): "nothing"}.get(
+        type(value), type(value).__name__
+    )

@@ -1,0 +1,1 @@
+"""Many requests as one run: the table they come from, the work, and the report."""

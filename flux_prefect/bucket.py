@@ -1,0 +1,529 @@
+"""The bucket that pictures are published to, as a Prefect block over boto3.
+
+Works with any S3 server that verifies SHA-256 checksums and refuses a second write under `If-None-Match: *`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from urllib.parse import quote, urlsplit
+
+import anyio.to_thread
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from prefect.filesystems import LocalFileSystem, WritableFileSystem
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    PrivateAttr,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
+
+from flux_prefect.api.errors import FluxError
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.naming import (
+    DEFAULT_KEY_TEMPLATE,
+    check_key_template,
+    clean_prefix,
+    object_key,
+    sidecar_key,
+)
+from flux_prefect.spool import ImageFile
+
+if TYPE_CHECKING:
+    from types_boto3_s3.client import S3Client
+    from types_boto3_s3.type_defs import HeadObjectOutputTypeDef
+
+_Result = TypeVar("_Result")
+
+_TIMES_OVER = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted"}
+_ACCESS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403"}
+_CHECKSUM = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "BadChecksum"}
+_HTTP_SERVER_ERROR = 500
+
+
+class BucketError(FluxError):
+    """The bucket did not do what was asked. Pictures in the spool stay there, so nothing is lost."""
+
+
+class BucketMissing(BucketError):
+    """The bucket does not exist at this endpoint."""
+
+    fatal = True
+
+
+class BucketAccessDenied(BucketError):
+    """The keys are wrong or missing, or don't allow this."""
+
+    fatal = True
+
+
+class BucketUnavailable(BucketError):
+    """The server can't be reached or asks for patience."""
+
+    retryable = True
+
+
+class PictureChanged(BucketError):
+    """The file in the spool no longer has the bytes that were checked; S3 refused them."""
+
+
+class KeyOccupied(BucketError):
+    """Something else than our picture stands under its key."""
+
+
+class PublishedImage(BaseModel):
+    """One picture in the bucket, whole, with its JSON record beside it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bucket: str = Field(description="The bucket's name.")
+    key: str = Field(description="The object's key.")
+    uri: str = Field(description="s3://bucket/key.")
+    url: str | None = Field(description="The public address, where the block has a public_base_url.")
+    etag: str = Field(description="As the server gave it, without quotes.")
+    sha256: str = Field(description="Of the bytes, hex, verified by the server.")
+    size: int = Field(description="Bytes.")
+    content_type: str = Field(description="The MIME type.")
+    width: int = Field(description="Pixels.")
+    height: int = Field(description="Pixels.")
+    fingerprint: str = Field(description="The identity of the request at its endpoint.")
+    index: int = Field(description="The picture's place in its generation.")
+    seed: int | None = Field(description="The seed that makes it again.")
+    sidecar_key: str = Field(description="The key of the JSON record.")
+    published_at: AwareDatetime = Field(description="When it was written to the bucket.")
+    created: bool = Field(description="This call wrote it; False where it was there already.")
+
+
+class PublishingRun(BaseModel):
+    """The run that publishes, for the record beside the picture."""
+
+    model_config = ConfigDict(frozen=True)
+
+    flow_run_id: str | None = Field(default=None, description="Prefect's id of the flow run.")
+    flow_run_name: str | None = Field(default=None, description="The flow run's name.")
+
+
+class ImageBucket(WritableFileSystem):
+    """An S3 bucket (or a prefix in one) to publish pictures to. Also a place for Prefect results.
+
+    Without keys boto3's own chain decides: environment, profile, role. `AWS_ENDPOINT_URL_S3` and `AWS_DEFAULT_REGION`
+    are obeyed where `endpoint_url` and `region_name` are empty.
+
+    Example:
+        Load a stored bucket and look for a picture:
+        ```python
+        from flux_prefect.bucket import ImageBucket
+
+        bucket = ImageBucket.load("BLOCK_NAME")
+        ```
+    """
+
+    _block_type_name: ClassVar[str | None] = "Image Bucket"
+    _block_type_slug: ClassVar[str | None] = "image-bucket"
+    # The logo that Prefect itself hosts for file systems.
+    _logo_url: ClassVar[HttpUrl | None] = HttpUrl(str(LocalFileSystem._logo_url))  # noqa: SLF001 - Prefect's own protocol
+    _documentation_url: ClassVar[HttpUrl | None] = HttpUrl(
+        "https://boto3.amazonaws.com/v1/documentation/api/latest/guide/credentials.html"
+    )
+
+    bucket_name: str = Field(min_length=1, description="The bucket's name, without s3://.")
+    prefix: str = Field(default="", description="All keys begin with this, and never leave it.")
+    endpoint_url: str | None = Field(
+        default=None, title="Endpoint URL", description="The S3 server, where it is not AWS."
+    )
+    region_name: str | None = Field(default=None, description="The bucket's region. Default: boto3's own.")
+    aws_access_key_id: str | None = Field(
+        default=None, title="Access key ID", description="Leave empty to use boto3's own chain of credentials."
+    )
+    aws_secret_access_key: SecretStr | None = Field(
+        default=None, title="Secret access key", description="Goes with the access key ID."
+    )
+    aws_session_token: SecretStr | None = Field(
+        default=None, title="Session token", description="Goes with temporary keys."
+    )
+    key_template: str = Field(
+        default=DEFAULT_KEY_TEMPLATE,
+        description=(
+            "The key below the prefix. Needs {fingerprint} and {index}; "
+            "may use {extension}, {seed}, {aspect_ratio} and {model}."
+        ),
+    )
+    public_base_url: str | None = Field(
+        default=None,
+        title="Public base URL",
+        description="Where the bucket's root can be read by the public, such as a CDN. Keys are appended.",
+    )
+    cache_control: str | None = Field(
+        default="public, max-age=31536000, immutable",
+        description="The Cache-Control header of published pictures. A key's bytes never change.",
+    )
+    storage_class: str | None = Field(default=None, description="The S3 storage class, such as STANDARD_IA.")
+    server_side_encryption: Literal["AES256", "aws:kms"] | None = Field(
+        default=None, description="Encryption at rest. Default: the bucket's own setting."
+    )
+    kms_key_id: str | None = Field(default=None, title="KMS key ID", description="Goes with aws:kms.")
+
+    _client: Any = PrivateAttr(default=None)
+    _client_lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
+
+    @field_validator("bucket_name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if "/" in name or ":" in name:
+            raise ValueError(f"bucket_name {name!r} is no plain name: use ImageBucket.from_uri for s3://name/prefix")
+        return name
+
+    @field_validator("prefix")
+    @classmethod
+    def _safe_prefix(cls, prefix: str) -> str:
+        return clean_prefix(prefix)
+
+    @field_validator("key_template")
+    @classmethod
+    def _safe_template(cls, template: str) -> str:
+        return check_key_template(template)
+
+    @model_validator(mode="after")
+    def _both_keys(self) -> ImageBucket:
+        if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
+            raise ValueError("aws_access_key_id and aws_secret_access_key go together: give both or neither")
+        return self
+
+    @classmethod
+    def from_uri(cls, uri: str) -> ImageBucket:
+        """The bucket and prefix of `s3://name/prefix`; keys, region and endpoint from boto3's own chain.
+
+        Raises:
+            ValueError: it is no such address.
+        """
+        parts = urlsplit(uri)
+        if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
+            raise ValueError(f"bucket {uri!r} is no S3 address: write it as s3://name or s3://name/prefix")
+        return cls(bucket_name=parts.netloc, prefix=parts.path)
+
+    @classmethod
+    async def resolve(cls, bucket: ImageBucket | str) -> ImageBucket:
+        """The block itself, the bucket of an `s3://` address, or the saved block of that name.
+
+        Raises:
+            ValueError: it is neither an address nor the name of a saved block.
+        """
+        if isinstance(bucket, ImageBucket):
+            return bucket
+        if "://" in bucket:
+            return cls.from_uri(bucket)
+        return await cls.aload(bucket)
+
+    @property
+    def uri(self) -> str:
+        """`s3://name/prefix`."""
+        return f"s3://{self.bucket_name}/{self.prefix}".rstrip("/")
+
+    def get_client(self) -> S3Client:
+        """The boto3 client of this block, made once (about 50 ms) and safe to share between threads."""
+        with self._client_lock:
+            if self._client is None:
+                session = boto3.session.Session(
+                    aws_access_key_id=self.aws_access_key_id,
+                    aws_secret_access_key=_reveal(self.aws_secret_access_key),
+                    aws_session_token=_reveal(self.aws_session_token),
+                    region_name=self.region_name,
+                )
+                self._client = session.client(
+                    "s3",
+                    endpoint_url=self.endpoint_url,
+                    region_name=None if session.region_name else "us-east-1",
+                    config=Config(
+                        signature_version="s3v4",  # else presigned URLs of a custom endpoint use the old one
+                        connect_timeout=10,
+                        read_timeout=60,
+                        max_pool_connections=64,
+                        retries={"mode": "standard", "total_max_attempts": 3},
+                    ),
+                )
+            client: S3Client = self._client
+            return client
+
+    async def check(self) -> None:
+        """Prove that the bucket is there and the keys are good, before anything is paid for. One HEAD.
+
+        Raises:
+            BucketMissing, BucketAccessDenied, BucketUnavailable: with what to correct.
+        """
+        await self._run(lambda client: client.head_bucket(Bucket=self.bucket_name), "")
+
+    def key_of(self, request: ImageRequest, fingerprint: str, index: int) -> str:
+        """The key of one picture in this bucket."""
+        return object_key(request, fingerprint, index, prefix=self.prefix, template=self.key_template)
+
+    async def find(self, request: ImageRequest, fingerprint: str, index: int) -> PublishedImage | None:
+        """The picture as published, or None. One HEAD, no cost at the image service.
+
+        Raises:
+            KeyOccupied: the key holds something that was not published as this picture.
+            BucketError: the bucket can't say.
+        """
+        return await self._head(self.key_of(request, fingerprint, index))
+
+    async def publish(self, file: ImageFile, run: PublishingRun) -> PublishedImage:
+        """Put a picture under its key unless it is there already; its JSON record goes first.
+
+        Idempotent, and safe against any number of publishers at once: the first whole object wins and stays, and
+        every publisher returns it. The server verifies the SHA-256 of what it stores. At most two PUTs and a HEAD.
+
+        Raises:
+            PictureChanged: the file's bytes are no longer those that were checked.
+            KeyOccupied: the key holds something else.
+            BucketError: the bucket did not take it. The file stays in the spool.
+        """
+        generation = file.generation
+        key = self.key_of(generation.request, generation.fingerprint, file.index)
+        record_key = sidecar_key(key, file.sha256)
+        metadata = {
+            "flux-fingerprint": generation.fingerprint,
+            "flux-index": str(file.index),
+            "flux-sha256": file.sha256,
+            "flux-width": str(file.width),
+            "flux-height": str(file.height),
+        }
+        if generation.seed is not None:
+            metadata["flux-seed"] = str(generation.seed)
+        published_at = datetime.now(timezone.utc)
+        record = _sidecar(file, key, published_at, run)
+        await self._put_new(record_key, lambda: record, hex_digest=None, content_type="application/json", metadata={})
+        etag = await self._put_new(
+            key, lambda: file.path.open("rb"), hex_digest=file.sha256, content_type=file.content_type, metadata=metadata
+        )
+        if etag is None:
+            there = await self._head(key)
+            if there is None:
+                raise BucketUnavailable(
+                    f"{self.bucket_name}/{key} was there and is gone again: something deletes objects while they "
+                    "are published. The picture stays in the spool; run again."
+                )
+            return there
+        return PublishedImage(
+            bucket=self.bucket_name,
+            key=key,
+            uri=f"s3://{self.bucket_name}/{key}",
+            url=self._public_url(key),
+            etag=etag,
+            sha256=file.sha256,
+            size=file.size,
+            content_type=file.content_type,
+            width=file.width,
+            height=file.height,
+            fingerprint=generation.fingerprint,
+            index=file.index,
+            seed=generation.seed,
+            sidecar_key=record_key,
+            published_at=published_at,
+            created=True,
+        )
+
+    async def read_path(self, path: str) -> bytes:
+        """The bytes of the object at `path` below the prefix.
+
+        Raises:
+            ValueError: no such object, or the path leaves the prefix.
+        """
+        key = self._result_key(path)
+
+        def read(client: S3Client) -> bytes | None:
+            try:
+                return client.get_object(Bucket=self.bucket_name, Key=key)["Body"].read()
+            except client.exceptions.NoSuchKey:
+                return None
+
+        content = await self._run(read, key)
+        if content is None:
+            raise ValueError(f"There is no object s3://{self.bucket_name}/{key}.")
+        return content
+
+    async def write_path(self, path: str, content: bytes) -> None:
+        """Put bytes at `path` below the prefix, replacing what is there. Atomic: readers see old or new.
+
+        Raises:
+            ValueError: the path leaves the prefix.
+            BucketError: the bucket did not take it.
+        """
+        key = self._result_key(path)
+        await self._run(lambda client: client.put_object(Bucket=self.bucket_name, Key=key, Body=content), key)
+
+    def _result_key(self, path: str) -> str:
+        relative = clean_prefix(path)
+        if not relative:
+            raise ValueError("path is empty: name an object below the bucket's prefix")
+        return f"{self.prefix}/{relative}" if self.prefix else relative
+
+    def _public_url(self, key: str) -> str | None:
+        return f"{self.public_base_url.rstrip('/')}/{quote(key)}" if self.public_base_url else None
+
+    async def _head(self, key: str) -> PublishedImage | None:
+        def head(client: S3Client) -> HeadObjectOutputTypeDef | None:
+            try:
+                return client.head_object(Bucket=self.bucket_name, Key=key)
+            except ClientError as error:
+                if _status(error) == 404 and _code(error) != "NoSuchBucket":  # noqa: PLR2004 - HTTP
+                    return None
+                raise
+
+        found = await self._run(head, key)
+        if found is None:
+            return None
+        metadata = found["Metadata"]
+        try:
+            return PublishedImage(
+                bucket=self.bucket_name,
+                key=key,
+                uri=f"s3://{self.bucket_name}/{key}",
+                url=self._public_url(key),
+                etag=found["ETag"].strip('"'),
+                sha256=metadata["flux-sha256"],
+                size=found["ContentLength"],
+                content_type=found["ContentType"],
+                width=int(metadata["flux-width"]),
+                height=int(metadata["flux-height"]),
+                fingerprint=metadata["flux-fingerprint"],
+                index=int(metadata["flux-index"]),
+                seed=int(metadata["flux-seed"]) if "flux-seed" in metadata else None,
+                sidecar_key=sidecar_key(key, metadata["flux-sha256"]),
+                published_at=found["LastModified"],
+                created=False,
+            )
+        except (KeyError, ValueError) as error:
+            raise KeyOccupied(
+                f"s3://{self.bucket_name}/{key} is there but was not published as a picture "
+                f"(its metadata lacks or spoils {error}). Remove it, or publish under another prefix."
+            ) from error
+
+    async def _put_new(
+        self,
+        key: str,
+        open_body: Callable[[], Any],
+        *,
+        hex_digest: str | None,
+        content_type: str,
+        metadata: dict[str, str],
+    ) -> str | None:
+        """Put an object where there is none; its ETag, or None where there is one already."""
+        options: dict[str, Any] = {"ContentType": content_type, "Metadata": metadata, "IfNoneMatch": "*"}
+        if hex_digest is None:
+            options["ChecksumAlgorithm"] = "SHA256"
+        else:
+            options["ChecksumSHA256"] = base64.b64encode(bytes.fromhex(hex_digest)).decode()
+        if self.cache_control:
+            options["CacheControl"] = self.cache_control
+        if self.storage_class:
+            options["StorageClass"] = self.storage_class
+        if self.server_side_encryption:
+            options["ServerSideEncryption"] = self.server_side_encryption
+        if self.kms_key_id:
+            options["SSEKMSKeyId"] = self.kms_key_id
+
+        def put(client: S3Client) -> str | None:
+            body = open_body()
+            try:
+                return client.put_object(Bucket=self.bucket_name, Key=key, Body=body, **options)["ETag"].strip('"')
+            except ClientError as error:
+                if _status(error) == 412:  # noqa: PLR2004 - HTTP: precondition failed
+                    return None
+                raise
+            finally:
+                if hasattr(body, "close"):
+                    body.close()
+
+        return await self._run(put, key)
+
+    async def _run(self, work: Callable[[S3Client], _Result], key: str) -> _Result:
+        where = f"s3://{self.bucket_name}/{key}".rstrip("/")
+
+        def in_thread() -> _Result:
+            try:
+                return work(self.get_client())
+            except (NoCredentialsError, PartialCredentialsError) as error:
+                raise BucketAccessDenied(
+                    f"There are no S3 keys for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                    "a profile or a role, or fill them in on the ImageBucket block."
+                ) from error
+            except ClientError as error:
+                raise self._translate(error, where) from error
+            except BotoCoreError as error:
+                raise BucketUnavailable(
+                    f"{where} can't be reached: {error}. Check endpoint_url or AWS_ENDPOINT_URL_S3."
+                ) from error
+
+        return await anyio.to_thread.run_sync(in_thread)
+
+    def _translate(self, error: ClientError, where: str) -> BucketError:
+        code, status = _code(error), _status(error)
+        said = f"{code}: {error.response.get('Error', {}).get('Message', '')}".rstrip(": ")
+        # A HEAD has no body, so its error has no code but the status.
+        if code == "NoSuchBucket" or (code == "404" and error.operation_name == "HeadBucket"):
+            return BucketMissing(
+                f"The bucket {self.bucket_name!r} does not exist at {self._server()}: create it, or correct its name."
+            )
+        if code in _CHECKSUM:
+            return PictureChanged(f"The file for {where} changed since it was checked; S3 refused it ({said}).")
+        if code in _ACCESS or status in {401, 403}:
+            return BucketAccessDenied(
+                f"{self._server()} refuses {error.operation_name} on {where} ({said}): check the keys, and that they "
+                "allow s3:ListBucket, s3:GetObject and s3:PutObject."
+            )
+        if code in _TIMES_OVER or code == "ConditionalRequestConflict" or status >= _HTTP_SERVER_ERROR:
+            return BucketUnavailable(f"{self._server()} could not do {error.operation_name} on {where} now ({said}).")
+        return BucketError(f"{self._server()} refused {error.operation_name} on {where} ({said}).")
+
+    def _server(self) -> str:
+        return str(self.get_client().meta.endpoint_url)
+
+
+def _sidecar(file: ImageFile, key: str, published_at: datetime, run: PublishingRun) -> bytes:
+    generation = file.generation
+    record = {
+        "version": 1,
+        "key": key,
+        "sha256": file.sha256,
+        "size": file.size,
+        "content_type": file.content_type,
+        "width": file.width,
+        "height": file.height,
+        "fingerprint": generation.fingerprint,
+        "index": file.index,
+        "seed": generation.seed,
+        "reported_seed": generation.reported_seed,
+        "request": generation.request.payload(),
+        "endpoint": generation.endpoint,
+        "credits_used": generation.credits_used,
+        "usd_spent": generation.usd_spent,
+        "client_request_id": generation.client_request_id,
+        "inference_id": generation.inference_id,
+        "generated_at": generation.created_at.isoformat(),
+        "published_at": published_at.isoformat(),
+        "run": run.model_dump(),
+    }
+    return json.dumps(record, indent=2, ensure_ascii=False).encode()
+
+
+def _reveal(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

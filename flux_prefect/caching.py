@@ -1,0 +1,63 @@
+"""When a picture counts as made already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from prefect.cache_policies import CachePolicy
+from prefect.context import TaskRunContext
+from prefect.filesystems import WritableFileSystem
+from prefect.locking.protocol import LockManager
+from prefect.transactions import IsolationLevel
+
+from flux_prefect.api.models import Generation, ImageRequest
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.locking import HostLockManager
+
+
+@dataclass
+class PromptSeedCachePolicy(CachePolicy):
+    """Cache on prompt + seed: the step's name and the request's fingerprint at its endpoint, nothing else.
+
+    The key changes with every field of the request that changes the picture and with the endpoint. It does not
+    change with the API key, the flow, the run, the task's code or any other argument. A request without a seed is
+    not cached. A task with a `Generation` argument (a later step) is keyed by that generation's fingerprint
+    and, where it has one, by its `index` argument.
+
+    SERIALIZABLE over a lock that dies with its holder: the same key at the same time is computed once on a host.
+
+    Args:
+        step: what the task makes of the request. Two tasks with different results need different steps.
+    """
+
+    step: str = "generation"
+    isolation_level: Literal["READ_COMMITTED", "SERIALIZABLE"] | IsolationLevel | None = IsolationLevel.SERIALIZABLE
+    lock_manager: LockManager | None = field(default_factory=HostLockManager)
+    key_storage: WritableFileSystem | str | Any = None
+
+    def compute_key(
+        self,
+        task_ctx: TaskRunContext,  # noqa: ARG002 - the task and its run don't change the picture
+        inputs: dict[str, Any],
+        flow_parameters: dict[str, Any],  # noqa: ARG002 - nor does the flow
+        **kwargs: Any,  # noqa: ARG002 - Prefect's to extend
+    ) -> str | None:
+        """The cache key, or None where the arguments hold no request with a seed."""
+        generation = _one(inputs, Generation)
+        if generation is not None:
+            index = inputs.get("index")
+            place = "" if index is None else f"-{index}"
+            return f"flux-{self.step}-{generation.fingerprint}{place}"
+        request, credentials = _one(inputs, ImageRequest), _one(inputs, AimlApiCredentials)
+        if request is None or request.seed is None or credentials is None:
+            return None
+        return f"flux-{self.step}-{request.fingerprint(credentials.base_url)}"
+
+
+def _one(inputs: dict[str, Any], kind: type[Any]) -> Any:
+    return next((value for value in inputs.values() if isinstance(value, kind)), None)
+
+
+GENERATION = PromptSeedCachePolicy(step="generation")
+PICTURE = PromptSeedCachePolicy(step="picture")

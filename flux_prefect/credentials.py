@@ -1,0 +1,143 @@
+"""The account at the image service, as a Prefect block."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import ClassVar
+
+from prefect.blocks.abstract import CredentialsBlock
+from prefect.blocks.system import Secret
+from pydantic import Field, HttpUrl, SecretStr, field_validator
+
+from flux_prefect.api.client import AimlApiClient, Timeouts
+from flux_prefect.api.models import normalize_endpoint
+from flux_prefect.api.pacing import shared_pacer
+
+DEFAULT_BASE_URL = "https://api.aimlapi.com"
+
+_KEY_VARIABLES = ("AIMLAPI_KEY", "AIML_API_KEY")
+
+_open_client: ContextVar[tuple[AimlApiCredentials, asyncio.AbstractEventLoop, AimlApiClient] | None] = ContextVar(
+    "open_client", default=None
+)
+
+
+class AimlApiCredentials(CredentialsBlock):
+    """An account at the AI/ML API: the key, where the service is, and how patient to be with it.
+
+    Example:
+        Load stored credentials and generate one picture:
+        ```python
+        from flux_prefect.api.models import ImageRequest
+        from flux_prefect.credentials import AimlApiCredentials
+
+        credentials = AimlApiCredentials.load("BLOCK_NAME")
+
+        async def generate_one():
+            async with credentials.get_client() as client:
+                return await client.generate(ImageRequest(prompt="a lighthouse at dusk", seed=7))
+        ```
+    """
+
+    _block_type_name: ClassVar[str | None] = "AIMLAPI Credentials"
+    _block_type_slug: ClassVar[str | None] = "aimlapi-credentials"
+    # The logo that Prefect itself hosts for secrets.
+    _logo_url: ClassVar[HttpUrl | None] = HttpUrl(str(Secret._logo_url))  # noqa: SLF001 - Prefect's own protocol
+    _documentation_url: ClassVar[HttpUrl | None] = HttpUrl("https://docs.aimlapi.com/quickstart/setting-up")
+
+    api_key: SecretStr = Field(title="API key", min_length=1, description="The service's bearer token.")
+    base_url: str = Field(
+        default=DEFAULT_BASE_URL,
+        title="Base URL",
+        description="The root of the service, without /v1. Another root is another cache.",
+    )
+    max_in_flight: int = Field(
+        default=16,
+        ge=1,
+        le=1000,
+        description="Most paid calls at once, per process. Lowered and raised again with the service's refusals.",
+    )
+    connect_timeout: float = Field(default=10, gt=0, description="Seconds to wait for a connection.")
+    read_timeout: float = Field(
+        default=300, gt=0, description="Seconds without a byte after which an answer counts as lost."
+    )
+    generation_timeout: float = Field(default=600, gt=0, description="Seconds that one paid call may take in all.")
+    pacing_timeout: float = Field(
+        default=600, gt=0, description="Seconds that a call may wait because the service asked to slow down."
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _root_url(cls, base_url: str) -> str:
+        base_url = normalize_endpoint(base_url)
+        if not base_url.startswith(("https://", "http://")):
+            raise ValueError(f"base_url {base_url!r} is no web address: write it as {DEFAULT_BASE_URL}")
+        if base_url.endswith(("/v1", "/v2")):
+            raise ValueError(f"base_url {base_url!r} names a version: give the root, {base_url[:-3]}")
+        return base_url
+
+    @classmethod
+    def from_env(cls) -> AimlApiCredentials:
+        """The account that the environment names: `AIMLAPI_KEY` (or `AIML_API_KEY`) and `AIMLAPI_BASE_URL`.
+
+        Raises:
+            ValueError: no key is set.
+        """
+        key = next((value for name in _KEY_VARIABLES if (value := os.environ.get(name))), None)
+        if key is None:
+            raise ValueError(
+                "No API key: set AIMLAPI_KEY (or AIML_API_KEY), or give a saved AimlApiCredentials block by its name."
+            )
+        return cls(api_key=SecretStr(key), base_url=os.environ.get("AIMLAPI_BASE_URL") or DEFAULT_BASE_URL)
+
+    @classmethod
+    async def resolve(cls, credentials: AimlApiCredentials | str | None) -> AimlApiCredentials:
+        """The block itself, the saved block of that name, or for None the account of the environment.
+
+        Raises:
+            ValueError: there is no block of that name, or no key in the environment.
+        """
+        if credentials is None:
+            return cls.from_env()
+        if isinstance(credentials, str):
+            return await cls.aload(credentials)
+        return credentials
+
+    def get_client(self) -> AimlApiClient:
+        """A new client of the service, to be used in one `async with` block on one event loop.
+
+        All clients of a process share the in-flight limit of their endpoint.
+        """
+        return AimlApiClient(
+            api_key=self.api_key,
+            base_url=self.base_url,
+            timeouts=Timeouts(
+                connect=self.connect_timeout,
+                read=self.read_timeout,
+                generation=self.generation_timeout,
+                pacing=self.pacing_timeout,
+            ),
+            pacer=shared_pacer(self.base_url, self.max_in_flight),
+        )
+
+    @asynccontextmanager
+    async def open_client(self) -> AsyncIterator[AimlApiClient]:
+        """The client that an enclosing `open_client` of the same account opened on this event loop, else a new one.
+
+        A flow that opens it once around its work lets all of its tasks share connections.
+        """
+        loop = asyncio.get_running_loop()
+        enclosing = _open_client.get()
+        if enclosing is not None and enclosing[0] == self and enclosing[1] is loop:
+            yield enclosing[2]
+            return
+        async with self.get_client() as client:
+            token = _open_client.set((self, loop, client))
+            try:
+                yield client
+            finally:
+                _open_client.reset(token)

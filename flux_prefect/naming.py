@@ -1,0 +1,87 @@
+"""Object keys: from the fingerprint alone, so that anybody can compute where a picture is."""
+
+from __future__ import annotations
+
+import string
+
+from flux_prefect.api.models import ImageRequest, OutputFormat
+
+DEFAULT_KEY_TEMPLATE = "{fingerprint}-{index}.{extension}"
+
+EXTENSIONS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
+
+_REQUIRED = {"fingerprint", "index"}
+_ALLOWED = _REQUIRED | {"extension", "seed", "aspect_ratio", "model"}
+_MAX_KEY_BYTES = 1024  # S3's limit
+
+
+def check_key_template(template: str) -> str:
+    """Return the template if every pair of different pictures gets different keys by it.
+
+    Raises:
+        ValueError: a field is unknown or missing, or a rendered key would leave its prefix.
+    """
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise ValueError(f"key_template {template!r} is broken: {error}") from error
+    if unknown := fields - _ALLOWED:
+        raise ValueError(
+            f"key_template has the unknown field {min(unknown)!r}: it may use {', '.join(sorted(_ALLOWED))}"
+        )
+    if missing := _REQUIRED - fields:
+        raise ValueError(f"key_template lacks {{{min(missing)}}}: without it different pictures would share a key")
+    _check_key(_render(template, ImageRequest(prompt="x", seed=1), "0" * 64, 0))
+    return template
+
+
+def clean_prefix(prefix: str) -> str:
+    """Return the prefix without slashes at its ends.
+
+    Raises:
+        ValueError: a segment is empty or a dot name; such keys can't be reached on every S3 server.
+    """
+    prefix = prefix.strip("/")
+    if prefix:
+        _check_key(prefix)
+    return prefix
+
+
+def object_key(
+    request: ImageRequest, fingerprint: str, index: int, *, prefix: str = "", template: str = DEFAULT_KEY_TEMPLATE
+) -> str:
+    """The key of one picture of a request. Nothing of the prompt goes into it.
+
+    Raises:
+        ValueError: the key would leave its prefix or be longer than S3 allows (1,024 bytes).
+    """
+    key = _render(template, request, fingerprint, index)
+    return _check_key(f"{prefix}/{key}" if prefix else key)
+
+
+def sidecar_key(key: str, sha256: str) -> str:
+    """The key of the JSON record beside a picture.
+
+    The digest of the bytes is part of it: a record always describes the bytes that it stands beside, also where
+    two hosts publish different bytes under one key and one of them comes too late.
+    """
+    return _check_key(f"{key}.{sha256[:16]}.json")
+
+
+def _render(template: str, request: ImageRequest, fingerprint: str, index: int) -> str:
+    return template.format(
+        fingerprint=fingerprint,
+        index=index,
+        extension=EXTENSIONS[request.output_format],
+        seed=request.seed,
+        aspect_ratio=request.aspect_ratio.replace(":", "x"),
+        model=request.model.replace("/", "-"),
+    )
+
+
+def _check_key(key: str) -> str:
+    if any(segment in {"", ".", ".."} for segment in key.split("/")):
+        raise ValueError(f"the object key {key!r} has an empty or dot segment: correct prefix or key_template")
+    if len(key.encode()) > _MAX_KEY_BYTES:
+        raise ValueError(f"the object key {key[:80]!r}… is longer than 1,024 bytes: shorten prefix or key_template")
+    return key

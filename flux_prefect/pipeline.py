@@ -1,0 +1,180 @@
+"""The whole path of one request: find, generate, download, upload, and heal what went stale on the way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import Any
+
+from flux_prefect.api.errors import ContentFlagged, FluxError, ImageGone
+from flux_prefect.api.models import Generation, ImageRequest
+from flux_prefect.bucket import ImageBucket, PictureChanged, PublishedImage
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.locking import HostLockManager
+from flux_prefect.spool import ImageFile, PaidCall, Spool
+from flux_prefect.steps import CallOutcome, metered
+from flux_prefect.tasks import download_image, generate_image, upload_to_s3
+
+_LOCKS = HostLockManager()
+_GENERATE_AGAIN = generate_image.with_options(refresh_cache=True)
+_DOWNLOAD_AGAIN = download_image.with_options(refresh_cache=True)
+
+_Download = Callable[[int], Awaitable[ImageFile]]
+
+
+class Status(str, Enum):
+    """How one picture ended."""
+
+    PUBLISHED = "published"
+    UNCHANGED = "unchanged"
+    FLAGGED = "flagged"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class ImageOutcome:
+    """How one picture of a request ended."""
+
+    index: int
+    image: PublishedImage | None = None
+    error: FluxError | None = None
+
+    @property
+    def status(self) -> Status:
+        """Published by this run, there before it, flagged by the service, or failed."""
+        if self.image is not None:
+            return Status.PUBLISHED if self.image.created else Status.UNCHANGED
+        return Status.FLAGGED if isinstance(self.error, ContentFlagged) else Status.FAILED
+
+
+@dataclass
+class Production:
+    """What became of one request, picture by picture, and of the money.
+
+    Attributes:
+        outcomes: how each picture ended, by its index.
+        calls: the paid calls of this run, refused and lost ones among them.
+        open_calls: all calls for this request, of this run and earlier ones of this host, that were or may have been
+            paid for and brought no picture.
+        regenerated: a cached answer's URL had died, and the picture was paid for anew.
+        refetched: pictures whose cached file was gone or changed and that were downloaded anew.
+    """
+
+    request: ImageRequest
+    fingerprint: str
+    outcomes: dict[int, ImageOutcome] = field(default_factory=dict)
+    calls: list[CallOutcome] = field(default_factory=list)
+    open_calls: list[PaidCall] = field(default_factory=list)
+    regenerated: bool = False
+    refetched: int = 0
+
+    @property
+    def credits_used(self) -> float:
+        """What the service said that this run's calls cost, in credits."""
+        return sum(call.credits_used or 0 for call in self.calls)
+
+    @property
+    def images(self) -> list[ImageOutcome]:
+        """The outcomes in the order of the pictures."""
+        return [self.outcomes[index] for index in sorted(self.outcomes)]
+
+    @property
+    def missing(self) -> list[int]:
+        """The pictures without an outcome yet."""
+        return [index for index in range(self.request.num_images) if index not in self.outcomes]
+
+    @property
+    def error(self) -> FluxError | None:
+        """The first failed picture's error."""
+        return next((outcome.error for outcome in self.images if outcome.error is not None), None)
+
+    def paid_for(self, generation: Generation) -> bool:
+        """Whether this run, not an earlier one, paid for the generation."""
+        return any(call.client_request_id == generation.client_request_id for call in self.calls)
+
+
+async def produce_image(request: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials) -> Production:
+    """Have every picture of a request in the bucket, spending as little as possible.
+
+    One at a time on a host for one request, in whatever process: the second finds what the first published. What is
+    in the bucket already costs a HEAD. A cached answer whose URL has died is paid for anew, a cached file that
+    is gone is fetched anew, each at most once. Failures of pictures are outcomes, not exceptions.
+
+    Raises:
+        ValueError: the request has no seed (`seeds.with_seed` draws one).
+    """
+    production = Production(request, request.fingerprint(credentials.base_url))
+    with metered() as production.calls:
+        async with _LOCKS.hold(f"produce-{production.fingerprint}"), credentials.open_client():
+            await _find_all(production, bucket)
+            if production.missing:
+                await _make_missing(production, bucket, credentials)
+            production.open_calls = Spool().open_calls(production.fingerprint)
+    return production
+
+
+async def _find_all(production: Production, bucket: ImageBucket) -> None:
+    async def find(index: int) -> None:
+        try:
+            image = await bucket.find(production.request, production.fingerprint, index)
+        except FluxError as error:
+            production.outcomes[index] = ImageOutcome(index, error=error)
+        else:
+            if image is not None:
+                production.outcomes[index] = ImageOutcome(index, image=image)
+
+    await _together(find(index) for index in range(production.request.num_images))
+
+
+async def _make_missing(production: Production, bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    wanted = production.missing
+    try:
+        generation = await generate_image(production.request, credentials)
+        download = partial(download_image, generation, credentials)
+        download_again = partial(_DOWNLOAD_AGAIN, generation, credentials)
+        await _deliver(production, wanted, bucket, download, download_again)
+        gone = [index for index in wanted if isinstance(production.outcomes[index].error, ImageGone)]
+        if gone and not production.paid_for(generation):
+            wanted = gone
+            production.regenerated = True
+            generation = await _GENERATE_AGAIN(production.request, credentials)
+            download_again = partial(_DOWNLOAD_AGAIN, generation, credentials)
+            await _deliver(production, gone, bucket, download_again, download_again)
+    except FluxError as error:  # of a generation, so of all its pictures
+        for index in wanted:
+            production.outcomes[index] = ImageOutcome(index, error=error)
+
+
+async def _deliver(
+    production: Production, indexes: list[int], bucket: ImageBucket, download: _Download, download_again: _Download
+) -> None:
+    async def fetch_again(index: int) -> ImageFile:
+        production.refetched += 1
+        return await download_again(index)
+
+    async def deliver(index: int) -> None:
+        try:
+            file = await download(index)
+            if not file.is_whole():
+                file = await fetch_again(index)
+            try:
+                image = await upload_to_s3(file, bucket)
+            except PictureChanged:
+                file.path.unlink(missing_ok=True)
+                image = await upload_to_s3(await fetch_again(index), bucket)
+        except FluxError as error:
+            production.outcomes[index] = ImageOutcome(index, error=error)
+        else:
+            production.outcomes[index] = ImageOutcome(index, image=image)
+
+    await _together(deliver(index) for index in indexes)
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all to their ends, then raise the first exception, if any."""
+    for result in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result

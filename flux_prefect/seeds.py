@@ -1,0 +1,23 @@
+"""Seeds for requests that have none."""
+
+from __future__ import annotations
+
+import hashlib
+
+from flux_prefect.api.models import MAX_SEED, ImageRequest
+
+
+def draw_seed(run: str, place: str) -> int:
+    """A seed from 1 to 4,294,967,295, the same each time for one run and place.
+
+    A retried run draws the seeds of its first attempt and so finds what that one paid for; another run draws others.
+    """
+    digest = hashlib.sha256(f"{run}/{place}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % MAX_SEED + 1
+
+
+def with_seed(request: ImageRequest, run: str, place: str) -> ImageRequest:
+    """The request itself where it has a seed, else with one drawn for it."""
+    if request.seed is not None:
+        return request
+    return request.model_copy(update={"seed": draw_seed(run, place)})

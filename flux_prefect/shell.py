@@ -1,0 +1,51 @@
+"""What the flows' command lines share."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Awaitable
+from typing import Any
+
+from prefect.client.schemas.objects import State
+from prefect.logging.configuration import setup_logging
+
+FAILED = 1
+"""The exit status of a run that is not Completed."""
+
+USAGE = 2
+"""The exit status of a run that was never started: its arguments are wrong."""
+
+
+def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to publish to, and by which account."""
+    parser.add_argument("--bucket", required=True, help="s3://name/prefix, or the name of a saved Image Bucket block")
+    parser.add_argument(
+        "--credentials",
+        metavar="NAME",
+        help="name of a saved AIMLAPI Credentials block (default: AIMLAPI_KEY and AIMLAPI_BASE_URL)",
+    )
+
+
+def run_to_state(run: Awaitable[State[Any]]) -> State[Any]:
+    """Run a flow that was called with `return_state=True`.
+
+    The terminal gets warnings of task runs and, unless a progress bar is there, the log of the flow run; the server
+    keeps the whole log of both.
+    """
+    setup_logging()
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_worth_a_line)
+
+    async def wait() -> State[Any]:
+        return await run
+
+    return asyncio.run(wait())
+
+
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    if record.levelno >= logging.WARNING:
+        return True
+    return record.name != "prefect.task_runs" and not sys.stderr.isatty()

@@ -1,0 +1,177 @@
+"""Our custody of what was paid for: records of calls, generations and pictures in a local folder.
+
+spool/
+  calls/       one small file for each paid call without a known end; most times empty
+  records/     one JSON record a generation, written before anybody is told of it
+  pictures/    the bytes as delivered, named by the fingerprint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flux_prefect.api.client import MAX_PIXELS
+from flux_prefect.api.downloading import DownloadedPicture
+from flux_prefect.api.errors import Billed, DownloadError, FluxError, ServiceError
+from flux_prefect.api.models import Generation
+from flux_prefect.api.pictures import inspect_picture
+from flux_prefect.naming import EXTENSIONS
+from flux_prefect.settings import FluxSettings
+
+
+class SpoolUnwritable(FluxError):
+    """The spool folder can't be written. Found before a call is sent, so nothing was paid."""
+
+    fatal = True
+
+
+class PaidCall(BaseModel):
+    """A paid call on its way: written before it is sent, removed once its end is known."""
+
+    model_config = ConfigDict(frozen=True)
+
+    client_request_id: str = Field(description="Our id of the call, as the service's log shows it.")
+    fingerprint: str = Field(description="What was asked for. `unseeded` for a request without a seed.")
+    endpoint: str = Field(description="The root URL of the service.")
+    sent_at: datetime = Field(description="When the call was sent, UTC.")
+    task_run_id: str | None = Field(description="The Prefect task run that sent it.")
+    billed: Billed = Field(default=Billed.UNKNOWN, description="What is known of its cost.")
+    error: str | None = Field(
+        default=None, description="How its answer was lost. None: still in flight, or its process died."
+    )
+
+
+class ImageFile(DownloadedPicture):
+    """One picture in our custody: a whole, checked file and where it came from."""
+
+    index: int = Field(ge=0, description="The picture's place in its generation.")
+    generation: Generation = Field(description="The paid answer that it belongs to.")
+
+    def is_whole(self) -> bool:
+        """Whether the file is still there with its size. The bytes themselves are checked by S3 on upload."""
+        try:
+            return self.path.stat().st_size == self.size
+        except OSError:
+            return False
+
+
+class Spool:
+    """The folder in which this host keeps what was paid for.
+
+    Every write is atomic: a crash leaves the old file or the new one. Records of answers outlive a power cut as well.
+    Nothing secret is in it: no key, no header.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or FluxSettings().spool).expanduser().absolute()
+
+    def prepare(self) -> None:
+        """Make the folders and prove that they can be written.
+
+        Raises:
+            SpoolUnwritable: with the folder, the reason and the setting to change.
+        """
+        try:
+            for name in ("calls", "records", "pictures"):
+                (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            proof = self.root / f".write-check-{uuid4().hex}"
+            proof.write_bytes(b"x")
+            proof.unlink()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    # Paid calls
+
+    def open_call(self, call: PaidCall) -> None:
+        """Note a call before it is sent.
+
+        Raises:
+            SpoolUnwritable: so the call must not be sent.
+        """
+        try:
+            _write(self._call_path(call.fingerprint, call.client_request_id), call.model_dump_json())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def leave_open(self, call: PaidCall, error: ServiceError) -> None:
+        """Note how a call that was paid for, or may have been, came to nothing."""
+        lost = call.model_copy(update={"billed": error.billed, "error": error.message})
+        with suppress(OSError):  # the note from before the call still stands
+            _write(self._call_path(call.fingerprint, call.client_request_id), lost.model_dump_json())
+
+    def close_call(self, call: PaidCall) -> None:
+        """Forget a call whose end is known."""
+        with suppress(FileNotFoundError):
+            self._call_path(call.fingerprint, call.client_request_id).unlink()
+
+    def open_calls(self, fingerprint: str = "*") -> list[PaidCall]:
+        """The calls without a known end, of one request or of all."""
+        calls = []
+        for path in sorted((self.root / "calls").glob(f"{fingerprint}.*.json")):
+            with suppress(OSError, ValidationError):
+                calls.append(PaidCall.model_validate_json(path.read_bytes()))
+        return calls
+
+    # Generations
+
+    def keep_generation(self, generation: Generation) -> None:
+        """Keep the record of a paid answer, inline bytes with it, replacing an older one of the same request.
+
+        Takes milliseconds: it waits for the disk.
+        """
+        _write(self._record_path(generation.fingerprint), generation.model_dump_json(), os.fsync)
+
+    def find_generation(self, fingerprint: str) -> Generation | None:
+        """The record of a paid answer; None where there is none that can be read."""
+        try:
+            return Generation.model_validate_json(self._record_path(fingerprint).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    # Pictures
+
+    def picture_path(self, generation: Generation, index: int) -> Path:
+        """Where the bytes of one picture belong."""
+        extension = EXTENSIONS[generation.request.output_format]
+        return self.root / "pictures" / f"{generation.fingerprint}-{index}.{extension}"
+
+    def find_picture(self, generation: Generation, index: int) -> DownloadedPicture | None:
+        """The picture's file, inspected anew, where it is here and whole. Reads and decodes it: call it in a thread."""
+        path = self.picture_path(generation, index)
+        try:
+            content = path.read_bytes()
+            picture = inspect_picture(path, generation.request.output_format, max_pixels=MAX_PIXELS)
+        except (OSError, DownloadError):
+            return None
+        return DownloadedPicture(
+            **picture.model_dump(), path=path, sha256=hashlib.sha256(content).hexdigest(), size=len(content)
+        )
+
+    def _unwritable(self, error: OSError) -> SpoolUnwritable:
+        return SpoolUnwritable(
+            f"The spool {self.root} can't be written ({error.strerror or error}): "
+            "set FLUX_PREFECT_SPOOL to a folder with room for the pictures. Nothing was sent."
+        )
+
+    def _call_path(self, fingerprint: str, client_request_id: str) -> Path:
+        return self.root / "calls" / f"{fingerprint}.{client_request_id}.json"
+
+    def _record_path(self, fingerprint: str) -> Path:
+        return self.root / "records" / f"{fingerprint}.json"
+
+
+def _write(path: Path, text: str, settle: Callable[[int], None] = lambda _: None) -> None:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        settle(file.fileno())
+    part.replace(path)

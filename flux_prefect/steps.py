@@ -1,0 +1,175 @@
+"""The three steps of one picture as plain functions: generate, download, upload.
+
+They need no Prefect; `tasks` wraps them for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from uuid import uuid4
+
+import anyio
+import anyio.to_thread
+
+from flux_prefect.api.client import AimlApiClient
+from flux_prefect.api.errors import (
+    Billed,
+    ContentFlagged,
+    EmptyGeneration,
+    ImageGone,
+    ServiceError,
+)
+from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
+from flux_prefect.spool import ImageFile, PaidCall, Spool
+
+
+@dataclass(frozen=True)
+class CallOutcome:
+    """How one paid call ended: for the accounts of whoever is metering."""
+
+    client_request_id: str
+    billed: Billed
+    credits_used: float | None
+
+
+_meter: ContextVar[list[CallOutcome] | None] = ContextVar("meter", default=None)
+
+
+@contextmanager
+def metered() -> Iterator[list[CallOutcome]]:
+    """Collect the outcomes of all paid calls that end inside the block."""
+    calls: list[CallOutcome] = []
+    token = _meter.set(calls)
+    try:
+        yield calls
+    finally:
+        _meter.reset(token)
+
+
+async def generate(
+    request: ImageRequest,
+    client: AimlApiClient,
+    spool: Spool,
+    *,
+    task_run_id: str | None = None,
+) -> Generation:
+    """Pay for one call and keep its answer.
+
+    The call is noted in the spool before it goes out and its answer is kept there before this returns, also
+    when it is cancelled meanwhile: what was paid for, or may have been, is never unknown to the host.
+
+    Raises:
+        ServiceError: its `billed` says what it means for money.
+        SpoolUnwritable: nothing was sent.
+    """
+    call = PaidCall(
+        client_request_id=f"fp-{uuid4().hex}",
+        fingerprint="unseeded" if request.seed is None else request.fingerprint(client.base_url),
+        endpoint=client.base_url,
+        sent_at=datetime.now(timezone.utc),
+        task_run_id=task_run_id,
+    )
+    spool.prepare()
+    try:
+        generation = await client.generate(
+            request, client_request_id=call.client_request_id, before_send=lambda: spool.open_call(call)
+        )
+    except ServiceError as error:
+        _count(call, error.billed, None)
+        if error.billed is Billed.NO:
+            spool.close_call(call)
+        else:
+            spool.leave_open(call, error)
+        raise
+    _count(call, Billed.YES, generation.credits_used)
+    with anyio.CancelScope(shield=True):
+        try:
+            await anyio.to_thread.run_sync(spool.keep_generation, generation)
+        except OSError:
+            # A full disk: the caller, and Prefect's results behind it, are now the only ones who have it.
+            return generation
+    spool.close_call(call)
+    return _slim(generation)
+
+
+def recover(request: ImageRequest, endpoint: str, spool: Spool) -> Generation | None:
+    """The answer that this host has paid for already, where its record outlived Prefect's own."""
+    if request.seed is None:
+        return None
+    generation = spool.find_generation(request.fingerprint(endpoint))
+    return None if generation is None else _slim(generation)
+
+
+async def download(generation: Generation, index: int, client: AimlApiClient, spool: Spool) -> ImageFile:
+    """Bring one picture into the spool, checked. A whole file that is there already is not fetched again.
+
+    Raises:
+        ContentFlagged: the service flagged the picture or delivered it black. Nothing else is done with it.
+        ImageGone: neither its URL nor the spool has it any more.
+        DownloadError: the bytes could not be fetched, or are not the picture asked for.
+    """
+    image = _image(generation, index)
+    if image.flagged:
+        raise ContentFlagged(
+            f"The service flagged picture {index} of {generation.request.label!r} as unsafe. It was paid for and is "
+            "not published. Change the prompt or the seed, or raise safety_tolerance."
+        )
+    spool.prepare()
+    picture = await anyio.to_thread.run_sync(spool.find_picture, generation, index)
+    if picture is None:
+        picture = await client.download(
+            _url(generation, image, spool),
+            spool.picture_path(generation, index),
+            expected=generation.request.output_format,
+        )
+    if picture.black:
+        raise ContentFlagged(
+            f"Picture {index} of {generation.request.label!r} is black all over, which is how the service hides an "
+            "unsafe one. It was paid for and is not published. Change the prompt or the seed."
+        )
+    return ImageFile(**picture.model_dump(), index=index, generation=generation)
+
+
+def _image(generation: Generation, index: int) -> GeneratedImage:
+    for image in generation.images:
+        if image.index == index:
+            return image
+    raise EmptyGeneration(
+        f"The service was asked for {generation.request.num_images} pictures and answered with "
+        f"{len(generation.images)}: there is no picture {index}. The call was billed.",
+        client_request_id=generation.client_request_id,
+        billed=Billed.YES,
+        retryable=False,
+    )
+
+
+def _url(generation: Generation, image: GeneratedImage, spool: Spool) -> str:
+    if image.url is not None:
+        return image.url
+    kept = spool.find_generation(generation.fingerprint)
+    inline = None if kept is None else _image(kept, image.index).url
+    if inline is None:
+        raise ImageGone(
+            f"Picture {image.index} of {generation.request.label!r} came inside the answer, and this host's spool "
+            f"({spool.root}) no longer has it."
+        )
+    return inline
+
+
+def _slim(generation: Generation) -> Generation:
+    """The record without inline bytes, which stay in the spool."""
+    images = tuple(
+        image.model_copy(update={"url": None}) if (image.url or "").startswith("data:") else image
+        for image in generation.images
+    )
+    return generation.model_copy(update={"images": images})
+
+
+def _count(call: PaidCall, billed: Billed, credits_used: float | None) -> None:
+    calls = _meter.get()
+    if calls is not None:
+        calls.append(CallOutcome(call.client_request_id, billed, credits_used))

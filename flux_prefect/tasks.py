@@ -1,0 +1,164 @@
+"""The Prefect tasks: find, generate, download, upload.
+
+Each costs one task run. Results are small JSON records; the bytes of pictures never pass between tasks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.tasks import Task
+
+from flux_prefect import steps
+from flux_prefect.api.errors import Billed, FluxError, ServiceError
+from flux_prefect.api.models import Generation, ImageRequest
+from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
+from flux_prefect.caching import GENERATION, PICTURE
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.settings import FluxSettings
+from flux_prefect.spool import ImageFile, Spool
+
+_SETTINGS = FluxSettings()
+
+
+def is_worth_repeating(
+    task: Task[Any, Any],  # noqa: ARG001 - the error alone decides
+    task_run: TaskRun,
+    state: State[Any],
+) -> bool:
+    """Whether Prefect should run a failed step again.
+
+    Yes for a passing failure that was not billed. A call that may have been billed is repeated at most
+    `FLUX_PREFECT_REPEAT_UNKNOWN` times in one task run. A picture that was paid for is fetched again
+    without being paid for again.
+    """
+    error = state.data
+    if not isinstance(error, FluxError) or not error.retryable:
+        return False
+    if not isinstance(error, ServiceError) or error.billed is Billed.NO:
+        return True
+    if error.billed is Billed.YES:
+        return False
+    lost = [call for call in Spool().open_calls() if call.task_run_id == str(task_run.id)]
+    return len(lost) <= FluxSettings().repeat_unknown
+
+
+@task(
+    name="find-published",
+    task_run_name="find {request.label}",
+    tags={"flux"},
+    cache_policy=NO_CACHE,
+    retries=_SETTINGS.retries,
+    retry_delay_seconds=_SETTINGS.retry_delay_seconds,
+    retry_condition_fn=is_worth_repeating,
+)
+async def find_published(
+    request: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials, index: int = 0
+) -> PublishedImage | None:
+    """The picture of a request as it stands in the bucket, or None. One HEAD; nothing is paid.
+
+    Raises:
+        ValueError: the request has no seed.
+        BucketError: the bucket can't say, or holds something else under the picture's key.
+    """
+    return await bucket.find(request, request.fingerprint(credentials.base_url), index)
+
+
+@task(
+    name="generate-image",
+    task_run_name="generate {request.label}",
+    tags={"flux", "flux-generate"},
+    cache_policy=GENERATION,
+    persist_result=True,
+    result_serializer="json",
+    cache_result_in_memory=False,
+    retries=_SETTINGS.retries,
+    retry_delay_seconds=_SETTINGS.retry_delay_seconds,
+    retry_condition_fn=is_worth_repeating,
+)
+async def generate_image(request: ImageRequest, credentials: AimlApiCredentials) -> Generation:
+    """Generate a picture: one paid call, cached on prompt + seed (see `PromptSeedCachePolicy`).
+
+    The same request at the same time is paid for once on a host. An answer that was paid for and that Prefect's
+    results have lost is taken from the spool instead of being paid for again. Waiting for a rate limit happens
+    inside; every other failure that can pass is a Prefect retry.
+
+    Raises:
+        ServiceError: its `billed` says what it means for money.
+        SpoolUnwritable: nothing was sent.
+    """
+    logger = get_run_logger()
+    spool = Spool()
+    run = TaskRunContext.get()
+    if run is None or not run.task.refresh_cache:
+        kept = steps.recover(request, credentials.base_url, spool)
+        if kept is not None:
+            logger.info("Paid for on %s already: taken from the spool, nothing sent.", kept.created_at)
+            return kept
+    async with credentials.open_client() as client:
+        generation = await steps.generate(
+            request, client, spool, task_run_id=None if run is None else str(run.task_run.id)
+        )
+    if request.seed is not None and generation.reported_seed not in {None, request.seed}:
+        logger.warning(
+            "The service reports seed %s for a request with seed %s: the picture may not come out the same again.",
+            generation.reported_seed,
+            request.seed,
+        )
+    return generation
+
+
+@task(
+    name="download-image",
+    task_run_name="download {generation.request.label}",
+    tags={"flux"},
+    cache_policy=PICTURE,
+    persist_result=True,
+    result_serializer="json",
+    cache_result_in_memory=False,
+    retries=_SETTINGS.retries,
+    retry_delay_seconds=_SETTINGS.retry_delay_seconds,
+    retry_condition_fn=is_worth_repeating,
+)
+async def download_image(generation: Generation, credentials: AimlApiCredentials, index: int = 0) -> ImageFile:
+    """Bring a generated picture into the spool: whole, decodable, in the format asked for, never rewritten.
+
+    Cached on prompt + seed and the picture's index. Costs no credits.
+
+    Raises:
+        ContentFlagged: the service flagged it or delivered it black.
+        ImageGone: its URL is dead. Generating with `refresh_cache=True` pays for it anew.
+        DownloadError: it could not be fetched or is not the picture asked for.
+    """
+    async with credentials.open_client() as client:
+        return await steps.download(generation, index, client, Spool())
+
+
+@task(
+    name="upload-to-s3",
+    task_run_name="upload {file.generation.request.label}",
+    tags={"flux"},
+    cache_policy=NO_CACHE,
+    retries=_SETTINGS.retries,
+    retry_delay_seconds=_SETTINGS.retry_delay_seconds,
+    retry_condition_fn=is_worth_repeating,
+)
+async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
+    """Publish a picture under its key unless it is there already, with its JSON record beside it.
+
+    Idempotent and never cached: the bucket itself says what is there. S3 verifies the SHA-256.
+
+    Raises:
+        PictureChanged: the file's bytes are no longer those that were checked.
+        BucketError: the bucket did not take it; the picture stays in the spool.
+    """
+    run = PublishingRun(flow_run_id=flow_run.id, flow_run_name=flow_run.name)
+    published = await bucket.publish(file, run)
+    get_run_logger().info("%s %s", "Published" if published.created else "Already there:", published.uri)
+    return published
