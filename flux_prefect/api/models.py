@@ -92,7 +92,7 @@ class ImageRequest(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
     def fingerprint(self, endpoint: str) -> str:
-        """The identity of this request's pictures at one endpoint: 64 hex digits.
+        """The identity of this request's pictures at one endpoint: 32 hex digits.
 
         Two requests share a fingerprint exactly where the service promises the same pictures: all fields
         that change the picture and the endpoint's root URL go in, the API key never does.
@@ -108,7 +108,7 @@ class ImageRequest(BaseModel):
             separators=(",", ":"),
             ensure_ascii=True,
         )
-        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+        return _digest(canonical)
 
 
 class GeneratedImage(BaseModel):
@@ -226,7 +226,7 @@ def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword 
     if seed is not None and 1 <= seed <= MAX_SEED:
         fingerprint = request.model_copy(update={"seed": seed}).fingerprint(endpoint)
     else:
-        fingerprint = hashlib.sha256(f"call {client_request_id}".encode()).hexdigest()
+        fingerprint = _digest(f"call {client_request_id}")
     return Generation(
         request=request,
         endpoint=normalize_endpoint(endpoint),
@@ -240,6 +240,11 @@ def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword 
         client_request_id=client_request_id,
         created_at=created_at,
     )
+
+
+def _digest(text: str) -> str:
+    # 128 bits: no two requests of this world meet, and object keys stay short enough to read out.
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class _Cost(BaseModel):

@@ -1,0 +1,462 @@
+"""The client of the image service: one job a method, and no call that is paid for repeated by itself."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import random
+import re
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeGuard
+from uuid import uuid4
+
+import anyio
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from typing_extensions import Self
+
+from flux_prefect.api.downloading import DownloadedPicture, Downloader
+from flux_prefect.api.errors import (
+    AnswerLost,
+    Billed,
+    InvalidResponse,
+    NotFound,
+    NotSent,
+    RateLimited,
+    ServiceBusy,
+    StatusError,
+)
+from flux_prefect.api.models import (
+    CREDITS_PER_USD,
+    GENERATIONS_PATH,
+    Balance,
+    Generation,
+    ImageRequest,
+    OutputFormat,
+    normalize_endpoint,
+    parse_generation,
+)
+from flux_prefect.api.pacing import NoSlot, Pacer
+from flux_prefect.api.refusals import read_refusal
+from flux_prefect.api.retrying import backoff
+
+BALANCE_PATH = "/v2/billing"
+OLD_BALANCE_PATH = "/v1/billing/balance"
+
+MAX_BYTES = 64 * 1024 * 1024
+MAX_PIXELS = 64_000_000
+
+_CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_KEY = re.compile(r"[\x21-\x7e]+")  # what a header can carry; the HTTP library quotes all else in its errors
+_ENVELOPE = 1024 * 1024  # bytes of an answer beside the pictures in it
+_REFUSAL = 64 * 1024  # bytes read of an error's body
+_REFUSAL_SECONDS = 10.0  # for that body, once the status is known
+_BALANCE_SECONDS = 60.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0  # seconds, where the service names none
+
+_NEVER_SENT = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,
+    httpx.WriteError,
+    httpx.WriteTimeout,
+    httpx.UnsupportedProtocol,
+    httpx.LocalProtocolError,
+)
+
+
+class Timeouts(BaseModel):
+    """How long to wait for what, in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    connect: float = Field(default=10, gt=0, allow_inf_nan=False, description="For a connection, TLS with it.")
+    read: float = Field(default=300, gt=0, allow_inf_nan=False, description="Between two pieces of an answer.")
+    generation: float = Field(
+        default=600, gt=0, allow_inf_nan=False, description="For one paid call in all, without waiting for its turn."
+    )
+    pacing: float = Field(
+        default=600, ge=0, allow_inf_nan=False, description="For a call that the service refuses as one too many."
+    )
+    download_read: float = Field(default=60, gt=0, allow_inf_nan=False, description="Between two pieces of a picture.")
+    download: float = Field(default=300, gt=0, allow_inf_nan=False, description="For one picture in all.")
+
+
+class AimlApiClient:
+    """A client of the AI/ML API's image generation, for one event loop.
+
+    Example:
+        ```python
+        async with AimlApiClient(api_key=key, base_url=url, pacer=shared_pacer(url, 16)) as client:
+            generation = await client.generate(ImageRequest(prompt="a lighthouse at dusk", seed=7))
+            picture = await client.download(
+                generation.images[0].url, Path("lighthouse.jpeg"), expected="jpeg"
+            )
+        ```
+
+    Args:
+        api_key: the bearer token. It goes to `base_url` and nowhere else, and into no error or log.
+        base_url: the root of the service, without /v1.
+        pacer: the in-flight limit, shared by all clients of the process: see `shared_pacer`.
+        timeouts: how long to wait for what.
+        max_bytes: the most bytes of one picture.
+        max_pixels: the most pixels of one picture.
+        transport: takes the place of the network to the service, for tests.
+        download_transport: takes the place of the network to the pictures' hosts, for tests.
+
+    Raises:
+        ValueError: `api_key` can't stand in a header, or `base_url` is no root URL.
+    """
+
+    def __init__(  # noqa: PLR0913 - keyword-only, each one a setting
+        self,
+        *,
+        api_key: SecretStr,
+        base_url: str,
+        pacer: Pacer,
+        timeouts: Timeouts | None = None,
+        max_bytes: int = MAX_BYTES,
+        max_pixels: int = MAX_PIXELS,
+        transport: httpx.AsyncBaseTransport | None = None,
+        download_transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._key = SecretStr(api_key.get_secret_value().strip())
+        if not _KEY.fullmatch(self._key.get_secret_value()):
+            raise ValueError("api_key is empty, or holds a space or a character outside of ASCII: copy it anew")
+        self.base_url = _check_base_url(base_url)
+        self._pacer = pacer
+        self._timeouts = timeouts = timeouts or Timeouts()
+        self._max_bytes = max_bytes
+        self._api = httpx.AsyncClient(
+            verify=_tls(),
+            transport=transport,
+            # The pacer is the limit. And a fresh connection for each paid call: on a kept one that the
+            # service closes at that moment, nobody can tell whether the call was taken.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            timeout=httpx.Timeout(timeouts.connect, read=timeouts.read),
+            follow_redirects=False,
+            headers={"User-Agent": "flux_prefect", "Accept": "application/json"},
+        )
+        self._downloader = Downloader(
+            endpoint=self.base_url,
+            tls=_tls(),
+            timeout=httpx.Timeout(timeouts.connect, read=timeouts.download_read, pool=timeouts.download),
+            deadline=timeouts.download,
+            max_bytes=max_bytes,
+            max_pixels=max_pixels,
+            connections=pacer.max_in_flight,
+            transport=download_transport,
+        )
+
+    def __repr__(self) -> str:
+        return f"AimlApiClient(base_url={self.base_url!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        try:
+            await self._downloader.aclose()
+        finally:
+            await self._api.aclose()
+
+    async def generate(
+        self,
+        request: ImageRequest,
+        *,
+        client_request_id: str | None = None,
+        before_send: Callable[[], None] | None = None,
+    ) -> Generation:
+        """Have pictures made: one POST, which is paid for.
+
+        It is sent again only where the service refused it as one too many (429, or 503 with Retry-After:
+        not paid), after the pause that the service asked for, until `timeouts.pacing` seconds after the first such
+        refusal. Every other failure is raised at once. A cancellation in flight leaves it open whether the
+        call was paid.
+
+        Args:
+            request: what to make.
+            client_request_id: our id of the call in the service's log, 1 to 128 of `A-Za-z0-9._:-`. A fresh
+                one where none is given.
+            before_send: called right before each time that the POST goes out; what it raises stops the call.
+
+        Raises:
+            NotSent: no connection. Not paid.
+            AnswerLost: sent, and no whole answer came within `timeouts`. Perhaps paid.
+            InvalidResponse, EmptyGeneration: answered, but not with a picture. `billed` says what is known.
+            StatusError: answered with an error status, as the subclass of its meaning. Of `RateLimited` and of
+                `ServiceBusy` with `retryable` False, the time for waiting is over.
+            ValueError: `client_request_id` is one that the service would drop.
+        """
+        call_id = f"fp-{uuid4().hex}" if client_request_id is None else client_request_id
+        if not _CLIENT_REQUEST_ID.fullmatch(call_id):
+            raise ValueError(f"client_request_id {call_id!r} must be 1 to 128 of A-Z a-z 0-9 . _ : -")
+        turn = self._pacer.turn(self._timeouts.pacing)
+        refusal: StatusError | None = None
+        for attempt in itertools.count():
+            try:
+                async with self._pacer.slot(turn):
+                    if before_send is not None:
+                        before_send()
+                    answer = await self._post(request, call_id)
+                    refusal = self._read_refusal(answer, call_id)
+                    if not _asks_to_slow_down(refusal):
+                        if answer.status < 500:  # noqa: PLR2004 - a failure of the service proves no capacity
+                            self._pacer.accepted(turn)
+                        break
+                    self._pacer.refused(turn, self._pause(refusal, attempt))
+            except NoSlot:
+                raise _gave_up(refusal, call_id, time.monotonic() - turn.asked_at, attempt) from None
+        if refusal is not None:
+            raise refusal
+        return parse_generation(
+            _read_json(answer.body),
+            answer.headers,
+            request=request,
+            endpoint=self.base_url,
+            client_request_id=call_id,
+            created_at=datetime.now(timezone.utc),
+        )
+
+    async def balance(self) -> Balance:
+        """What is left in the account.
+
+        Raises:
+            NotSent, AnswerLost, InvalidResponse, StatusError: as `generate`; never paid.
+        """
+        try:
+            body = await self._get(BALANCE_PATH)
+        except NotFound:
+            body = await self._get(OLD_BALANCE_PATH)
+            credits_left = _read_amount(body, "balance", OLD_BALANCE_PATH)
+            return Balance(credits=credits_left, usd=credits_left / CREDITS_PER_USD)
+        usd = _read_amount(body, "current_balance", BALANCE_PATH)
+        if body.get("currency", "USD") != "USD":
+            raise InvalidResponse(
+                f"{BALANCE_PATH} gives the balance in {str(body['currency'])[:20]!r} instead of USD.",
+                billed=Billed.NO,
+            )
+        return Balance(credits=usd * CREDITS_PER_USD, usd=usd)
+
+    async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedPicture:
+        """Bring one picture into `destination`: the bytes as delivered, whole, checked, and on the disk.
+
+        Streams to `<destination>.part`, decodes the whole picture, then moves it into place at once: `destination`
+        is never half a file. Two downloads to one destination at the same time are the caller's to prevent. An
+        inline picture (`data:`) goes the same way. The API key is not sent.
+
+        A whole picture in another format is kept as `<destination>.rejected`. After any other failure nothing is
+        left behind.
+
+        Args:
+            url: from `GeneratedImage.url`.
+            destination: the file to write; its folder is made where it is missing.
+            expected: the format that was asked for.
+
+        Raises:
+            ImageGone: the URL is dead.
+            DownloadInterrupted: cut, stalled, over `timeouts.download` in all, or refused for now.
+            NotAnImage: the bytes are no picture, or a cut one.
+            UnexpectedFormat: a whole picture, in another format.
+            ImageTooLarge: over `max_bytes` or `max_pixels`.
+            UnsafeURL: not https (nor http where base_url is), or into a private network where base_url is not in
+                one. Redirects are followed at most 5 times and checked the same.
+            DownloadError: another refusal, or the disk could not be written.
+        """
+        return await self._downloader.download(url, destination, expected=expected)
+
+    async def _post(self, request: ImageRequest, call_id: str) -> _Answer:
+        with self._typed_errors(call_id, self._timeouts.generation):
+            with anyio.fail_after(self._timeouts.generation):
+                return await self._send(
+                    "POST",
+                    GENERATIONS_PATH,
+                    most=request.num_images * self._max_bytes * 4 // 3 + _ENVELOPE,  # inline they are base64
+                    payload=request.payload(),
+                    call_id=call_id,
+                )
+
+    async def _get(self, path: str) -> dict[str, Any]:
+        with self._typed_errors(None, _BALANCE_SECONDS):
+            with anyio.fail_after(_BALANCE_SECONDS):
+                answer = await self._send("GET", path, most=_ENVELOPE)
+        refusal = self._read_refusal(answer, None)
+        if refusal is not None:
+            raise refusal
+        body = _read_json(answer.body)
+        if not isinstance(body, dict):
+            raise InvalidResponse(f"{path} answered with something else than a JSON object.", billed=Billed.NO)
+        return body
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        most: int,
+        payload: dict[str, Any] | None = None,
+        call_id: str | None = None,
+    ) -> _Answer:
+        headers = {"Authorization": f"Bearer {self._key.get_secret_value()}"}
+        if call_id is not None:
+            headers["X-Client-Request-Id"] = call_id
+        async with self._api.stream(method, f"{self.base_url}{path}", json=payload, headers=headers) as response:
+            if not response.is_success:
+                return _Answer(response.status_code, response.headers, await _read_what_comes(response))
+            body = bytearray()
+            async for chunk in response.aiter_bytes():
+                body += chunk
+                if len(body) > most:
+                    raise InvalidResponse(
+                        f"The service's answer is over {most:,} bytes, more than its pictures can take "
+                        "(max_bytes of the client).",
+                        client_request_id=call_id,
+                        billed=_if_lost(call_id),
+                        retryable=False,
+                    )
+            return _Answer(response.status_code, response.headers, bytes(body))
+
+    @contextmanager
+    def _typed_errors(self, call_id: str | None, seconds: float) -> Iterator[None]:
+        """Turn what the HTTP library raises into the error tree."""
+        try:
+            yield
+        except _NEVER_SENT as error:
+            raise NotSent(
+                f"No connection to {self.base_url} ({_reason(error)}): nothing was sent. "
+                "Check base_url and the network.",
+                client_request_id=call_id,
+            ) from error
+        except (httpx.RequestError, TimeoutError) as error:
+            reason = f"not over after {seconds:g} s" if isinstance(error, TimeoutError) else _reason(error)
+            advice = f" It may have been paid: look for {call_id} in the service's log." if call_id else ""
+            raise AnswerLost(
+                f"The request to {self.base_url} was sent, and no whole answer came back ({reason}).{advice}",
+                client_request_id=call_id,
+                billed=_if_lost(call_id),
+            ) from error
+
+    def _read_refusal(self, answer: _Answer, call_id: str | None) -> StatusError | None:
+        if 200 <= answer.status < 300:  # noqa: PLR2004 - the successes
+            return None
+        return read_refusal(
+            status=answer.status,
+            headers=answer.headers,
+            body=answer.body,
+            client_request_id=call_id,
+            now=datetime.now(timezone.utc),
+            redact=lambda text: text.replace(self._key.get_secret_value(), "[api_key]"),
+        )
+
+    def _pause(self, refusal: StatusError, attempt: int) -> float:
+        if refusal.retry_after is not None:
+            # Capped, so that one mad header does not stop the process for a day.
+            return min(refusal.retry_after, self._timeouts.pacing)
+        return backoff(attempt, _FIRST_PAUSE, _LONGEST_PAUSE, random.random)  # noqa: S311 - spreads waits, guards nothing
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    # Reading the system's certificates takes some ten milliseconds: once a process, not once a client.
+    return httpx.create_ssl_context()
+
+
+def _check_base_url(base_url: str) -> str:
+    root = normalize_endpoint(base_url)
+    url = httpx.URL(root)
+    if url.scheme not in {"http", "https"} or not url.host or url.userinfo or url.query or url.fragment:
+        raise ValueError(
+            "base_url must be the root of the service alone, as https://api.aimlapi.com: "
+            "http or https, a host, no user, no query"
+        )
+    return root
+
+
+def _if_lost(call_id: str | None) -> Billed:
+    """What a lost answer means for money: only a paid call has an id of ours."""
+    return Billed.NO if call_id is None else Billed.UNKNOWN
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+async def _read_what_comes(response: httpx.Response) -> bytes:
+    """The start of an error's body. The status is known, so nothing that befalls the rest matters."""
+    body = bytearray()
+    with suppress(httpx.RequestError), anyio.move_on_after(_REFUSAL_SECONDS):
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > _REFUSAL:
+                break
+    return bytes(body[:_REFUSAL])
+
+
+def _read_json(body: bytes) -> Any:
+    """The JSON value, or the text where it is none."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return body.decode("utf-8", errors="replace")
+
+
+def _read_amount(body: dict[str, Any], name: str, path: str) -> float:
+    amount = body.get(name)
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not math.isfinite(amount):
+        raise InvalidResponse(f"{path} answered without a number in {name}.", billed=Billed.NO)
+    return float(amount)
+
+
+def _asks_to_slow_down(refusal: StatusError | None) -> TypeGuard[StatusError]:
+    if isinstance(refusal, ServiceBusy):
+        return refusal.retry_after is not None
+    return isinstance(refusal, RateLimited)
+
+
+def _gave_up(refusal: StatusError | None, call_id: str, waited: float, tries: int) -> StatusError:
+    if refusal is None:
+        return RateLimited(
+            f"Not sent: the service has refused the other calls of this process all through the {waited:.0f} s that "
+            "this one waited. Lower max_in_flight, raise the pacing time-out, or run later.",
+            status=429,
+            client_request_id=call_id,
+        )
+    return type(refusal)(
+        f"{refusal.message} So it was for {tries} tries in {waited:.0f} s"
+        f"{_asked_for(refusal.retry_after)}; the pacing time-out sets how long to go on.",
+        status=refusal.status,
+        request_id=refusal.request_id,
+        client_request_id=call_id,
+        retry_after=refusal.retry_after,
+        retryable=False,
+    )
+
+
+def _asked_for(retry_after: float | None) -> str:
+    return "" if retry_after is None else f", and it asks to come back in {retry_after:.0f} s"

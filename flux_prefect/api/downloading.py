@@ -1,0 +1,286 @@
+"""From a result URL to a checked file on disk."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from ssl import SSLContext
+
+import anyio
+import anyio.to_thread
+import httpx
+from pydantic import Field
+
+from flux_prefect.api.addresses import AddressRules
+from flux_prefect.api.errors import (
+    DownloadError,
+    DownloadInterrupted,
+    ImageGone,
+    ImageTooLarge,
+    NotAnImage,
+    UnexpectedFormat,
+    UnsafeURL,
+)
+from flux_prefect.api.models import OutputFormat
+from flux_prefect.api.pictures import Picture, inspect_picture
+from flux_prefect.api.retrying import parse_retry_after
+
+MAX_REDIRECTS = 5
+
+_CHUNK = 64 * 1024
+_GONE = {403, 404, 410}  # a signed URL that ran out is 403
+_PASSING = {408, 425, 429}
+
+
+class DownloadedPicture(Picture):
+    """A picture in our custody, as it was delivered."""
+
+    path: Path = Field(description="The file.")
+    sha256: str = Field(description="Of the file's bytes, hex.")
+    size: int = Field(gt=0, description="Bytes.")
+
+
+class Downloader:
+    """Fetches pictures into files. Knows no API key, so none can reach the host of a picture.
+
+    Args:
+        endpoint: the root URL of the service, which decides what addresses may be fetched from.
+        tls: the TLS context.
+        timeout: of one connect, and of one read.
+        deadline: seconds for one picture in all.
+        max_bytes: the most bytes of one picture.
+        max_pixels: the most pixels of one picture.
+        connections: the most connections at once; more downloads wait for one.
+        transport: takes the place of the network in tests.
+    """
+
+    def __init__(  # noqa: PLR0913 - keyword-only, each one a setting
+        self,
+        *,
+        endpoint: str,
+        tls: SSLContext,
+        timeout: httpx.Timeout,
+        deadline: float,
+        max_bytes: int,
+        max_pixels: int,
+        connections: int,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._rules = AddressRules(endpoint)
+        self._tls = tls
+        self._timeout = timeout
+        self._deadline = deadline
+        self._max_bytes = max_bytes
+        self._max_pixels = max_pixels
+        self._limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        self._transport = transport
+        self._clients: dict[str | None, httpx.AsyncClient] = {}
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        while self._clients:
+            _, client = self._clients.popitem()
+            await client.aclose()
+
+    async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedPicture:
+        """Bring one picture into `destination`: whole, checked, flushed to disk, and moved there at once.
+
+        See `AimlApiClient.download`.
+        """
+        inline = url[:5].lower() == "data:"
+        part = _PartFile(destination)
+        try:
+            if inline:
+                part.write(self._decode(url))
+            else:
+                await self._fetch(url, part)
+            picture = await anyio.to_thread.run_sync(self._settle, part, expected)
+        except NotAnImage as error:
+            error.retryable = not inline  # the same bytes would come again
+            raise
+        finally:
+            part.discard()
+        return picture
+
+    def _settle(self, part: _PartFile, expected: OutputFormat) -> DownloadedPicture:
+        part.flush()
+        try:
+            picture = inspect_picture(part.path, expected, max_pixels=self._max_pixels)
+        except UnexpectedFormat as error:
+            kept = part.publish(".rejected")
+            raise UnexpectedFormat(
+                f"{error.message} It was paid for, so it is kept as {kept}; it is not published."
+            ) from error
+        path = part.publish()
+        return DownloadedPicture(**picture.model_dump(), path=path, sha256=part.sha256, size=part.size)
+
+    def _decode(self, url: str) -> bytes:
+        head, _, content = url[5:].partition(",")
+        if len(content) > self._max_bytes * 4:  # percent-encoding takes 3 characters a byte, base64 1.4
+            raise self._too_large(f"{len(content):,} characters inline")
+        raw = urllib.parse.unquote_to_bytes(content)
+        try:
+            data = base64.b64decode(b"".join(raw.split()), validate=True) if _is_base64(head) else raw
+        except binascii.Error as error:
+            raise NotAnImage(f"The picture delivered inline can't be decoded ({error}).", retryable=False) from error
+        if len(data) > self._max_bytes:
+            raise self._too_large(f"{len(data):,} bytes")
+        return data
+
+    async def _fetch(self, url: str, part: _PartFile) -> None:
+        place = "the picture's host"
+        try:
+            target = httpx.URL(url)
+            place = target.host or place
+            with anyio.fail_after(self._deadline):
+                await self._follow(target, part)
+        except httpx.InvalidURL as error:
+            raise UnsafeURL(f"The picture's URL is no URL: {error}.") from error
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise DownloadInterrupted(
+                f"The download from {place} was cut after {part.size:,} bytes ({reason})."
+            ) from error
+        except TimeoutError as error:
+            raise DownloadInterrupted(
+                f"The download from {place} was not over after {self._deadline:g} s ({part.size:,} bytes came): "
+                "repeat it, or raise the download time-out."
+            ) from error
+
+    async def _follow(self, url: httpx.URL, part: _PartFile) -> None:
+        for _ in range(1 + MAX_REDIRECTS):
+            proxy = self._proxy_for(url)
+            await self._rules.check_url(url, proxied=proxy is not None)
+            headers = {"Accept": "image/*", "Accept-Encoding": "identity"}
+            async with self._client(proxy).stream("GET", url, headers=headers) as response:
+                if proxy is None:
+                    await self._rules.check_peer(response)
+                if not response.has_redirect_location:
+                    _check_status(response)
+                    await self._receive(response, part)
+                    return
+                url = url.join(response.headers["location"])
+        raise UnsafeURL(f"The picture's URL redirects more than {MAX_REDIRECTS} times, last to {url.host}.")
+
+    async def _receive(self, response: httpx.Response, part: _PartFile) -> None:
+        announced = response.headers.get("content-length", "")
+        length = int(announced) if announced.isascii() and announced.isdigit() else None
+        if length is not None and length > self._max_bytes:
+            raise self._too_large(f"{length:,} bytes")
+        async for chunk in response.aiter_bytes(_CHUNK):
+            if part.size + len(chunk) > self._max_bytes:
+                raise self._too_large(f"over {part.size:,} bytes")
+            part.write(chunk)
+        # Of packed bytes, which nobody asked for, the HTTP library has compared the length itself.
+        if length is not None and part.size != length and "content-encoding" not in response.headers:
+            raise DownloadInterrupted(
+                f"The download from {response.url.host} was cut: {part.size:,} bytes of {length:,}."
+            )
+
+    def _too_large(self, size: str) -> ImageTooLarge:
+        return ImageTooLarge(
+            f"The picture delivered has {size}, over the limit of {self._max_bytes:,} bytes (max_bytes of the client)."
+        )
+
+    def _proxy_for(self, url: httpx.URL) -> str | None:
+        # Asked of the environment for each URL, so that it is known for certain whether the address
+        # that a connection reached is the picture's host or a proxy.
+        if self._transport is not None or urllib.request.proxy_bypass(url.host):
+            return None
+        proxies = urllib.request.getproxies()
+        proxy = proxies.get(url.scheme) or proxies.get("all")
+        return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+
+    def _client(self, proxy: str | None) -> httpx.AsyncClient:
+        if proxy not in self._clients:
+            self._clients[proxy] = httpx.AsyncClient(
+                verify=self._tls,
+                timeout=self._timeout,
+                limits=self._limits,
+                transport=self._transport,
+                proxy=proxy,
+                trust_env=False,
+                follow_redirects=False,
+            )
+        return self._clients[proxy]
+
+
+class _PartFile:
+    """The file beside the destination into which bytes come until they are proven."""
+
+    def __init__(self, destination: Path) -> None:
+        self._destination = destination
+        self._digest = hashlib.sha256()
+        self.path = destination.with_name(f"{destination.name}.part")
+        self.size = 0
+        with self._disk():
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("wb")
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def write(self, chunk: bytes) -> None:
+        with self._disk():
+            self._file.write(chunk)
+        self._digest.update(chunk)
+        self.size += len(chunk)
+
+    def flush(self) -> None:
+        """Wait until the bytes are on the disk."""
+        with self._disk():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def publish(self, suffix: str = "") -> Path:
+        """Give the file its name, at once."""
+        path = self._destination.with_name(f"{self._destination.name}{suffix}")
+        with self._disk():
+            self.path.replace(path)
+        return path
+
+    def discard(self) -> None:
+        """Remove what was not published."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self.path.unlink()
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DownloadError(
+                f"{self.path} could not be written ({error.strerror or error}): make room in the spool folder "
+                f"{self.path.parent} or make it writable, then run again. The picture is paid for; its URL dies within "
+                "minutes."
+            ) from error
+
+
+def _check_status(response: httpx.Response) -> None:
+    status, host = response.status_code, response.url.host
+    if response.is_success:
+        return
+    if status in _GONE:
+        raise ImageGone(f"The picture's URL is dead: {host} answered {status}.")
+    if status in _PASSING or response.is_server_error:
+        raise DownloadInterrupted(
+            f"{host} answered {status} instead of the picture.",
+            retry_after=parse_retry_after(response.headers.get("retry-after"), datetime.now(timezone.utc)),
+        )
+    raise DownloadError(f"{host} answered {status} instead of the picture, and will so again.")
+
+
+def _is_base64(head: str) -> bool:
+    return head.rpartition(";")[2].strip().lower() == "base64"

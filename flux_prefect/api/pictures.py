@@ -1,0 +1,179 @@
+"""What the bytes of a delivered file are, whatever its name or content type says."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+from pydantic import BaseModel, ConfigDict, Field
+
+from flux_prefect.api.errors import ImageTooLarge, NotAnImage, UnexpectedFormat
+from flux_prefect.api.models import OutputFormat
+
+BLACK = 8
+"""The brightest sample, of 255, that a blacked-out picture may have: room for the noise of JPEG."""
+
+_KnownFormat = Literal["jpeg", "png", "webp", "gif"]
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_HEADER = struct.Struct(">I4s")
+_PNG_PICTURE = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # what makes the pixels; all else is metadata
+
+
+class Picture(BaseModel):
+    """What a whole, decodable picture file holds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: OutputFormat = Field(description="What the bytes are.")
+    content_type: str = Field(description="The MIME type of the bytes.")
+    width: int = Field(gt=0, description="Pixels.")
+    height: int = Field(gt=0, description="Pixels.")
+    black: bool = Field(
+        description="Every pixel is black: how the service delivers a picture that its safety filter stopped."
+    )
+
+
+def inspect_picture(path: Path, expected: OutputFormat, *, max_pixels: int) -> Picture:
+    """Prove that a file is a whole picture of the expected format, and measure it.
+
+    The file is decoded to its end, so a cut one is found; its bytes are never changed. Takes some ten
+    milliseconds for a picture of one megapixel and, for a moment, memory for the file and its pixels: call it in a
+    thread. Safe in many threads at once.
+
+    Args:
+        path: the file.
+        expected: the format that was asked for.
+        max_pixels: the most pixels to decode, against decompression bombs.
+
+    Raises:
+        NotAnImage: something else, or broken; the message says what it looks like.
+        ImageTooLarge: more pixels than allowed. Found in the header, before anything is decoded.
+        UnexpectedFormat: a whole picture of another format.
+        OSError: the file can't be read.
+    """
+    data = path.read_bytes()
+    found = _recognize(data)
+    if found is None:
+        raise NotAnImage(f"The file delivered as a picture is {_describe(data)}.")
+    try:
+        width, height, black = _measure(data, found, max_pixels)
+    except (ImageTooLarge, MemoryError):
+        raise
+    except Exception as error:  # hostile bytes make Pillow raise nearly anything
+        raise NotAnImage(
+            f"The file delivered as a picture starts as {found.upper()} but does not decode: it is cut or broken "
+            f"({str(error) or type(error).__name__}, {len(data):,} bytes)."
+        ) from error
+    if found != expected:
+        raise UnexpectedFormat(
+            f"The picture delivered is {found.upper()} where output_format asked for {expected.upper()}."
+        )
+    return Picture(format=expected, content_type=f"image/{expected}", width=width, height=height, black=black)
+
+
+def _measure(data: bytes, found: _KnownFormat, max_pixels: int) -> tuple[int, int, bool]:
+    image = _open(data, found)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageTooLarge(
+            f"The picture delivered is {width} x {height} pixels, over the limit of {max_pixels:,} "
+            "(max_pixels of the client)."
+        )
+    image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # a JPEG at an eighth: much cheaper
+    black = _is_black(image)
+    if black and image.size != (width, height):
+        black = _is_black(_open(data, found))  # an eighth averages a bright speck away
+    return width, height, black
+
+
+class _PlainJpeg(JpegImageFile):
+    """A JPEG whose EXIF block is left alone: Pillow reads it for the resolution, and warns where it is corrupt."""
+
+    def getexif(self) -> Image.Exif:
+        return Image.Exif()
+
+
+def _recognize(data: bytes) -> _KnownFormat | None:
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if data.startswith(_PNG_SIGNATURE):
+        return "png"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
+    return None
+
+
+def _open(data: bytes, found: _KnownFormat) -> ImageFile:
+    # Each decoder by itself: Image.open warns of large pictures through a limit of the whole process,
+    # and takes a JPEG with a preview in it for another format.
+    if found == "jpeg":
+        return _PlainJpeg(io.BytesIO(data))
+    if found == "png":
+        return PngImageFile(_png_picture(data))
+    if found == "webp":
+        return WebPImageFile(io.BytesIO(data))
+    return GifImageFile(io.BytesIO(data))
+
+
+def _png_picture(data: bytes) -> io.BytesIO:
+    """A PNG's pixels without its metadata, checksums verified and the end marker seen.
+
+    Pillow refuses a good picture for long text beside it, and takes one without an end for whole.
+    """
+    view = memoryview(data)
+    kept: list[bytes | memoryview] = [_PNG_SIGNATURE]
+    start = len(_PNG_SIGNATURE)
+    while start + 12 <= len(view):  # length, kind and checksum of a chunk
+        length, kind = _PNG_HEADER.unpack_from(view, start)
+        end = start + 12 + length
+        if end > len(view):
+            break
+        if kind in _PNG_PICTURE:
+            if zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+                raise ValueError(f"checksum of {kind.decode('ascii')} is wrong")
+            kept.append(view[start:end])
+        if kind == b"IEND":
+            return io.BytesIO(b"".join(kept))
+        start = end
+    raise ValueError("image file is truncated")
+
+
+def _is_black(image: ImageFile) -> bool:
+    image.load()
+    if image.mode.startswith("I"):  # 16 bits a sample
+        return _brightest(image) <= BLACK * 257
+    image.info.pop("transparency", None)  # which Pillow would warn that RGB can't hold
+    return _brightest(image if image.mode in {"L", "RGB"} else image.convert("RGB")) <= BLACK
+
+
+def _brightest(image: Image.Image) -> float:
+    low_and_high = [band.getextrema() for band in image.split()]
+    return max(float(high) for _, high in low_and_high if not isinstance(high, tuple))
+
+
+def _describe(data: bytes) -> str:
+    if not data:
+        return "an empty file"
+    start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"<!doctype html") or b"<html" in start:
+        return "a page of HTML"
+    if start.startswith(b"<"):
+        return "XML"
+    if start.startswith((b"{", b"[")):
+        return "JSON"
+    text = data[:80].decode("ascii", errors="replace")
+    if text.replace("\n", " ").isprintable() and "\ufffd" not in text:
+        return f"text ({text!r})"
+    return f"no picture format known here (it starts with {data[:8].hex(' ')})"

@@ -1,0 +1,1 @@
+"""The API side, with no Prefect in it."""
