@@ -6,7 +6,9 @@ From a shell: `python -m flows.publish_batch prompts.csv --bucket s3://name/pref
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 from prefect import flow
@@ -18,6 +20,7 @@ from pydantic import Field
 from rich.console import Console
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.gallery import write_gallery
 from flux_prefect.batch.progress import show_progress
 from flux_prefect.batch.report import BatchFailed, BatchReport, tabulate
 from flux_prefect.batch.running import run_batch
@@ -93,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_connection_arguments(parser)
     parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
     parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate (default 0)")
+    parser.add_argument("--gallery", type=Path, metavar="FOLDER", help="write a page with the pictures there")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report there as JSON")
     given = parser.parse_args(arguments)
     state = run_to_state(
         publish_batch(
@@ -108,8 +113,16 @@ def main(arguments: list[str] | None = None) -> int:
     report = result.report if isinstance(result, BatchFailed) else result
     if isinstance(report, BatchReport):
         Console().print(tabulate(report))
+        if given.report is not None:
+            given.report.write_text(report.model_dump_json(indent=2), encoding="utf-8")
+        if given.gallery is not None:
+            print(f"Gallery: {asyncio.run(_write_gallery(report, given.bucket, given.gallery))}")
     print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
     return 0 if state.is_completed() else FAILED
+
+
+async def _write_gallery(report: BatchReport, bucket: str, folder: Path) -> Path:
+    return await write_gallery(report, await ImageBucket.resolve(bucket), folder, title=f"Published to {bucket}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Works with any S3 server that verifies SHA-256 checksums and refuses a second wr
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Callable
@@ -332,6 +333,22 @@ class ImageBucket(WritableFileSystem):
             published_at=published_at,
             created=True,
         )
+
+    async def read_image(self, image: PublishedImage) -> bytes:
+        """The bytes of a published picture, proved to be those that were published.
+
+        Raises:
+            PictureChanged: the object has other bytes.
+            BucketError: it can't be read.
+        """
+
+        def read(client: S3Client) -> bytes:
+            return client.get_object(Bucket=image.bucket, Key=image.key)["Body"].read()
+
+        content = await self._run(read, image.key)
+        if hashlib.sha256(content).hexdigest() != image.sha256:
+            raise PictureChanged(f"{image.uri} no longer has the bytes that were published: its SHA-256 differs.")
+        return content
 
     async def read_path(self, path: str) -> bytes:
         """The bytes of the object at `path` below the prefix.

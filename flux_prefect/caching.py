@@ -43,7 +43,7 @@ class PromptSeedCachePolicy(CachePolicy):
         flow_parameters: dict[str, Any],  # noqa: ARG002 - nor does the flow
         **kwargs: Any,  # noqa: ARG002 - Prefect's to extend
     ) -> str | None:
-        """The cache key, or None where the arguments hold no request with a seed."""
+        """The cache key, or None where the arguments hold no request with a seed, or no account to send it by."""
         generation = _one(inputs, Generation)
         if generation is not None:
             index = inputs.get("index")

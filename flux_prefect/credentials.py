@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import ClassVar
 
+import httpx
 from prefect.blocks.abstract import CredentialsBlock
 from prefect.blocks.system import Secret
 from pydantic import Field, HttpUrl, SecretStr, field_validator
@@ -18,6 +19,8 @@ from flux_prefect.api.models import normalize_endpoint
 from flux_prefect.api.pacing import shared_pacer
 
 DEFAULT_BASE_URL = "https://api.aimlapi.com"
+
+_DOWNLOAD_STALL = 60.0  # seconds without a byte after which a download is given up
 
 _KEY_VARIABLES = ("AIMLAPI_KEY", "AIML_API_KEY")
 
@@ -66,6 +69,9 @@ class AimlApiCredentials(CredentialsBlock):
         default=300, gt=0, description="Seconds without a byte after which an answer counts as lost."
     )
     generation_timeout: float = Field(default=600, gt=0, description="Seconds that one paid call may take in all.")
+    download_timeout: float = Field(
+        default=300, gt=0, description="Seconds that one picture's download may take in all."
+    )
     pacing_timeout: float = Field(
         default=600, gt=0, description="Seconds that a call may wait because the service asked to slow down."
     )
@@ -76,6 +82,12 @@ class AimlApiCredentials(CredentialsBlock):
         base_url = normalize_endpoint(base_url)
         if not base_url.startswith(("https://", "http://")):
             raise ValueError(f"base_url {base_url!r} is no web address: write it as {DEFAULT_BASE_URL}")
+        try:
+            url = httpx.URL(base_url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"base_url {base_url!r} is no URL: {error}") from error
+        if not url.host or url.userinfo or url.query or url.fragment:
+            raise ValueError("base_url must be a host and at most a path: no user, no query")
         if base_url.endswith(("/v1", "/v2")):
             raise ValueError(f"base_url {base_url!r} names a version: give the root, {base_url[:-3]}")
         return base_url
@@ -120,6 +132,8 @@ class AimlApiCredentials(CredentialsBlock):
                 read=self.read_timeout,
                 generation=self.generation_timeout,
                 pacing=self.pacing_timeout,
+                download=self.download_timeout,
+                download_read=min(_DOWNLOAD_STALL, self.download_timeout),
             ),
             pacer=shared_pacer(self.base_url, self.max_in_flight),
         )

@@ -15,7 +15,7 @@ import anyio
 from filelock import FileLock, Timeout
 from prefect.locking.protocol import LockManager
 
-from flux_prefect.settings import FluxSettings
+from flux_prefect.settings import current_settings
 
 _FIRST_WAIT = 0.01
 _LONGEST_WAIT = 0.25
@@ -25,20 +25,25 @@ class HostLockManager(LockManager):
     """A Prefect lock manager over kernel file locks.
 
     Guarantees: of all processes, threads and event loops of one host that share `directory`, one holds a
-    key at a time. A holder that dies, even by `kill -9`, frees its locks at once. Waiting blocks no event loop
-    in the async methods. Releasing a lock that is not held does nothing: Prefect's transactions release twice
-    where one is nested in another.
+    key at a time. A holder that dies, even by `kill -9`, frees its locks at once; so does a manager that is
+    garbage-collected. Waiting blocks no event loop in the async methods. Releasing a lock that is not held does
+    nothing: Prefect's transactions release twice where one is nested in another.
 
-    Costs about 0.2 ms for a lock and its release. Waiters look again after 10 to 250 ms, in no order.
+    Costs about 0.4 ms for a lock and its release. Waiters look again after 10 to 250 ms, in no order; a single look
+    (`acquire_timeout=0`) can also fail in the moment in which somebody else releases the lock or looks at it.
 
     Args:
         directory: where the lock files are. Default: the setting `FLUX_PREFECT_LOCKS`. A network file
             system is no place for it.
+
+    Raises:
+        PermissionError: from every method that looks at a lock, where the folder can't be used.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
-        self._held: dict[str, tuple[str, FileLock]] = {}
+        # By process as well: a forked child inherits this dictionary, but none of the locks.
+        self._held: dict[tuple[int, str], tuple[str, FileLock]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy, in this process or another, holds nothing: the kernel knows who does.
@@ -80,27 +85,25 @@ class HostLockManager(LockManager):
         """Free the lock if this holder has it; do nothing otherwise."""
         if not self.is_lock_holder(key, holder):
             return
-        _, lock = self._held.pop(key)
+        _, lock = self._held.pop(_here(key))
         _remove(lock)
 
     def is_locked(self, key: str) -> bool:
         """Whether anybody on this host holds the lock now."""
-        if key in self._held:
+        if _here(key) in self._held:
             return True
         path = self._path(key)
         if not path.exists():
             return False
-        probe = FileLock(path, thread_local=False)
-        try:
-            probe.acquire(blocking=False)
-        except Timeout:
+        probe = _take(path)
+        if probe is None:
             return True
         _remove(probe)
         return False
 
     def is_lock_holder(self, key: str, holder: str) -> bool:
         """Whether this very holder has the lock."""
-        held = self._held.get(key)
+        held = self._held.get(_here(key))
         return held is not None and held[0] == holder
 
     def wait_for_lock(self, key: str, timeout: float | None = None) -> bool:
@@ -134,19 +137,17 @@ class HostLockManager(LockManager):
             self.release_lock(key, holder)
 
     def _try(self, key: str, holder: str) -> bool:
-        held = self._held.get(key)
+        held = self._held.get(_here(key))
         if held is not None:
             return held[0] == holder
-        lock = FileLock(self._path(key), thread_local=False)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
+        lock = _take(self._path(key))
+        if lock is None:
             return False
-        self._held[key] = (holder, lock)
+        self._held[_here(key)] = (holder, lock)
         return True
 
     def _path(self, key: str) -> Path:
-        directory = self._directory or FluxSettings().locks
+        directory = self._directory or current_settings().locks
         _make_private(directory)
         return directory / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.lock"
 
@@ -166,9 +167,29 @@ class _Waits:
         return min(pause, left) if left > 0 else None
 
 
+def _here(key: str) -> tuple[int, str]:
+    return os.getpid(), key
+
+
+def _take(path: Path) -> FileLock | None:
+    lock = FileLock(
+        path,
+        thread_local=False,
+        fallback_to_soft=False,  # a lock of the other kind would outlive its holder
+        preserve_lock_file=True,  # `_remove` does it; done a second time it would hit the next holder's file
+    )
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    except OSError as error:
+        raise _unusable(path.parent, error) from error
+    return lock
+
+
 def _remove(lock: FileLock) -> None:
     # Unlinked while it is held: whoever opened the old file meanwhile finds it unlinked and opens anew.
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # a file that stays behind is no lock
         Path(lock.lock_file).unlink()
     lock.release()
 
@@ -177,12 +198,16 @@ def _make_private(directory: Path) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise PermissionError(
-            f"The lock folder {directory} cannot be made ({error.strerror}): "
-            "set FLUX_PREFECT_LOCKS to a local folder that this user may write."
-        ) from error
+        raise _unusable(directory, error) from error
     owner = directory.stat().st_uid
     if owner != os.getuid():
         raise PermissionError(
             f"The lock folder {directory} belongs to user {owner}: set FLUX_PREFECT_LOCKS to a folder of your own."
         )
+
+
+def _unusable(directory: Path, error: OSError) -> PermissionError:
+    return PermissionError(
+        f"The lock folder {directory} can't be used ({error.strerror or error}): "
+        "set FLUX_PREFECT_LOCKS to a local folder that this user may write."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 
 from flux_prefect.api.models import ImageRequest, OutputFormat
@@ -12,25 +13,31 @@ EXTENSIONS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
 
 _REQUIRED = {"fingerprint", "index"}
 _ALLOWED = _REQUIRED | {"extension", "seed", "aspect_ratio", "model"}
-_MAX_KEY_BYTES = 1024  # S3's limit
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_MAX_KEY_BYTES = 1024 - 22  # S3's limit, less what `sidecar_key` adds
 
 
 def check_key_template(template: str) -> str:
     """Return the template if every pair of different pictures gets different keys by it.
 
     Raises:
-        ValueError: a field is unknown or missing, or a rendered key would leave its prefix.
+        ValueError: a field is unknown, missing or formatted, or a rendered key would leave its prefix.
     """
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"key_template {template!r} is broken: {error}") from error
+    fields = {field for _, field, _, _ in parts if field is not None}
     if unknown := fields - _ALLOWED:
         raise ValueError(
             f"key_template has the unknown field {min(unknown)!r}: it may use {', '.join(sorted(_ALLOWED))}"
         )
     if missing := _REQUIRED - fields:
         raise ValueError(f"key_template lacks {{{min(missing)}}}: without it different pictures would share a key")
+    if any(spec or conversion for _, _, spec, conversion in parts):
+        raise ValueError(  # {fingerprint:.8} would let different pictures share a key
+            f"key_template {template!r} formats a field: write the name alone between the braces"
+        )
     _check_key(_render(template, ImageRequest(prompt="x", seed=1), "0" * 64, 0))
     return template
 
@@ -39,7 +46,8 @@ def clean_prefix(prefix: str) -> str:
     """Return the prefix without slashes at its ends.
 
     Raises:
-        ValueError: a segment is empty or a dot name; such keys can't be reached on every S3 server.
+        ValueError: a segment is empty or a dot name, or a control character is in it; such keys can't be reached or
+            listed on every S3 server.
     """
     prefix = prefix.strip("/")
     if prefix:
@@ -53,7 +61,8 @@ def object_key(
     """The key of one picture of a request. Nothing of the prompt goes into it.
 
     Raises:
-        ValueError: the key would leave its prefix or be longer than S3 allows (1,024 bytes).
+        ValueError: the key would leave its prefix, or be longer than S3 allows (1,024 bytes, the record's key
+            included): found before anything is paid for.
     """
     key = _render(template, request, fingerprint, index)
     return _check_key(f"{prefix}/{key}" if prefix else key)
@@ -65,7 +74,7 @@ def sidecar_key(key: str, sha256: str) -> str:
     The digest of the bytes is part of it: a record always describes the bytes that it stands beside, also where
     two hosts publish different bytes under one key and one of them comes too late.
     """
-    return _check_key(f"{key}.{sha256[:16]}.json")
+    return f"{key}.{sha256[:16]}.json"
 
 
 def _render(template: str, request: ImageRequest, fingerprint: str, index: int) -> str:
@@ -82,6 +91,10 @@ def _render(template: str, request: ImageRequest, fingerprint: str, index: int) 
 def _check_key(key: str) -> str:
     if any(segment in {"", ".", ".."} for segment in key.split("/")):
         raise ValueError(f"the object key {key!r} has an empty or dot segment: correct prefix or key_template")
+    if _CONTROL.search(key):
+        raise ValueError(f"the object key {key!r} has a control character in it: correct prefix or key_template")
     if len(key.encode()) > _MAX_KEY_BYTES:
-        raise ValueError(f"the object key {key[:80]!r}… is longer than 1,024 bytes: shorten prefix or key_template")
+        raise ValueError(
+            f"the object key {key[:80]!r}… is longer than {_MAX_KEY_BYTES:,} bytes: shorten prefix or key_template"
+        )
     return key

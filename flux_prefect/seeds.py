@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 from flux_prefect.api.models import MAX_SEED, ImageRequest
 
@@ -12,7 +13,7 @@ def draw_seed(run: str, place: str) -> int:
 
     A retried run draws the seeds of its first attempt and so finds what that one paid for; another run draws others.
     """
-    digest = hashlib.sha256(f"{run}/{place}".encode()).digest()
+    digest = hashlib.sha256(json.dumps([run, place]).encode("ascii")).digest()
     return int.from_bytes(digest[:8], "big") % MAX_SEED + 1
 
 

@@ -32,8 +32,8 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
 def run_to_state(run: Awaitable[State[Any]]) -> State[Any]:
     """Run a flow that was called with `return_state=True`.
 
-    The terminal gets warnings of task runs and, unless a progress bar is there, the log of the flow run; the server
-    keeps the whole log of both.
+    The terminal gets warnings and, unless a progress bar is there, the log of the flow run. The server keeps the logs of
+    all task runs too.
     """
     setup_logging()
     for handler in logging.getLogger().handlers:
@@ -48,4 +48,4 @@ def run_to_state(run: Awaitable[State[Any]]) -> State[Any]:
 def _worth_a_line(record: logging.LogRecord) -> bool:
     if record.levelno >= logging.WARNING:
         return True
-    return record.name != "prefect.task_runs" and not sys.stderr.isatty()
+    return record.name == "prefect.flow_runs" and not sys.stderr.isatty()

@@ -24,11 +24,11 @@ from flux_prefect.api.errors import Billed, DownloadError, FluxError, ServiceErr
 from flux_prefect.api.models import Generation
 from flux_prefect.api.pictures import inspect_picture
 from flux_prefect.naming import EXTENSIONS
-from flux_prefect.settings import FluxSettings
+from flux_prefect.settings import current_settings
 
 
 class SpoolUnwritable(FluxError):
-    """The spool folder can't be written. Found before a call is sent, so nothing was paid."""
+    """The spool folder can't be written. Found before anything is sent, so nothing was paid for it."""
 
     fatal = True
 
@@ -71,7 +71,7 @@ class Spool:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or FluxSettings().spool).expanduser().absolute()
+        self.root = (root or current_settings().spool).expanduser().absolute()
 
     def prepare(self) -> None:
         """Make the folders and prove that they can be written.
@@ -83,8 +83,10 @@ class Spool:
             for name in ("calls", "records", "pictures"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             proof = self.root / f".write-check-{uuid4().hex}"
-            proof.write_bytes(b"x")
-            proof.unlink()
+            try:
+                proof.write_bytes(b"x")
+            finally:
+                proof.unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -109,7 +111,7 @@ class Spool:
 
     def close_call(self, call: PaidCall) -> None:
         """Forget a call whose end is known."""
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a note too many overstates what may have been paid; an error here would hide the end
             self._call_path(call.fingerprint, call.client_request_id).unlink()
 
     def open_calls(self, fingerprint: str = "*") -> list[PaidCall]:
@@ -158,7 +160,7 @@ class Spool:
     def _unwritable(self, error: OSError) -> SpoolUnwritable:
         return SpoolUnwritable(
             f"The spool {self.root} can't be written ({error.strerror or error}): "
-            "set FLUX_PREFECT_SPOOL to a folder with room for the pictures. Nothing was sent."
+            "set FLUX_PREFECT_SPOOL to a folder with room for the pictures, then run again."
         )
 
     def _call_path(self, fingerprint: str, client_request_id: str) -> Path:
@@ -169,9 +171,17 @@ class Spool:
 
 
 def _write(path: Path, text: str, settle: Callable[[int], None] = lambda _: None) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        settle(file.fileno())
-    part.replace(path)
+    part = path.with_name(f"{path.name}.{uuid4().hex}.part")  # its own, where two write one record
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            settle(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        settle(folder)  # the file's name outlives a power cut only with its folder
+    finally:
+        os.close(folder)

@@ -5,6 +5,7 @@ They need no Prefect; `tasks` wraps them for it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -73,11 +74,15 @@ async def generate(
         sent_at=datetime.now(timezone.utc),
         task_run_id=task_run_id,
     )
+
+    def note() -> None:
+        nonlocal call
+        call = call.model_copy(update={"sent_at": datetime.now(timezone.utc)})  # now, after any wait for its turn
+        spool.open_call(call)
+
     spool.prepare()
     try:
-        generation = await client.generate(
-            request, client_request_id=call.client_request_id, before_send=lambda: spool.open_call(call)
-        )
+        generation = await client.generate(request, client_request_id=call.client_request_id, before_send=note)
     except ServiceError as error:
         _count(call, error.billed, None)
         if error.billed is Billed.NO:
@@ -87,13 +92,14 @@ async def generate(
         raise
     _count(call, Billed.YES, generation.credits_used)
     with anyio.CancelScope(shield=True):
+        # The thread has its work before anything is awaited: a task's own `cancel` passes the shield.
+        keeping = asyncio.get_running_loop().run_in_executor(None, _keep, call, generation, spool)
         try:
-            await anyio.to_thread.run_sync(spool.keep_generation, generation)
-        except OSError:
-            # A full disk: the caller, and Prefect's results behind it, are now the only ones who have it.
-            return generation
-    spool.close_call(call)
-    return _slim(generation)
+            await asyncio.shield(keeping)
+        except asyncio.CancelledError:
+            await asyncio.wait([keeping])
+            raise
+    return keeping.result()
 
 
 def recover(request: ImageRequest, endpoint: str, spool: Spool) -> Generation | None:
@@ -108,6 +114,7 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
     """Bring one picture into the spool, checked. A whole file that is there already is not fetched again.
 
     Raises:
+        SpoolUnwritable: nothing was fetched.
         ContentFlagged: the service flagged the picture or delivered it black. Nothing else is done with it.
         ImageGone: neither its URL nor the spool has it any more.
         DownloadError: the bytes could not be fetched, or are not the picture asked for.
@@ -132,6 +139,16 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
             "unsafe one. It was paid for and is not published. Change the prompt or the seed."
         )
     return ImageFile(**picture.model_dump(), index=index, generation=generation)
+
+
+def _keep(call: PaidCall, generation: Generation, spool: Spool) -> Generation:
+    try:
+        spool.keep_generation(generation)
+    except OSError:
+        # A full disk: the caller, and Prefect's results behind it, are now the only ones who have it.
+        return generation
+    spool.close_call(call)
+    return _slim(generation)
 
 
 def _image(generation: Generation, index: int) -> GeneratedImage:

@@ -21,10 +21,10 @@ from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.caching import GENERATION, PICTURE
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.settings import FluxSettings
+from flux_prefect.settings import current_settings
 from flux_prefect.spool import ImageFile, Spool
 
-_SETTINGS = FluxSettings()
+_SETTINGS = current_settings()
 
 
 def is_worth_repeating(
@@ -46,7 +46,7 @@ def is_worth_repeating(
     if error.billed is Billed.YES:
         return False
     lost = [call for call in Spool().open_calls() if call.task_run_id == str(task_run.id)]
-    return len(lost) <= FluxSettings().repeat_unknown
+    return len(lost) <= current_settings().repeat_unknown
 
 
 @task(

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,7 +16,7 @@ from flux_prefect.batch.report import ItemRecord, describe_credits
 
 _SECONDS_BETWEEN_LINES = 10.0
 
-Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
+Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[logging.Logger]"  # text, as Python 3.10 can't index it
 
 
 @contextmanager

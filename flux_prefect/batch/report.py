@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -118,19 +119,21 @@ def describe_credits(credits_used: float) -> str:
 
 def tabulate(report: BatchReport) -> Table:
     """The report as a table for a terminal: an item a line, sums at the foot."""
-    table = Table(show_footer=True)
+    table = Table(show_footer=True, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("id", footer=f"{len(report.items)} items", overflow="fold")
     table.add_column("status", footer=f"in {report.seconds:.1f} s")
     table.add_column("seed", justify="right")
-    table.add_column("credits", justify="right", footer=f"{report.credits_used:,.0f}")
     table.add_column("where, or why not", overflow="fold")
     for item in report.items:
         table.add_row(
             Text(item.id),
             item.status,
             "" if item.request is None else str(item.request.seed),
-            f"{item.credits_used:,.0f}",
-            Text("\n".join(image.uri for image in item.images) if item.message is None else item.message),
+            Text(
+                "\n".join(image.key.rpartition("/")[2] for image in item.images)
+                if item.message is None
+                else item.message
+            ),
         )
     return table
 
@@ -156,7 +159,7 @@ def record_failed(row: Row, request: ImageRequest, error: Exception) -> ItemReco
         status="failed",
         request=request,
         error=type(error).__name__,
-        message=str(error),
+        message=str(error) or repr(error),
         carried=row.carried,
     )
 

@@ -22,6 +22,11 @@ _OWN_COLUMNS = _FIELDS | {"id"}
 _TYPO = 0.8  # difflib's similarity from which a column counts as a field misspelt
 
 
+@dataclass(frozen=True)
+class _Unreadable:
+    reason: str
+
+
 class TableError(ValueError):
     """The table as a whole can't be read. Nothing was sent."""
 
@@ -49,10 +54,11 @@ def read_table(source: str | Path | Sequence[ImageRequest | Mapping[str, Any]]) 
     """Read a CSV or JSON Lines file, or a list of requests or rows, row by row.
 
     A bad row becomes a `Row` with an error; the rows after it are read all the same. An empty cell means the
-    field's default. A second row with the same id is invalid.
+    field's default. A second row with the same id is invalid. A file is opened when its first row is asked for.
 
     Raises:
-        TableError: the file is missing, not text, broken as a whole, or lacks the column `prompt`.
+        TableError: the file is missing, not text, broken as a whole, or lacks the column `prompt`. Some of that is
+            known only at a later row.
     """
     if isinstance(source, (str, Path)):
         path = Path(source)
@@ -71,7 +77,7 @@ def read_table(source: str | Path | Sequence[ImageRequest | Mapping[str, Any]]) 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     with _open(path) as lines:
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader(_text_only(path, lines), strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
             _check_header(path, header)
@@ -85,7 +91,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
                 else:
                     yield (
                         number,
-                        (
+                        _Unreadable(
                             f"line {reader.line_num} has {len(cells)} cells where the header has {len(header)}: "
                             'put cells with commas, quotes or line breaks in "double quotes"'
                         ),
@@ -104,12 +110,28 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 if not line.strip():
                     continue
                 number += 1
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield number, f"line {line_number} is not JSON ({error.msg} at column {error.colno})"
+                yield number, _read_line(line_number, line)
         except UnicodeDecodeError as error:
             raise _not_utf8(path, error) from error
+
+
+def _read_line(number: int, line: str) -> Any:
+    try:
+        content = json.loads(line)
+        # Half a character or 1e999 can be read, but no record can hold it.
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    except json.JSONDecodeError as error:
+        return _Unreadable(f"line {number} is not JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return _Unreadable(f"line {number} holds a value that can't be kept ({error})")
+    return content
+
+
+def _text_only(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        if "\0" in line:
+            raise TableError(f"{path} holds NUL bytes, as UTF-16 and binary files do: save it as UTF-8 text.")
+        yield line
 
 
 def _open(path: Path) -> Any:
@@ -120,7 +142,7 @@ def _open(path: Path) -> Any:
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> TableError:
-    return TableError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.")
+    return TableError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8.")
 
 
 def _check_header(path: Path, header: list[str]) -> None:
@@ -139,7 +161,8 @@ def _check_header(path: Path, header: list[str]) -> None:
 def _misspelt(column: str) -> str | None:
     if column in _OWN_COLUMNS:
         return None
-    likely = difflib.get_close_matches(column.lower().replace(" ", "_").replace("-", "_"), _FIELDS, 1, _TYPO)
+    plain = column.strip().lower().replace(" ", "_").replace("-", "_")
+    likely = ["id"] if plain == "id" else difflib.get_close_matches(plain, _FIELDS, 1, _TYPO)
     if not likely:
         return None
     return f"unknown column {column!r}: if it is the field {likely[0]!r}, write it so; if not, give it another name"
@@ -148,8 +171,8 @@ def _misspelt(column: str) -> str | None:
 def _parse(number: int, content: Any) -> Row:
     if isinstance(content, ImageRequest):
         return Row(number, str(number), content)
-    if isinstance(content, str):
-        return Row(number, str(number), error=f"row {number}: {content}")
+    if isinstance(content, _Unreadable):
+        return Row(number, str(number), error=f"row {number}: {content.reason}")
     if not isinstance(content, Mapping):
         return Row(number, str(number), error=f"row {number} is not an object with a prompt")
     given = {name: value for name, value in content.items() if name in _FIELDS and value is not None and value != ""}

@@ -1,0 +1,214 @@
+"""`make demo`: the main job on this machine alone, twice.
+
+Starts the sandbox and a Prefect server, publishes a prompt table with the command that a person would type, types it again,
+and shows from the sandbox's own books that the second time nothing was generated and nothing was paid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from flux_prefect.batch.report import BatchReport, describe_credits
+from flux_prefect.sandbox.control import Summary
+from flux_prefect.sandbox.launching import start_sandbox
+
+PROMPTS = Path("flows/examples/prompts.csv")
+BUCKET = "s3://images/demo"
+
+_UI_PORT = 4200
+_SERVER_SECONDS = 90
+_STOP_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class PrefectServer:
+    """A Prefect server of the demo's own."""
+
+    url: str
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the command: its report, and what the sandbox's books say of it."""
+
+    report: BatchReport
+    calls: int
+    downloads: int
+    credits_used: float
+
+
+class DemoFailed(Exception):
+    """The demo did not show what it is there to show; the message says where to look."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status, 0 only where both runs did what they should."""
+    parser = argparse.ArgumentParser(prog="python -m flux_prefect.demo", description="Publish a dozen pictures, twice.")
+    parser.add_argument("--serve", action="store_true", help="keep the servers up until Ctrl-C, to look around")
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="emptied first (default: .demo)")
+    given = parser.parse_args(arguments)
+    folder: Path = given.folder.absolute()
+    console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
+    try:
+        _run(folder, console, serve=given.serve)
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+    except DemoFailed as error:
+        console.print(f"[bold red]The demo failed.[/] {error}")
+        return 1
+    return 0
+
+
+def _run(folder: Path, console: Console, *, serve: bool) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    console.print("Starting the image service's sandbox, an S3 server and a Prefect server ...")
+    with start_sandbox(folder / "sandbox") as sandbox, _start_prefect(folder / "prefect") as prefect:
+        environment = {**os.environ, **sandbox.environment, **prefect.environment}
+        runs = []
+        for number, title in enumerate(("First run", "The same again"), start=1):
+            console.rule(f"[bold]{title}")
+            before = sandbox.control.summary()
+            report = _publish(folder, number, environment, console)
+            runs.append(_settle(report, before, sandbox.control.summary()))
+        console.rule("[bold]What happened")
+        console.print(_compare(runs))
+        _check(runs)
+        console.print(f"Gallery   {(folder / 'gallery' / 'index.html').as_uri()}")
+        if not serve:
+            console.print("Prefect   [bold]make demo ARGS=--serve[/] keeps its pages up to look at the runs")
+        else:
+            console.print(f"Prefect   {prefect.url}/runs")
+            console.print("S3        s3://images/demo, with these in the environment:")
+            for name, value in {**sandbox.environment, **prefect.environment}.items():
+                console.print(f"            export {name}={value}", soft_wrap=True)
+        console.print("Next      the README: a flow of your own, the real service, a real bucket")
+        if serve:
+            console.print("\nServing until Ctrl-C.")
+            signal.pause()
+
+
+def _publish(folder: Path, number: int, environment: dict[str, str], console: Console) -> BatchReport:
+    report = folder / f"report-{number}.json"
+    shown = ["python", "-m", "flows.publish_batch", str(PROMPTS), "--bucket", BUCKET, "--max-in-flight", "4"]
+    console.print(f"$ {' '.join(shown)}", style="bold", soft_wrap=True)
+    command = [sys.executable, *shown[1:], "--report", str(report), "--gallery", str(folder / "gallery")]
+    status = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - our own command
+    if status != 0:
+        raise DemoFailed(f"The command above ended with exit status {status}.")
+    return BatchReport.model_validate_json(report.read_bytes())
+
+
+def _settle(report: BatchReport, before: Summary, after: Summary) -> Run:
+    return Run(
+        report,
+        calls=after.calls - before.calls,
+        downloads=after.downloads - before.downloads,
+        credits_used=after.credits - before.credits,
+    )
+
+
+def _compare(runs: list[Run]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for title in ("first run", "the same again"):
+        table.add_column(title, justify="right")
+    rows: dict[str, list[str]] = {
+        "pictures published": [str(run.report.count("published")) for run in runs],
+        "already in the bucket": [str(run.report.count("unchanged")) for run in runs],
+        "calls that the service got": [str(run.calls) for run in runs],
+        "pictures downloaded": [str(run.downloads) for run in runs],
+        "paid": [describe_credits(run.credits_used) for run in runs],
+        "seconds": [f"{run.report.seconds:.1f}" for run in runs],
+    }
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    return table
+
+
+def _check(runs: list[Run]) -> None:
+    first, second = runs
+    items = len(first.report.items)
+    if (first.report.count("published"), first.calls) != (items, items):
+        raise DemoFailed(f"The first run should have published {items} pictures with {items} calls.")
+    if (second.report.count("unchanged"), second.calls, second.downloads) != (items, 0, 0):
+        raise DemoFailed("The second run should have found every picture and done nothing.")
+
+
+@contextmanager
+def _start_prefect(home: Path) -> Iterator[PrefectServer]:
+    home.mkdir(parents=True)
+    port = _choose_port()
+    url = f"http://127.0.0.1:{port}"
+    environment = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"{url}/api",
+    }
+    log = home / "server.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(  # noqa: S603 - Prefect's own command
+            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            env={
+                **os.environ,
+                **environment,
+                "PREFECT_SERVER_UI_API_URL": f"{url}/api",
+                "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            },
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the demo alone, which stops it in its turn
+        )
+    try:
+        _wait_for_server(server, url, log)
+        yield PrefectServer(url, environment)
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_for_server(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    end = time.monotonic() + _SERVER_SECONDS
+    while server.poll() is None and time.monotonic() < end:
+        try:
+            if httpx.get(f"{url}/api/health", timeout=1).is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise DemoFailed(f"The Prefect server did not come up within {_SERVER_SECONDS} s: see {log}.")
+
+
+def _choose_port() -> int:
+    """Prefect's own port where it is free, else any."""
+    for port in (_UI_PORT, 0):
+        try:
+            with socket.create_server(("127.0.0.1", port)) as listener:
+                return int(listener.getsockname()[1])
+        except OSError:
+            continue
+    raise DemoFailed("There is no free port on 127.0.0.1.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""What the sandbox was asked, what it billed and what it still owes: one SQLite file in the data folder.
+
+A call's row, the balance and the totals change in one transaction, committed before the answer leaves, so the
+ledger tells the truth about money even if the sandbox is killed with -9 at that moment.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from flux_prefect.sandbox.settings import START_BALANCE
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS calls (
+    number INTEGER PRIMARY KEY,
+    at REAL NOT NULL,
+    inference_id TEXT NOT NULL,
+    client_request_id TEXT,
+    request TEXT,               -- JSON as understood, with the seed that decided the pictures
+    status INTEGER,             -- NULL: no answer was given
+    images INTEGER NOT NULL,    -- billed pictures
+    credits INTEGER NOT NULL,
+    fault TEXT,
+    look TEXT,
+    file_token TEXT UNIQUE,
+    expires_at REAL
+);
+CREATE TABLE IF NOT EXISTS account (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    balance INTEGER NOT NULL,
+    calls INTEGER NOT NULL DEFAULT 0,
+    billed_calls INTEGER NOT NULL DEFAULT 0,
+    billed_images INTEGER NOT NULL DEFAULT 0,
+    credits INTEGER NOT NULL DEFAULT 0,
+    refused INTEGER NOT NULL DEFAULT 0,
+    downloads INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE IF NOT EXISTS settings (id INTEGER PRIMARY KEY CHECK (id = 1), changes TEXT NOT NULL);
+"""
+
+
+class Totals(BaseModel):
+    """Sums over all calls since the last reset."""
+
+    calls: int = Field(description="POSTs of generations that arrived, whatever the answer.")
+    billed_calls: int = Field(description="Those that were charged for.")
+    billed_images: int = Field(description="Pictures that were charged for.")
+    credits: int = Field(description="What was charged.")
+    refused: int = Field(description="Calls answered with an error status and not charged.")
+    downloads: int = Field(description="Requests for result URLs, whatever the answer.")
+    balance: int = Field(description="Credits left.")
+
+
+class Summary(Totals):
+    """The totals, and how many generations are being worked on."""
+
+    in_flight: int = Field(description="Generations at work now.")
+    peak_in_flight: int = Field(description="The most at once since the last reset.")
+
+
+class Call(BaseModel):
+    """One POST of a generation."""
+
+    number: int = Field(description="Place in the ledger, from 1.")
+    time: datetime = Field(description="When the call was entered, UTC.")
+    client_request_id: str | None = Field(description="X-Client-Request-Id where it was valid.")
+    inference_id: str = Field(description="The sandbox's id of the call.")
+    prompt: str | None = Field(description="None where the request was refused unread.")
+    seed: int | None = Field(description="The seed that decided the pictures, asked for or drawn.")
+    status: int | None = Field(description="The answer's status. None: no answer was given.")
+    billed: bool = Field(description="Whether the call was charged for.")
+    images: int = Field(description="Pictures charged for.")
+    credits: int = Field(description="What was charged.")
+    fault: str | None = Field(description="The fault that struck the call.")
+
+
+class LedgerReport(BaseModel):
+    """What `/sandbox/ledger` shows."""
+
+    totals: Summary = Field(description="Sums over all calls.")
+    rows: list[Call] = Field(default=[], description="Every call, in order; none in a summary.")
+
+
+@dataclass(frozen=True)
+class StoredPictures:
+    """What is needed to draw the pictures of one call again, byte for byte."""
+
+    request: str
+    look: str
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One call, about to be written down."""
+
+    inference_id: str
+    client_request_id: str | None
+    request: str | None
+    status: int | None
+    fault: str | None = None
+    images: int = 0
+    credits: int = 0
+    look: str | None = None
+    file_token: str | None = None
+    expires_at: float | None = None
+
+
+@dataclass(frozen=True)
+class LogPage:
+    """Which calls of the log are asked for; None takes all."""
+
+    start: float
+    end: float
+    model: str | None
+    succeeded: bool | None
+    limit: int
+    offset: int
+
+
+_LOG = """
+SELECT *, json_extract(request, '$.model') AS model FROM calls
+WHERE request IS NOT NULL AND at >= :start AND at < :end
+  AND (:model IS NULL OR json_extract(request, '$.model') = :model)
+  AND (:succeeded IS NULL OR (coalesce(status, 0) BETWEEN 200 AND 299) = :succeeded)
+ORDER BY number DESC LIMIT :limit OFFSET :offset
+"""
+
+
+class Ledger:
+    """The sandbox's books. For one thread; every write is committed on return and survives kill -9."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.row_factory = sqlite3.Row
+        # With WAL, NORMAL keeps every commit through a killed process; only a power cut can lose the last ones.
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
+        self._open_account()
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._db.close()
+
+    def record(self, entry: Entry) -> bool:
+        """Write the call down and charge what it costs.
+
+        Returns False, with nothing written, where the balance does not cover it.
+        """
+        billed, failed = entry.images > 0, (entry.status or 0) >= 400  # noqa: PLR2004 - where errors begin
+        with self._transaction():
+            charged = self._db.execute(
+                "UPDATE account SET balance = balance - ?1, calls = calls + 1, billed_calls = billed_calls + ?2,"
+                " billed_images = billed_images + ?3, credits = credits + ?1, refused = refused + ?4"
+                " WHERE balance >= ?1",
+                (entry.credits, billed, entry.images, failed and not billed),
+            )
+            if charged.rowcount == 0:
+                return False
+            self._db.execute(
+                "INSERT INTO calls (at, inference_id, client_request_id, request, status, images, credits,"
+                " fault, look, file_token, expires_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    time.time(),
+                    entry.inference_id,
+                    entry.client_request_id,
+                    entry.request,
+                    entry.status,
+                    entry.images,
+                    entry.credits,
+                    entry.fault,
+                    entry.look,
+                    entry.file_token,
+                    entry.expires_at,
+                ),
+            )
+        return True
+
+    def count_download(self) -> None:
+        """Count one request for a result URL."""
+        self._db.execute("UPDATE account SET downloads = downloads + 1")
+
+    def pictures(self, file_token: str) -> StoredPictures | None:
+        """The pictures under a result URL, expired or not."""
+        row = self._db.execute(
+            "SELECT request, look, expires_at FROM calls WHERE file_token = ?", (file_token,)
+        ).fetchone()
+        return StoredPictures(**dict(row)) if row else None
+
+    @property
+    def balance(self) -> int:
+        """Credits left."""
+        return int(self._db.execute("SELECT balance FROM account").fetchone()[0])
+
+    @balance.setter
+    def balance(self, amount: int) -> None:
+        self._db.execute("UPDATE account SET balance = ?", (amount,))
+
+    def totals(self) -> Totals:
+        """The sums; costs the same however many calls there were."""
+        return Totals.model_validate(dict(self._db.execute("SELECT * FROM account").fetchone()))
+
+    def calls(self) -> list[Call]:
+        """Every call, in order."""
+        return [Call.model_validate(_call(row)) for row in self._db.execute("SELECT * FROM calls ORDER BY number")]
+
+    def log(self, page: LogPage) -> list[dict[str, Any]]:
+        """The calls that the service's own log would show, the newest first."""
+        return [dict(row) for row in self._db.execute(_LOG, asdict(page))]
+
+    def saved_settings(self) -> str | None:
+        """The JSON that `save_settings` kept."""
+        row = self._db.execute("SELECT changes FROM settings").fetchone()
+        return str(row[0]) if row else None
+
+    def save_settings(self, changes: str) -> None:
+        """Keep the settings over a restart."""
+        self._db.execute("INSERT OR REPLACE INTO settings (id, changes) VALUES (1, ?)", (changes,))
+
+    def clear(self) -> None:
+        """Forget everything: calls, pictures, settings; the balance is a new account's."""
+        with self._transaction():
+            for table in ("calls", "account", "settings"):
+                self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - the names stand in the line above
+            self._open_account()
+
+    def _open_account(self) -> None:
+        self._db.execute("INSERT OR IGNORE INTO account (id, balance) VALUES (1, ?)", (START_BALANCE,))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+def _call(row: sqlite3.Row) -> dict[str, Any]:
+    request = json.loads(row["request"] or "{}")
+    return {
+        **dict(row),
+        "time": datetime.fromtimestamp(row["at"], timezone.utc),
+        "prompt": request.get("prompt"),
+        "seed": request.get("seed"),
+        "billed": row["images"] > 0,
+    }

@@ -1,0 +1,1 @@
+"""The sandbox's pictures: drawn from a digest, so that the same request always gives the same bytes."""

@@ -1,0 +1,61 @@
+"""How the sandbox behaves, readable and changeable while it runs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+CREDITS_PER_USD = 2_000_000
+"""The service's own rate."""
+
+START_BALANCE = 100 * CREDITS_PER_USD
+"""Credits of a new sandbox's account: a hundred US dollars."""
+
+ResponseShape = Literal["images", "data", "b64", "data_uri", "both"]
+Envelope = Literal["mixed", "problem", "plain"]
+
+
+class ServiceSettings(BaseModel):
+    """Everything that can be set, apart from the balance. Unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    latency: float = Field(default=0.5, ge=0, description="Seconds that a generation takes.")
+    latency_jitter: float = Field(
+        default=0, ge=0, description="At most this many seconds more, drawn anew for each generation."
+    )
+    price: int = Field(default=168_000, ge=0, description="Credits a picture. 2,000,000 are one US dollar.")
+    url_ttl: float = Field(default=600, ge=0, description="Seconds that a result URL lives.")
+    max_in_flight: int | None = Field(
+        default=None, ge=1, description="Generations at once; over it the answer is 429. Empty: no limit."
+    )
+    rate_limit_per_minute: int | None = Field(
+        default=None, ge=1, description="Generations a minute; over it the answer is 429. Empty: no limit."
+    )
+    retry_after: float | None = Field(
+        default=None,
+        ge=0,
+        description="Retry-After, in seconds, on the 429s of the two limits above. Empty: the header is not sent.",
+    )
+    response_shape: ResponseShape = Field(
+        default="images",
+        description=(
+            "images: as in the service's samples. data: as in its schema. b64: the same with inline "
+            "pictures. data_uri: as images, with data: URIs. both: images and data."
+        ),
+    )
+    envelope: Envelope = Field(
+        default="mixed",
+        description="Errors as problem+json, as the plain envelope, or mixed: plain for 401, 404, 405 and 429.",
+    )
+    fast: bool = Field(default=False, description="Send prebuilt pictures, unique but not drawn: for benchmarks.")
+    fast_bytes: int = Field(
+        default=300_000, ge=1_000, le=100_000_000, description="How large a fast picture is made, in bytes."
+    )
+
+
+class SandboxSettings(ServiceSettings):
+    """The settings and the account's balance, as `/sandbox/settings` shows them."""
+
+    balance: int = Field(default=START_BALANCE, ge=0, description="Credits left.")

@@ -1,0 +1,98 @@
+"""What all tests share: a Prefect of their own, and real servers over sockets.
+
+The environment is set before Prefect is imported, so that nothing of the developer's own Prefect, AWS or service
+account is ever read or written.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+_HOME = Path(tempfile.mkdtemp(prefix="flux_prefect-tests-"))
+for _name in [name for name in os.environ if name.startswith(("PREFECT_", "AWS_", "AIML", "FLUX_"))]:
+    del os.environ[_name]
+os.environ |= {
+    "HOME": str(_HOME),
+    "PREFECT_HOME": str(_HOME / "prefect"),
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLI_COLORS": "false",
+    "FLUX_PREFECT_LOCKS": str(_HOME / "locks"),
+    "FLUX_PREFECT_SPOOL": str(_HOME / "spool"),
+    "FLUX_PREFECT_RETRY_DELAY_SECONDS": "[0]",
+    "AWS_CONFIG_FILE": str(_HOME / "no-aws-config"),
+    "AWS_SHARED_CREDENTIALS_FILE": str(_HOME / "no-aws-credentials"),
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+from collections.abc import Iterator  # noqa: E402 - the environment comes first
+from uuid import uuid4  # noqa: E402
+
+import pytest  # noqa: E402
+from prefect.settings import get_current_settings  # noqa: E402
+from prefect.testing.utilities import prefect_test_harness  # noqa: E402
+from pydantic import SecretStr  # noqa: E402
+
+from flux_prefect.api.models import ImageRequest  # noqa: E402
+from flux_prefect.bucket import ImageBucket  # noqa: E402
+from flux_prefect.credentials import AimlApiCredentials  # noqa: E402
+from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox  # noqa: E402
+
+API_KEY = "sandbox-key-5f1d9c2e77"
+
+
+@pytest.fixture(scope="session")
+def home() -> Path:
+    """The folder that the whole session writes to: Prefect's home, spool, locks, sandbox."""
+    return _HOME
+
+
+@pytest.fixture(scope="session")
+def running_sandbox(home: Path) -> Iterator[RunningSandbox]:
+    """The image service's stand-in and a real S3 server, in processes of their own."""
+    with start_sandbox(home / "sandbox", api_key=API_KEY, latency=0.0) as running:
+        yield running
+
+
+@pytest.fixture
+def sandbox(running_sandbox: RunningSandbox, monkeypatch: pytest.MonkeyPatch) -> RunningSandbox:
+    """The sandbox with a clean ledger and no faults, and the environment that points to it."""
+    running_sandbox.control.reset()
+    for name, value in running_sandbox.environment.items():
+        monkeypatch.setenv(name, value)
+    return running_sandbox
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[str]:
+    """A real Prefect server with a database of its own; its API's address."""
+    with prefect_test_harness(server_startup_timeout=60):
+        url = get_current_settings().api.url
+        assert url is not None
+        yield url
+
+
+@pytest.fixture
+def credentials(sandbox: RunningSandbox) -> AimlApiCredentials:
+    """The sandbox's account."""
+    return AimlApiCredentials(api_key=SecretStr(API_KEY), base_url=sandbox.url)
+
+
+@pytest.fixture
+def bucket(sandbox: RunningSandbox) -> ImageBucket:
+    """A prefix of its own in the sandbox's bucket."""
+    return ImageBucket(
+        bucket_name="images",
+        prefix=uuid4().hex,
+        endpoint_url=sandbox.environment["AWS_ENDPOINT_URL_S3"],
+        region_name="us-east-1",
+        aws_access_key_id=sandbox.environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=SecretStr(sandbox.environment["AWS_SECRET_ACCESS_KEY"]),
+    )
+
+
+@pytest.fixture
+def request_(sandbox: RunningSandbox) -> ImageRequest:  # noqa: ARG001 - only ever sent there
+    """A request that no other test has made."""
+    return ImageRequest(prompt=f"a lighthouse at dusk {uuid4().hex}", seed=7, aspect_ratio="1:1")

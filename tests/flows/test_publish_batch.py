@@ -1,0 +1,372 @@
+"""The batch flow: from Python, as a subflow, and from a shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ParameterTypeError
+from prefect.utilities.callables import parameter_schema
+from pydantic import SecretStr
+
+from flows.publish_batch import publish_batch
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.report import BatchFailed, BatchReport
+from flux_prefect.batch.table import TableError
+from flux_prefect.bucket import BucketAccessDenied, BucketMissing, ImageBucket
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.spool import SpoolUnwritable
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spool of the test's own."""
+    monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
+
+
+@pytest.fixture
+def prompts() -> list[dict[str, Any]]:
+    """Three good rows of a table; no other test has them."""
+    name = uuid4().hex
+    return [
+        {"id": "fox", "prompt": f"a fox {name}", "seed": 1, "aspect_ratio": "1:1", "shelf": "A3"},
+        {"id": "owl", "prompt": f"an owl {name}", "seed": 2, "output_format": "png"},
+        {"id": "elk", "prompt": f"an elk {name}", "aspect_ratio": "9:21"},
+    ]
+
+
+@pytest.mark.usefixtures("prefect_server")
+class TestFromPython:
+    """The flow called from Python, in a real Prefect run."""
+
+    async def test_every_row_is_published_and_told(
+        self,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+    ) -> None:
+        """The report has a record a row, in the table's order, with what it cost and where it is."""
+        report = await publish_batch(prompts, bucket, credentials)
+
+        assert isinstance(report, BatchReport)
+        assert [item.id for item in report.items] == ["fox", "owl", "elk"]
+        assert report.count("published") == 3
+        assert report.credits_used == 3 * 168_000
+        assert report.items[0].carried == {"shelf": "A3"}
+        assert report.items[2].request is not None
+        assert report.items[2].request.seed is not None
+        for item in report.items:
+            assert (await bucket.read_image(item.images[0]))[:4] in {b"\xff\xd8\xff\xe0", b"\x89PNG"}
+        assert sandbox.control.summary().billed_calls == 3
+
+    async def test_bad_rows_and_failures_never_stop_the_rest(
+        self,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+    ) -> None:
+        """An invalid row, a refused prompt and a flagged picture: the good rows are published, the run is Failed."""
+        refused, flagged = f"refused {uuid4().hex}", f"flagged {uuid4().hex}"
+        sandbox.control.inject("moderation", times=None, prompt_contains=refused)
+        sandbox.control.inject("flagged", times=None, prompt_contains=flagged)
+        table = [
+            *prompts[:1],
+            {"id": "bad", "prompt": "x", "guidance_scale": 21},
+            {"id": "refused", "prompt": refused},
+            {"id": "flagged", "prompt": flagged},
+            *prompts[1:],
+        ]
+        state = await publish_batch(table, bucket, credentials, max_failed=2, return_state=True)
+        error = await state.aresult(raise_on_failure=False)
+
+        assert state.is_failed()
+        assert isinstance(error, BatchFailed)
+        assert [item.status for item in error.report.items] == [
+            *("published", "invalid", "failed", "flagged", "published", "published")
+        ]
+        assert state.message is not None
+        assert state.message.startswith("3 of 6 items without their pictures (max_failed 2): 3 published")
+        assert "guidance_scale is 21" in str(error.report.items[1].message)
+        assert error.report.items[2].error == "RequestRefused"
+
+    async def test_tolerated_failures_leave_the_run_completed(
+        self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
+    ) -> None:
+        """The state's message still tells of them."""
+        state = await publish_batch(
+            [*prompts, {"id": "bad", "prompt": ""}], bucket, credentials, max_failed=1, return_state=True
+        )
+
+        assert state.is_completed()
+        assert state.message == "3 published, 1 invalid; 3 calls billed, 504,000 credits ($0.25)"
+
+    async def test_a_repeat_inside_the_table_is_paid_for_once(
+        self,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+    ) -> None:
+        """Every row gets its record all the same."""
+        sandbox.control.settings(latency=0.2)
+        report = await publish_batch([prompts[0], {**prompts[0], "id": "fox again"}], bucket, credentials)
+
+        assert sorted(item.status for item in report.items) == ["published", "unchanged"]
+        assert sandbox.control.summary().billed_calls == 1
+
+    async def test_a_wrong_api_key_stops_the_batch(
+        self, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+    ) -> None:
+        """What every row would fail for is asked a few times, not a hundred; and nothing is billed."""
+        wrong = credentials.model_copy(update={"api_key": SecretStr("wrong-key-11bb")})
+        table = [{"prompt": f"{uuid4().hex}", "seed": 1} for _ in range(100)]
+        with pytest.raises(BatchFailed) as caught:
+            await publish_batch(table, bucket, wrong, max_in_flight=2)
+
+        assert caught.value.report.count("failed") == 100
+        assert {item.error for item in caught.value.report.items} == {"AuthenticationFailed"}
+        assert sandbox.control.summary().calls <= 4
+        assert sandbox.control.summary().billed_calls == 0
+
+    async def test_no_more_calls_are_out_than_allowed(
+        self, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+    ) -> None:
+        """A service that takes three at once refuses none of a batch of three at once."""
+        sandbox.control.settings(latency=0.1, max_in_flight=3)
+        table = [{"prompt": uuid4().hex, "seed": 1} for _ in range(12)]
+        report = await publish_batch(table, bucket, credentials, max_in_flight=3)
+
+        assert report.count("published") == 12
+        assert sandbox.control.summary().refused == 0
+
+    async def test_runs_as_a_subflow(
+        self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
+    ) -> None:
+        """The parent gets the report, and the server knows the run as its child."""
+
+        @flow
+        async def nightly() -> BatchReport:
+            return await publish_batch(prompts, bucket, credentials)
+
+        report = await nightly()
+        assert report.count("published") == 3
+
+    async def test_task_runs_are_named_and_tagged(
+        self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
+    ) -> None:
+        """In the UI each task run says what it made, and with which seed."""
+        state = await publish_batch(prompts[:1], bucket, credentials, return_state=True)
+        async with get_client() as client:
+            for _ in range(100):
+                runs = await client.read_task_runs()
+                mine = [run for run in runs if run.flow_run_id == state.state_details.flow_run_id]
+                if len(mine) == 3:
+                    break
+        label = (
+            f"{str(prompts[0]['prompt'])[:47].rstrip()}… · seed 1"
+            if len(prompts[0]["prompt"]) > 48
+            else (f"{prompts[0]['prompt']} · seed 1")
+        )
+        assert {run.name for run in mine} == {f"generate {label}", f"download {label}", f"upload {label}"}
+        assert all("flux" in run.tags for run in mine)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"source": "/nowhere/prompts.csv"}, TableError, "can't be read: No such file"),
+            ({"source": "prompts.xlsx"}, TableError, "neither .csv nor .jsonl"),
+            ({"bucket": "images"}, ValueError, "images"),
+            ({"bucket": "https://images"}, ValueError, "s3://name/prefix"),
+            ({"bucket": "s3://nowhere/x"}, BucketMissing, "'nowhere' does not exist"),
+        ],
+    )
+    async def test_what_is_wrong_as_a_whole_stops_before_paying(
+        self,
+        sandbox: RunningSandbox,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        change: dict[str, Any],
+        error: type[Exception],
+        message: str,
+    ) -> None:
+        """The error names what to correct, and nothing was sent."""
+        arguments: dict[str, Any] = {"source": prompts, "bucket": bucket, "credentials": credentials, **change}
+        with pytest.raises(error, match=message):
+            await publish_batch(**arguments)
+        assert sandbox.control.summary().calls == 0
+
+    async def test_wrong_s3_keys_stop_before_paying(
+        self, sandbox: RunningSandbox, prompts: list[dict[str, Any]], credentials: AimlApiCredentials
+    ) -> None:
+        """Found by the check of the bucket."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+            with pytest.raises(BucketAccessDenied, match="check the keys"):
+                await publish_batch(prompts, "s3://images/x", credentials)
+        assert sandbox.control.summary().calls == 0
+
+    async def test_an_unwritable_spool_stops_before_paying(
+        self,
+        sandbox: RunningSandbox,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A picture that could not be kept is not paid for."""
+        monkeypatch.setenv("FLUX_PREFECT_SPOOL", "/proc/nowhere")
+        with pytest.raises(SpoolUnwritable, match="set FLUX_PREFECT_SPOOL"):
+            await publish_batch(prompts, bucket, credentials)
+        assert sandbox.control.summary().calls == 0
+
+    async def test_a_bad_parameter_is_refused_before_a_run_exists(self, bucket: ImageBucket) -> None:
+        """Prefect validates against the signature."""
+        with pytest.raises(ParameterTypeError, match="max_in_flight"):
+            await publish_batch([], bucket, max_in_flight=0)
+
+    async def test_odd_prompts_reach_the_service_as_they_are(
+        self, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+    ) -> None:
+        """Quotes, slashes, line breaks, emoji, right-to-left text: data everywhere, in no key."""
+        odd = [
+            f"../../etc/passwd {uuid4().hex}",
+            f"\"quoted\" and 'quoted' {uuid4().hex}",
+            f"🦊🎉 {uuid4().hex}",
+            f"two\nlines\r\nand\ttabs {uuid4().hex}",
+            f"<script>alert(1)</script> {{braces}} %s {uuid4().hex}",
+            f"שלום עולם {uuid4().hex}",
+            "x" * 3960 + uuid4().hex,
+        ]
+        report = await publish_batch([{"prompt": prompt} for prompt in odd], bucket, credentials)
+
+        assert report.count("published") == len(odd)
+        assert {row.prompt for row in sandbox.control.ledger().rows} == set(odd)
+        for item in report.items:
+            assert item.images[0].key.removeprefix(f"{bucket.prefix}/").replace("-0.jpg", "").isalnum()
+
+
+def test_the_form_has_help_and_bounds() -> None:
+    """What the UI builds its form from."""
+    schema = parameter_schema(publish_batch)
+    fields = schema.properties
+
+    assert schema.required == ["source", "bucket"]
+    assert (fields["max_in_flight"]["minimum"], fields["max_in_flight"]["maximum"]) == (1, 1000)
+    assert all(field.get("description") for field in fields.values())
+    request = schema.definitions["ImageRequest"]["properties"]
+    assert request["aspect_ratio"]["enum"][0] == "21:9"
+    assert request["prompt"]["maxLength"] == 4000
+
+
+class TestFromAShell:
+    """`python -m flows.publish_batch`, as a person or a cron job runs it."""
+
+    @pytest.fixture
+    def table(self, prompts: list[dict[str, Any]], tmp_path: Path) -> Path:
+        """The three rows as a file."""
+        path = tmp_path / "prompts.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in prompts), encoding="utf-8")
+        return path
+
+    @pytest.fixture
+    def environment(self, sandbox: RunningSandbox, prefect_server: str) -> dict[str, str]:
+        """What the sandbox says to export."""
+        return {**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect_server}
+
+    def test_published_pictures_exit_with_0(
+        self, table: Path, bucket: ImageBucket, environment: dict[str, str], tmp_path: Path
+    ) -> None:
+        """Plain lines, a table of the items, a gallery that opens from disk."""
+        ended = self._run(environment, str(table), "--bucket", bucket.uri, "--gallery", str(tmp_path / "gallery"))
+
+        assert ended.returncode == 0, ended.stderr
+        assert "Completed: 3 published; 3 calls billed, 504,000 credits ($0.25)" in ended.stdout
+        assert "3 of 3 done" in ended.stderr
+        assert "━" not in ended.stderr
+        page = (tmp_path / "gallery" / "index.html").read_text(encoding="utf-8")
+        assert page.count("<img ") == 3
+        assert len(list((tmp_path / "gallery" / "pictures").iterdir())) == 3
+
+    def test_failed_pictures_exit_with_1(
+        self, table: Path, bucket: ImageBucket, environment: dict[str, str], sandbox: RunningSandbox
+    ) -> None:
+        """The reason is on the screen."""
+        sandbox.control.inject("moderation", times=1)
+        ended = self._run(environment, str(table), "--bucket", bucket.uri)
+
+        assert ended.returncode == 1
+        assert "1 of 3 items without their pictures" in ended.stderr
+
+    def test_a_missing_table_exits_with_1(self, bucket: ImageBucket, environment: dict[str, str]) -> None:
+        """With what to correct."""
+        ended = self._run(environment, "nowhere.csv", "--bucket", bucket.uri)
+
+        assert ended.returncode == 1
+        assert "source 'nowhere.csv' can't be read: No such file or directory" in ended.stderr
+
+    def test_wrong_arguments_exit_with_2(self, environment: dict[str, str]) -> None:
+        """As every command line does."""
+        assert self._run(environment, "prompts.csv").returncode == 2
+
+    def test_a_person_at_a_terminal_sees_a_bar(
+        self, table: Path, bucket: ImageBucket, environment: dict[str, str]
+    ) -> None:
+        """And no log line of a single task run."""
+        ours, theirs = pty.openpty()
+        with subprocess.Popen(
+            [sys.executable, "-m", "flows.publish_batch", str(table), "--bucket", bucket.uri],
+            cwd=ROOT,
+            env={**environment, "TERM": "xterm", "COLUMNS": "120"},
+            stdout=subprocess.DEVNULL,
+            stderr=theirs,
+        ) as process:
+            os.close(theirs)
+            shown = b""
+            try:
+                while chunk := os.read(ours, 65536):
+                    shown += chunk
+            except OSError:  # the terminal ends with its last writer
+                pass
+        os.close(ours)
+
+        assert process.returncode == 0
+        text = shown.decode()
+        assert "━" in text
+        assert "3/3" in text
+        assert "Finished in state" not in text
+
+    def _run(self, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flows.publish_batch", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+
+@pytest.mark.usefixtures("prefect_server")
+async def test_a_list_of_requests_needs_no_table(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    """Rows are numbered from 1."""
+    requests = [ImageRequest(prompt=uuid4().hex, seed=seed) for seed in (1, 2)]
+    report = await publish_batch(requests, bucket, credentials)
+
+    assert [item.id for item in report.items] == ["1", "2"]

@@ -1,0 +1,100 @@
+"""The flow of one request: from Python and from a shell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prefect.utilities.callables import parameter_schema
+
+from flows.publish_image import publish_image
+from flux_prefect.api.errors import RequestRefused
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.sandbox.launching import RunningSandbox
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.usefixtures("prefect_server")
+class TestFromPython:
+    """The flow in a real Prefect run."""
+
+    async def test_returns_the_published_pictures(
+        self, request_: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials
+    ) -> None:
+        """All pictures of the request, in the service's order."""
+        images = await publish_image(request_.model_copy(update={"num_images": 3}), bucket, credentials)
+
+        assert [image.index for image in images] == [0, 1, 2]
+        assert {image.seed for image in images} == {7}
+
+    async def test_a_missing_seed_is_drawn_and_recorded(
+        self, request_: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+    ) -> None:
+        """Two runs draw two seeds; each is the one that the service was asked for."""
+        unseeded = request_.model_copy(update={"seed": None})
+        drawn = [(await publish_image(unseeded, bucket, credentials))[0].seed for _ in range(2)]
+
+        assert len(set(drawn)) == 2
+        assert {row.seed for row in sandbox.control.ledger().rows} == set(drawn)
+
+    async def test_a_refusal_fails_the_run_with_its_reason(
+        self, request_: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+    ) -> None:
+        """The state says what happened and what it cost."""
+        sandbox.control.inject("moderation", times=1)
+        state = await publish_image(request_, bucket, credentials, return_state=True)
+
+        assert state.is_failed()
+        assert str(state.message).endswith("Cost of this run: 0 credits ($0.00).")
+        with pytest.raises(RequestRefused):
+            await state.aresult()
+
+
+def test_the_form_offers_what_the_service_offers() -> None:
+    """Drop-downs and bounds come from the request model."""
+    request = parameter_schema(publish_image).definitions["ImageRequest"]["properties"]
+
+    assert request["output_format"]["enum"] == ["jpeg", "png"]
+    assert request["num_images"]["maximum"] == 4
+    assert request["safety_tolerance"]["default"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["a fox", "--seed", "3", "--aspect-ratio", "1:1"], 0, "s3://images/"),
+        (["a fox", "--seed", "0"], 2, "seed is '0'"),
+        (["a fox", "--num-images", "5"], 2, "num_images is '5'"),
+        (["", "--seed", "3"], 2, "prompt is ''"),
+        (["x" * 4001], 2, "at most 4000 characters"),
+    ],
+    ids=["good", "seed-0", "5-images", "no-prompt", "4001-characters"],
+)
+def test_from_a_shell(
+    arguments: list[str],
+    status: int,
+    told: str,
+    sandbox: RunningSandbox,
+    bucket: ImageBucket,
+    prefect_server: str,
+) -> None:
+    """The exit status and what is on the screen; bad input never reaches the service."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "flows.publish_image", *arguments, "--bucket", bucket.uri],
+        cwd=ROOT,
+        env={**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect_server},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert ended.returncode == status, ended.stderr
+    assert told in (ended.stdout if status == 0 else ended.stderr)
+    assert sandbox.control.summary().calls == (1 if status == 0 else 0)

@@ -1,0 +1,367 @@
+"""The whole path of a request, in a real flow run, against the sandbox and a real S3 server."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from prefect import flow
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+from pydantic import SecretStr
+
+from flux_prefect.api.errors import ContentFlagged, EmptyGeneration
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket import BucketMissing, ImageBucket, KeyOccupied
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.pipeline import Production, Status, produce_image
+from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.spool import Spool
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@flow
+async def produce(request: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials) -> Production:
+    """The pipeline inside a flow run, as flows use it."""
+    return await produce_image(request, bucket, credentials)
+
+
+@pytest.fixture(autouse=True)
+def own_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spool and a result storage of the test's own."""
+    monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
+
+
+def forget_results(folder: Path) -> temporary_settings:
+    """Run as on a machine whose Prefect has no results."""
+    return temporary_settings({PREFECT_LOCAL_STORAGE_PATH: folder / uuid4().hex})
+
+
+def forget_spool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Run as on a machine with an empty spool."""
+    monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / uuid4().hex))
+
+
+async def test_a_picture_is_generated_downloaded_and_published_once(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """The second run pays nothing, fetches nothing and writes nothing."""
+    first = await produce(request_, bucket, credentials)
+    after_first = sandbox.control.summary()
+    second = await produce(request_, bucket, credentials)
+
+    assert [image.status for image in first.images] == [Status.PUBLISHED]
+    assert [image.status for image in second.images] == [Status.UNCHANGED]
+    assert first.credits_used == 168_000
+    assert second.calls == []
+    assert after_first.billed_calls == 1
+    assert sandbox.control.summary() == after_first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "another prompt"},
+        {"seed": 8},
+        {"aspect_ratio": "16:9"},
+        {"output_format": "png"},
+        {"guidance_scale": 3.5},
+        {"safety_tolerance": "3"},
+        {"num_images": 2},
+        {"model": "flux/kontext-pro/text-to-image"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+async def test_any_field_that_changes_the_picture_pays_for_another(
+    sandbox: RunningSandbox,
+    bucket: ImageBucket,
+    credentials: AimlApiCredentials,
+    request_: ImageRequest,
+    change: dict[str, object],
+) -> None:
+    """The other picture is published beside the first."""
+    if "prompt" in change:
+        change = {"prompt": f"another {request_.prompt}"}
+    first = await produce(request_, bucket, credentials)
+    second = await produce(request_.model_copy(update=change), bucket, credentials)
+
+    assert sandbox.control.summary().billed_calls == 2
+    assert first.images[0].image is not None
+    assert second.images[0].image is not None
+    assert first.images[0].image.key != second.images[0].image.key
+
+
+async def test_another_api_key_finds_the_picture_of_the_first(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """The key is no part of the cache: even a wrong one finds what is published, and the cached answer."""
+    other = credentials.model_copy(update={"api_key": SecretStr("another-key-77aa")})
+    await produce(request_, bucket, credentials)
+    published = await produce(request_, bucket, other)
+    elsewhere = await produce(request_, bucket.model_copy(update={"prefix": f"{bucket.prefix}-2"}), other)
+
+    assert published.images[0].status is Status.UNCHANGED
+    assert elsewhere.images[0].status is Status.PUBLISHED
+    assert sandbox.control.summary().calls == 1
+
+
+async def test_another_endpoint_is_another_cache(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """A stand-in's picture never passes for the real service's."""
+    other = credentials.model_copy(update={"base_url": credentials.base_url.replace("127.0.0.1", "localhost")})
+    await produce(request_, bucket, credentials)
+    second = await produce(request_, bucket, other)
+
+    assert second.images[0].status is Status.PUBLISHED
+    assert sandbox.control.summary().billed_calls == 2
+
+
+async def test_an_empty_machine_finds_the_picture_in_the_bucket(
+    sandbox: RunningSandbox,
+    bucket: ImageBucket,
+    credentials: AimlApiCredentials,
+    request_: ImageRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bucket is the cache: neither results nor spool are needed."""
+    await produce(request_, bucket, credentials)
+    forget_spool(monkeypatch, tmp_path)
+    with forget_results(tmp_path):
+        second = await produce(request_, bucket, credentials)
+
+    assert second.images[0].status is Status.UNCHANGED
+    assert sandbox.control.summary().billed_calls == 1
+
+
+async def test_a_deleted_object_is_published_again_for_nothing(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """The spool still has the bytes: no call, no download."""
+    first = await produce(request_, bucket, credentials)
+    _delete(bucket, first)
+    before = sandbox.control.summary()
+    second = await produce(request_, bucket, credentials)
+
+    assert second.images[0].status is Status.PUBLISHED
+    assert second.refetched == 0
+    assert sandbox.control.summary() == before
+
+
+async def test_a_missing_spool_file_is_fetched_again_for_nothing(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """One download, no call."""
+    first = await produce(request_, bucket, credentials)
+    _delete(bucket, first)
+    for picture in (Spool().root / "pictures").iterdir():
+        picture.unlink()
+    before = sandbox.control.summary()
+    second = await produce(request_, bucket, credentials)
+    after = sandbox.control.summary()
+
+    assert second.images[0].status is Status.PUBLISHED
+    assert second.refetched == 1
+    assert (after.calls, after.downloads) == (before.calls, before.downloads + 1)
+
+
+async def test_a_changed_spool_file_is_fetched_again_for_nothing(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """Bytes that rotted on the disk are refused by S3 and fetched anew; the picture ends published, and right."""
+    first = await produce(request_, bucket, credentials)
+    _delete(bucket, first)
+    (picture,) = (Spool().root / "pictures").iterdir()
+    content = picture.read_bytes()
+    picture.write_bytes(content[:-2] + b"\x00\x00")
+    second = await produce(request_, bucket, credentials)
+
+    assert second.images[0].status is Status.PUBLISHED
+    assert second.refetched == 1
+    assert sandbox.control.summary().billed_calls == 1
+    assert first.images[0].image is not None
+    assert second.images[0].image is not None
+    assert second.images[0].image.sha256 == first.images[0].image.sha256
+
+
+async def test_a_dead_url_in_a_cached_answer_is_paid_for_once_more(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """Neither bytes nor URL are left: one new call with the same seed, counted, and the picture is published."""
+    sandbox.control.inject("dead_url", times=1)
+    first = await produce(request_, bucket, credentials)
+    assert first.images[0].status is Status.FAILED
+    sandbox.control.inject("dead_url", times=1)
+    second = await produce(request_, bucket, credentials)
+
+    assert second.images[0].status is Status.PUBLISHED
+    assert second.regenerated
+    assert not first.regenerated
+    assert sandbox.control.summary().billed_calls == 2
+    assert {row.seed for row in sandbox.control.ledger().rows} == {7}
+
+
+async def test_a_url_that_stays_dead_is_paid_for_at_most_once_a_run(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """Healing never loops: one call a run, and the failure is told."""
+    sandbox.control.inject("dead_url", times=None)
+    for run in (1, 2, 3):
+        production = await produce(request_, bucket, credentials)
+        assert production.images[0].status is Status.FAILED
+        assert sandbox.control.summary().billed_calls == run
+
+
+async def test_an_answer_that_prefect_lost_is_taken_from_the_spool(
+    sandbox: RunningSandbox,
+    bucket: ImageBucket,
+    credentials: AimlApiCredentials,
+    request_: ImageRequest,
+    tmp_path: Path,
+) -> None:
+    """What a crash took from Prefect's results was in our custody before."""
+    first = await produce(request_, bucket, credentials)
+    _delete(bucket, first)
+    with forget_results(tmp_path):
+        second = await produce(request_, bucket, credentials)
+
+    assert second.images[0].status is Status.PUBLISHED
+    assert sandbox.control.summary().billed_calls == 1
+
+
+async def test_the_same_request_at_once_is_paid_for_once(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """Inside one process, one of the runs publishes and the others find its picture."""
+    sandbox.control.settings(latency=0.3)
+
+    @flow
+    async def crowd() -> list[Production]:
+        return await asyncio.gather(*(produce_image(request_, bucket, credentials) for _ in range(6)))
+
+    productions = await crowd()
+
+    statuses = [production.images[0].status for production in productions]
+    assert sorted(statuses) == [Status.PUBLISHED] + [Status.UNCHANGED] * 5
+    assert sandbox.control.summary().billed_calls == 1
+
+
+async def test_several_pictures_of_one_request_are_one_call(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """Each picture has its own object; one that was deleted comes back alone."""
+    request = request_.model_copy(update={"num_images": 4})
+    first = await produce(request, bucket, credentials)
+    image = first.images[2].image
+    assert image is not None
+    bucket.get_client().delete_object(Bucket="images", Key=image.key)
+    second = await produce(request, bucket, credentials)
+
+    assert [outcome.status for outcome in first.images] == [Status.PUBLISHED] * 4
+    assert len({outcome.image.sha256 for outcome in first.images if outcome.image}) == 4
+    assert [outcome.status for outcome in second.images] == [
+        Status.UNCHANGED,
+        Status.UNCHANGED,
+        Status.PUBLISHED,
+        Status.UNCHANGED,
+    ]
+    assert sandbox.control.summary().billed_calls == 1
+
+
+async def test_a_flagged_picture_is_told_and_never_paid_for_again(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """The service would flag the same seed again, so the flag is cached like a picture."""
+    sandbox.control.inject("flagged", times=1)
+    first = await produce(request_, bucket, credentials)
+    second = await produce(request_, bucket, credentials)
+
+    assert first.images[0].status is second.images[0].status is Status.FLAGGED
+    assert isinstance(second.error, ContentFlagged)
+    assert sandbox.control.summary().billed_calls == 1
+    assert _keys(bucket) == []
+
+
+async def test_a_black_picture_is_flagged_and_never_paid_for_again(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """Its bytes stay in the spool, so not even the download is repeated."""
+    sandbox.control.inject("black", times=1)
+    first = await produce(request_, bucket, credentials)
+    before = sandbox.control.summary()
+    second = await produce(request_, bucket, credentials)
+
+    assert first.images[0].status is second.images[0].status is Status.FLAGGED
+    assert sandbox.control.summary() == before
+    assert _keys(bucket) == []
+
+
+async def test_a_picture_missing_from_the_answer_fails_alone(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """The pictures that came are published."""
+    sandbox.control.inject("fewer_images", times=1)
+    production = await produce(request_.model_copy(update={"num_images": 2}), bucket, credentials)
+
+    assert [outcome.status for outcome in production.images] == [Status.PUBLISHED, Status.FAILED]
+    assert isinstance(production.error, EmptyGeneration)
+    assert "was billed" in production.error.message
+
+
+async def test_a_stranger_under_the_key_stops_before_paying(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """What could not be published is not generated."""
+    key = bucket.key_of(request_, request_.fingerprint(credentials.base_url), 0)
+    bucket.get_client().put_object(Bucket="images", Key=key, Body=b"something else")
+    production = await produce(request_, bucket, credentials)
+
+    assert isinstance(production.error, KeyOccupied)
+    assert sandbox.control.summary().calls == 0
+
+
+async def test_a_failed_upload_keeps_what_was_paid_for(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """The next run publishes the picture without a call or a download."""
+    failed = await produce(request_, bucket.model_copy(update={"bucket_name": "nowhere"}), credentials)
+    before = sandbox.control.summary()
+    again = await produce(request_, bucket, credentials)
+
+    assert isinstance(failed.error, BucketMissing)
+    assert before.billed_calls == 1
+    assert again.images[0].status is Status.PUBLISHED
+    assert sandbox.control.summary() == before
+
+
+@pytest.mark.parametrize("shape", ["images", "data", "b64", "data_uri", "both"])
+async def test_every_shape_of_answer_ends_published(
+    sandbox: RunningSandbox,
+    bucket: ImageBucket,
+    credentials: AimlApiCredentials,
+    request_: ImageRequest,
+    shape: str,
+    tmp_path: Path,
+) -> None:
+    """Inline pictures, too, survive a lost result store; and no result holds their bytes."""
+    sandbox.control.settings(response_shape=shape)
+    storage = tmp_path / "results"
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: storage}):
+        production = await produce(request_, bucket, credentials)
+
+    assert production.images[0].status is Status.PUBLISHED
+    assert max(path.stat().st_size for path in storage.iterdir()) < 10_000
+
+
+def _delete(bucket: ImageBucket, production: Production) -> None:
+    for outcome in production.images:
+        assert outcome.image is not None
+        bucket.get_client().delete_object(Bucket="images", Key=outcome.image.key)
+
+
+def _keys(bucket: ImageBucket) -> list[str]:
+    listed = bucket.get_client().list_objects_v2(Bucket="images", Prefix=bucket.prefix)
+    return [item["Key"] for item in listed.get("Contents", [])]
