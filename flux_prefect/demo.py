@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     folder: Path = given.folder.absolute()
     console = Console(highlight=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # both, also where a shell's background job ignores the first
+        signal.signal(number, signal.default_int_handler)
     try:
         _run(folder, console, serve=given.serve)
     except KeyboardInterrupt:

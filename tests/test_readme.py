@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -60,11 +61,11 @@ def test_the_commands_exist(command: str) -> None:
     assert told.stdout.startswith(f"usage: python -m {command}")
 
 
-@pytest.mark.usefixtures("prefect_server")
-def test_the_blocks_are_registered_by_the_package() -> None:
+def test_the_blocks_are_registered_by_the_package(prefect_server: str) -> None:
     """`prefect block register -m flux_prefect` finds both."""
     told = subprocess.run(
         [sys.executable, "-m", "prefect", "block", "register", "-m", "flux_prefect"],
+        env={**os.environ, "PREFECT_API_URL": prefect_server},
         capture_output=True,
         text=True,
         check=False,
