@@ -27,6 +27,7 @@ from flux_prefect.batch.running import run_batch
 from flux_prefect.batch.table import read_table
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.locking import HostLockManager
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.spool import Spool
 
@@ -64,6 +65,7 @@ async def publish_batch(
     Raises:
         TableError: the table can't be read as a whole.
         BucketError: the bucket or its keys are wrong.
+        SpoolUnwritable, PermissionError: the spool or the lock folder can't be used.
         BatchFailed: more than max_failed items failed, were flagged or were invalid. Its `report` is the whole report.
     """
     logger = get_run_logger()
@@ -71,6 +73,7 @@ async def publish_batch(
     destination = await ImageBucket.resolve(bucket)
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
     Spool().prepare()
+    HostLockManager().prepare()
     await destination.check()
     with show_progress(len(rows), logger) as tell:
         report = await run_batch(rows, destination, account, run=str(flow_run.id), on_record=tell)

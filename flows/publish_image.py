@@ -21,9 +21,11 @@ from flux_prefect.batch.report import describe_credits
 from flux_prefect.batch.table import explain_invalid
 from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.locking import HostLockManager
 from flux_prefect.pipeline import produce_image
 from flux_prefect.seeds import with_seed
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
+from flux_prefect.spool import Spool
 
 
 @flow(name="publish-image", flow_run_name="publish {request.label}")
@@ -48,6 +50,8 @@ async def publish_image(
     logger = get_run_logger()
     destination = await ImageBucket.resolve(bucket)
     account = await AimlApiCredentials.resolve(credentials)
+    Spool().prepare()
+    HostLockManager().prepare()
     await destination.check()
     production = await produce_image(with_seed(request, str(flow_run.id), "image"), destination, account)
     for outcome in production.images:

@@ -1,7 +1,7 @@
 """`make demo`: the main job on this machine alone, twice.
 
-Starts the sandbox and a Prefect server, publishes a prompt table with the command that a person would type, types it again,
-and shows from the sandbox's own books that the second time nothing was generated and nothing was paid.
+Starts the sandbox and a Prefect server, publishes a prompt table with the command that a person would type, types it
+again, and shows from the sandbox's own books that the second time nothing was generated and nothing was paid.
 """
 
 from __future__ import annotations

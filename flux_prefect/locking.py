@@ -49,6 +49,14 @@ class HostLockManager(LockManager):
         # A copy, in this process or another, holds nothing: the kernel knows who does.
         return type(self), (self._directory,)
 
+    def prepare(self) -> None:
+        """Make the lock folder.
+
+        Raises:
+            PermissionError: it can't be used; the message names the setting.
+        """
+        _make_private(self._folder())
+
     def acquire_lock(
         self,
         key: str,
@@ -146,8 +154,11 @@ class HostLockManager(LockManager):
         self._held[_here(key)] = (holder, lock)
         return True
 
+    def _folder(self) -> Path:
+        return self._directory or current_settings().locks
+
     def _path(self, key: str) -> Path:
-        directory = self._directory or current_settings().locks
+        directory = self._folder()
         _make_private(directory)
         return directory / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.lock"
 

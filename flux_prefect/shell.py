@@ -32,8 +32,8 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
 def run_to_state(run: Awaitable[State[Any]]) -> State[Any]:
     """Run a flow that was called with `return_state=True`.
 
-    The terminal gets warnings and, unless a progress bar is there, the log of the flow run. The server keeps the logs of
-    all task runs too.
+    The terminal gets warnings and, unless a progress bar is there, the log of the flow run. The server keeps the logs
+    of all task runs too.
     """
     setup_logging()
     for handler in logging.getLogger().handlers:

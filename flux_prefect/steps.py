@@ -82,9 +82,14 @@ async def generate(
 
     spool.prepare()
     try:
-        generation = await client.generate(request, client_request_id=call.client_request_id, before_send=note)
+        generation = await client.generate(
+            request,
+            client_request_id=call.client_request_id,
+            before_send=note,
+            after_refusal=lambda: spool.close_call(call),
+        )
     except ServiceError as error:
-        _count(call, error.billed, None)
+        _count(call, error.billed, error.credits_used)
         if error.billed is Billed.NO:
             spool.close_call(call)
         else:

@@ -11,10 +11,10 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from PIL import Image
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
-from PIL import Image
 from pydantic import SecretStr, ValidationError
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
@@ -38,6 +38,7 @@ class TestBlock(BlockStandardTestSuite):
 
     @pytest.fixture
     def block(self) -> type[ImageBucket]:
+        """The block that the suite examines."""
         return ImageBucket
 
     def test_has_a_valid_image(self, block: type[ImageBucket]) -> None:

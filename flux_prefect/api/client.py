@@ -185,6 +185,7 @@ class AimlApiClient:
         *,
         client_request_id: str | None = None,
         before_send: Callable[[], None] | None = None,
+        after_refusal: Callable[[], None] | None = None,
     ) -> Generation:
         """Have pictures made: one POST, which is paid for.
 
@@ -198,6 +199,7 @@ class AimlApiClient:
             client_request_id: our id of the call in the service's log, 1 to 128 of `A-Za-z0-9._:-`. A fresh
                 one where none is given.
             before_send: called right before each time that the POST goes out; what it raises stops the call.
+            after_refusal: called right after each time that the service refused it as one too many, before the pause.
 
         Raises:
             NotSent: no connection. Not paid.
@@ -223,6 +225,8 @@ class AimlApiClient:
                         if answer.status < 500:  # noqa: PLR2004 - a failure of the service proves no capacity
                             self._pacer.accepted(turn)
                         break
+                    if after_refusal is not None:
+                        after_refusal()
                     self._pacer.refused(turn, self._pause(refusal, attempt))
             except NoSlot:
                 raise _gave_up(refusal, call_id, time.monotonic() - turn.asked_at, attempt) from None

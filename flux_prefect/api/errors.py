@@ -92,11 +92,20 @@ class ServiceError(FluxError):
 
     Attributes:
         client_request_id: our id of the call, to be found in the service's log.
+        credits_used: what the call cost all the same, in credits, where the service said so.
     """
 
-    def __init__(self, message: str, *, client_request_id: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        client_request_id: str | None = None,
+        credits_used: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(message, **kwargs)
         self.client_request_id = client_request_id
+        self.credits_used = credits_used
 
 
 class NotSent(ServiceError):

@@ -73,6 +73,13 @@ class ImageRequest(BaseModel):
         default="flux/kontext-max/text-to-image", description="The text-to-image model of the service."
     )
 
+    @field_validator("seed", "guidance_scale", "num_images", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("a truth value is no number")  # noqa: TRY004 - pydantic gathers ValueErrors
+        return value
+
     @field_validator("prompt")
     @classmethod
     def _not_blank(cls, prompt: str) -> str:
@@ -131,7 +138,9 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    request: ImageRequest = Field(description="The request as it was sent.")
+    request: ImageRequest = Field(
+        description="The request as it was sent; where that had no seed, with the one that the service reported."
+    )
     endpoint: str = Field(description="The root URL of the service that answered.")
     fingerprint: str = Field(
         description=(
@@ -195,6 +204,7 @@ def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword 
             f"{_paid_sentence(cost)} Look for {client_request_id} in its log.",
             client_request_id=client_request_id,
             billed=_billed(cost),
+            credits_used=cost.credits_used,
         )
     listed, data = _read_list(body, "images", client_request_id), _read_list(body, "data", client_request_id)
     flags = body.get("has_nsfw_concepts")
@@ -220,11 +230,13 @@ def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword 
             f"Look for {client_request_id} in its log.",
             client_request_id=client_request_id,
             billed=_billed(cost),
+            credits_used=cost.credits_used,
         )
     reported_seed = _read_int(body.get("seed"))
     seed = request.seed if request.seed is not None else reported_seed
     if seed is not None and 1 <= seed <= MAX_SEED:
-        fingerprint = request.model_copy(update={"seed": seed}).fingerprint(endpoint)
+        request = request.model_copy(update={"seed": seed})
+        fingerprint = request.fingerprint(endpoint)
     else:
         fingerprint = _digest(f"call {client_request_id}")
     return Generation(

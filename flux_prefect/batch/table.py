@@ -19,7 +19,7 @@ from flux_prefect.api.models import ImageRequest
 
 _FIELDS = frozenset(ImageRequest.model_fields)
 _OWN_COLUMNS = _FIELDS | {"id"}
-_TYPO = 0.8  # difflib's similarity from which a column counts as a field misspelt
+_TYPO = 0.85  # difflib's similarity from which a column counts as a field misspelt
 
 
 @dataclass(frozen=True)

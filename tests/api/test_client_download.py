@@ -1,4 +1,3 @@
-# ruff: noqa: ASYNC240 - small local files, and nothing else runs on a test's event loop
 from __future__ import annotations
 
 import asyncio

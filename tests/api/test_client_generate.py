@@ -46,7 +46,7 @@ URL = "https://cdn.aimlapi.com/one.jpg"
 GOOD = {"data": [{"url": URL}], "meta": {"usage": {"credits_used": 168000}}}
 
 
-def make_client(  # noqa: PLR0913 - keyword-only, each with a default
+def make_client(
     handler: Callable[[httpx.Request], httpx.Response] | None = None,
     *,
     base_url: str = "https://api.example",
@@ -181,7 +181,7 @@ async def test_a_caller_that_objects_stops_the_call(lighthouse: ImageRequest) ->
     ],
 )
 @pytest.mark.parametrize("problem_json", [False, True])
-async def test_each_status_is_its_own_error_and_is_raised_once(  # noqa: PLR0913, PLR0917 - a table's columns
+async def test_each_status_is_its_own_error_and_is_raised_once(
     status: int,
     message: str,
     kind: type[StatusError],

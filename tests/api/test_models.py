@@ -267,12 +267,19 @@ def test_flags_and_places_belong_to_their_picture(now: datetime) -> None:
     assert [(image.index, image.flagged) for image in _parse(body, now).images] == [(1, True)]
 
 
+@pytest.mark.parametrize("field", ["seed", "num_images", "guidance_scale"])
+def test_a_truth_value_is_no_number(field: str) -> None:
+    """`"seed": true` in a table is a mistake, not seed 1."""
+    with pytest.raises(ValidationError, match="a truth value is no number"):
+        ImageRequest.model_validate({"prompt": "a lighthouse", field: True})
+
+
 def test_a_reported_seed_makes_an_unseeded_answer_repeatable(now: datetime) -> None:
     """Its fingerprint is the one of the request with that seed."""
     asked = ImageRequest(prompt="a lighthouse")
     generation = _parse({"images": [{"url": URL}], "seed": 7}, now, asked)
     assert generation.seed == 7
-    assert generation.request == asked
+    assert generation.request == asked.model_copy(update={"seed": 7})
     assert generation.fingerprint == ImageRequest(prompt="a lighthouse", seed=7).fingerprint(ENDPOINT)
 
 

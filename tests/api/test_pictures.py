@@ -215,7 +215,7 @@ def test_many_threads_may_inspect_at_once(tmp_path: Path, jpeg: bytes, png: byte
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(form=st.sampled_from(["jpeg", "png"]), at=st.integers(0, 10_000), junk=st.binary(min_size=1, max_size=40))
-def test_no_broken_file_breaks_the_inspection(  # noqa: PLR0913, PLR0917 - fixtures and what is drawn
+def test_no_broken_file_breaks_the_inspection(
     tmp_path: Path, jpeg: bytes, png: bytes, form: OutputFormat, at: int, junk: bytes
 ) -> None:
     """Overwritten anywhere, a file is a picture or a typed error."""

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import io
+import pickle
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flux_prefect.api.errors import AnswerLost, Billed, ContentFlagged, ImageGone, OutOfCredits
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.report import (
+    BatchFailed,
+    BatchReport,
+    ItemRecord,
+    describe_credits,
+    record_failed,
+    record_invalid,
+    record_production,
+    tabulate,
+)
+from flux_prefect.batch.table import Row
+from flux_prefect.bucket import PublishedImage
+from flux_prefect.pipeline import ImageOutcome, Production
+from flux_prefect.spool import PaidCall
+from flux_prefect.steps import CallOutcome
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+REQUEST = ImageRequest(prompt="a lighthouse", seed=7)
+ROW = Row(3, "dusk", REQUEST, {"sku": "007"})
+
+
+def _image(index: int = 0, *, created: bool = True) -> PublishedImage:
+    return PublishedImage(
+        bucket="images",
+        key=f"team/{index}.jpg",
+        uri=f"s3://images/team/{index}.jpg",
+        url=None,
+        etag="e",
+        sha256="a" * 64,
+        size=1000,
+        content_type="image/jpeg",
+        width=96,
+        height=64,
+        fingerprint="f" * 32,
+        index=index,
+        seed=7,
+        sidecar_key=f"team/{index}.jpg.aaaaaaaaaaaaaaaa.json",
+        published_at=NOON,
+        created=created,
+    )
+
+
+def _open_call(number: int, billed: Billed) -> PaidCall:
+    return PaidCall(
+        client_request_id=f"fp-{number}",
+        fingerprint="f" * 32,
+        endpoint="https://api.aimlapi.com",
+        sent_at=NOON,
+        task_run_id=None,
+        billed=billed,
+    )
+
+
+def _production(*outcomes: ImageOutcome, **more: Any) -> Production:
+    return Production(REQUEST, "f" * 32, outcomes={outcome.index: outcome for outcome in outcomes}, **more)
+
+
+def _record(status: Any, row: int = 1, **more: Any) -> ItemRecord:
+    return ItemRecord(row=row, id=str(row), status=status, request=None if status == "invalid" else REQUEST, **more)
+
+
+NEW, OLD = ImageOutcome(0, image=_image()), ImageOutcome(0, image=_image(created=False))
+FLAGGED = ImageOutcome(0, error=ContentFlagged("flagged"))
+LOST = ImageOutcome(0, error=AnswerLost("the answer was lost"))
+
+
+class TestRecords:
+    """What became of one row."""
+
+    def test_an_invalid_row_has_its_reason(self) -> None:
+        """No request, nothing sent, what it carried kept."""
+        record = record_invalid(Row(3, "dusk", None, {"sku": "007"}, "row 3: seed is '0'"))
+        assert record == ItemRecord(
+            row=3,
+            id="dusk",
+            status="invalid",
+            request=None,
+            error="InvalidRow",
+            message="row 3: seed is '0'",
+            carried={"sku": "007"},
+        )
+
+    def test_a_row_whose_work_broke_has_the_error(self) -> None:
+        """Class and message; an error without a message still says what it was."""
+        record = record_failed(ROW, REQUEST, OSError("no space"))
+        assert (record.status, record.error, record.message) == ("failed", "OSError", "no space")
+        assert (record.row, record.id, record.request, record.carried) == (3, "dusk", REQUEST, {"sku": "007"})
+        assert record_failed(ROW, REQUEST, TimeoutError()).message == "TimeoutError()"
+
+    def test_a_published_row_has_its_pictures_and_its_cost(self) -> None:
+        """All calls are counted, billed ones and credits among them."""
+        calls = [CallOutcome("fp-1", Billed.NO, None), CallOutcome("fp-2", Billed.YES, 168_000.0)]
+        record = record_production(ROW, _production(NEW, calls=calls, regenerated=True, refetched=1))
+        assert (record.row, record.id, record.status, record.carried) == (3, "dusk", "published", {"sku": "007"})
+        assert record.images == (_image(),)
+        assert (record.error, record.message) == (None, None)
+        assert (record.calls, record.billed_calls, record.credits_used) == (2, 1, 168_000)
+        assert (record.regenerated, record.refetched) == (True, 1)
+
+    def test_lost_money_is_listed_by_call(self) -> None:
+        """Calls that were billed for nothing and calls that may have been are told apart, by the ids in the log."""
+        lost = [_open_call(1, Billed.YES), _open_call(2, Billed.UNKNOWN), _open_call(3, Billed.UNKNOWN)]
+        record = record_production(ROW, _production(LOST, open_calls=lost))
+        assert record.billed_and_lost == ("fp-1",)
+        assert record.possibly_billed == ("fp-2", "fp-3")
+        assert (record.status, record.error, record.message) == ("failed", "AnswerLost", "the answer was lost")
+
+    @pytest.mark.parametrize(
+        ("outcomes", "status"),
+        [
+            ([OLD, NEW], "published"),
+            ([OLD, OLD], "unchanged"),
+            ([NEW, FLAGGED], "flagged"),
+            ([FLAGGED, LOST, NEW], "failed"),
+            ([OLD, LOST], "failed"),
+        ],
+    )
+    def test_the_worst_picture_decides(self, outcomes: list[ImageOutcome], status: str) -> None:
+        """A row is as good as its worst picture; those that are in the bucket are listed all the same."""
+        numbered = [
+            ImageOutcome(
+                index, None if outcome.image is None else _image(index, created=outcome.image.created), outcome.error
+            )
+            for index, outcome in enumerate(outcomes)
+        ]
+        record = record_production(ROW, _production(*numbered))
+        assert record.status == status
+        assert [image.index for image in record.images] == [one.index for one in numbered if one.image is not None]
+
+    def test_the_first_error_is_told(self) -> None:
+        """In the order of the pictures."""
+        gone, lost = ImageOutcome(1, error=ImageGone("gone")), ImageOutcome(2, error=AnswerLost("lost"))
+        assert record_production(ROW, _production(lost, NEW, gone)).message == "gone"
+
+
+class TestReport:
+    """The sums."""
+
+    @pytest.fixture
+    def report(self) -> BatchReport:
+        """One item of each kind."""
+        return BatchReport(
+            items=(
+                _record("published", 1, calls=2, billed_calls=1, credits_used=168_000, images=(_image(),)),
+                _record("published", 2, calls=1, billed_calls=1, credits_used=168_000, images=(_image(),)),
+                _record("unchanged", 3, images=(_image(created=False),)),
+                _record(
+                    "flagged",
+                    4,
+                    calls=1,
+                    billed_calls=1,
+                    credits_used=168_000,
+                    error="ContentFlagged",
+                    message="unsafe",
+                ),
+                _record("failed", 5, calls=2, error="AnswerLost", message="lost", possibly_billed=("fp-1", "fp-2")),
+                _record(
+                    "failed",
+                    6,
+                    calls=1,
+                    billed_calls=1,
+                    error="EmptyGeneration",
+                    message="empty",
+                    billed_and_lost=("fp-3",),
+                ),
+                _record("invalid", 7, error="InvalidRow", message="row 7: [red]seed[/red] is '0'"),
+            ),
+            seconds=12.34,
+        )
+
+    def test_every_item_is_counted_once(self, report: BatchReport) -> None:
+        """The counts add up to the table."""
+        counts = {status: report.count(status) for status in ("published", "unchanged", "flagged", "failed", "invalid")}
+        assert counts == {"published": 2, "unchanged": 1, "flagged": 1, "failed": 2, "invalid": 1}
+        assert [item.row for item in report.unsuccessful] == [4, 5, 6, 7]
+        assert (report.billed_calls, report.credits_used) == (4, 504_000)
+        assert report.possibly_billed == ["fp-1", "fp-2"]
+
+    def test_the_summary_is_one_line_with_everything_that_happened(self, report: BatchReport) -> None:
+        """Pictures, money, and money that is in doubt."""
+        assert report.summary() == (
+            "2 published, 1 already there, 1 flagged, 2 failed, 1 invalid; "
+            "4 calls billed, 504,000 credits ($0.25); 1 billed and lost; 2 possibly billed"
+        )
+
+    @pytest.mark.parametrize(
+        ("items", "summary"),
+        [
+            ([], "0 published; 0 calls billed, 0 credits ($0.00)"),
+            ([_record("unchanged")], "0 published, 1 already there; 0 calls billed, 0 credits ($0.00)"),
+            (
+                [_record("published", billed_calls=1, credits_used=168_000)],
+                "1 published; 1 call billed, 168,000 credits ($0.08)",
+            ),
+        ],
+    )
+    def test_the_summary_leaves_out_what_did_not_happen(self, items: list[ItemRecord], summary: str) -> None:
+        """Only what was published and billed is told at nought."""
+        assert BatchReport(items=tuple(items), seconds=0).summary() == summary
+
+    def test_a_report_survives_json(self, report: BatchReport) -> None:
+        """As Prefect stores it and others read it, with whatever a row carried."""
+        carried = {"tags": ["a", {"b": None}], "price": 1.5, "ünï": "🗝\n"}
+        whole = report.model_copy(update={"items": (*report.items, _record("unchanged", 8, carried=carried))})
+        assert BatchReport.model_validate_json(whole.model_dump_json()) == whole
+
+    def test_a_failed_batch_keeps_its_report(self, report: BatchReport) -> None:
+        """The exception that Prefect pickles with the run's state has all of it."""
+        failure = pickle.loads(pickle.dumps(BatchFailed("too many", report)))  # noqa: S301 - our own
+        assert isinstance(failure, BatchFailed)
+        assert (failure.message, failure.report) == ("too many", report)
+        assert not failure.retryable
+
+    def test_the_table_has_a_line_an_item_and_the_sums(self, report: BatchReport) -> None:
+        """Where each picture is, or why it is not; text from tables is never taken for markup."""
+        screen = Console(file=io.StringIO(), width=160)
+        screen.print(tabulate(report))
+        shown = screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+        assert shown.count("0.jpg") == 3
+        for text in ("row 7: [red]seed[/red] is '0'", "7 items", "in 12.3 s", "flagged", "unsafe"):
+            assert text in shown
+
+    def test_a_picture_that_failed_is_told_before_those_that_did_not(self) -> None:
+        """A row with an error shows the error."""
+        item = _record("failed", images=(_image(),), error="ImageGone", message="picture 1 is gone")
+        screen = Console(file=io.StringIO(), width=160)
+        screen.print(tabulate(BatchReport(items=(item,), seconds=1)))
+        assert "picture 1 is gone" in screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+
+
+@pytest.mark.parametrize(
+    ("credits_used", "text"),
+    [(0, "0 credits ($0.00)"), (2_000_000, "2,000,000 credits ($1.00)"), (168_000.4, "168,000 credits ($0.08)")],
+)
+def test_credits_are_told_with_their_worth(credits_used: float, text: str) -> None:
+    """Two million credits are a dollar."""
+    assert describe_credits(credits_used) == text
+
+
+def test_a_fatal_error_is_recorded_like_any_other() -> None:
+    """Rows that were never sent because the account is empty say so."""
+    record = record_failed(ROW, REQUEST, OutOfCredits("no credits left", status=403))
+    assert (record.error, record.message, record.calls) == ("OutOfCredits", "no credits left", 0)

@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.table import Row, TableError, read_table
+
+
+def _csv(folder: Path, content: str | bytes, name: str = "table.csv") -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def _read(folder: Path, content: str | bytes, name: str = "table.csv") -> list[Row]:
+    return list(read_table(_csv(folder, content, name)))
+
+
+def _jsonl(folder: Path, *lines: object) -> list[Row]:
+    return _read(folder, "\n".join(json.dumps(line) for line in lines), "table.jsonl")
+
+
+def _prompts(rows: list[Row]) -> list[str | None]:
+    return [None if row.request is None else row.request.prompt for row in rows]
+
+
+class TestCsv:
+    """Tables of comma-separated values."""
+
+    def test_a_row_is_a_request(self, tmp_path: Path) -> None:
+        """Every field of a request can be a column; empty cells are the field's default."""
+        header = "id,prompt,seed,aspect_ratio,output_format,guidance_scale,safety_tolerance,num_images,model\n"
+        full = "dusk,a lighthouse,7,1:1,png,3.5,5,2,flux/kontext-pro/text-to-image\n"
+        rows = _read(tmp_path, f"{header}{full},a boat,,,,,,,\n")
+        assert rows[0] == Row(
+            1,
+            "dusk",
+            ImageRequest(
+                prompt="a lighthouse",
+                seed=7,
+                aspect_ratio="1:1",
+                output_format="png",
+                guidance_scale=3.5,
+                safety_tolerance="5",
+                num_images=2,
+                model="flux/kontext-pro/text-to-image",
+            ),
+        )
+        assert rows[1] == Row(2, "2", ImageRequest(prompt="a boat"))
+
+    def test_only_the_prompt_is_needed(self, tmp_path: Path) -> None:
+        """A row without an id is known by its number."""
+        assert [(row.number, row.id) for row in _read(tmp_path, "prompt\na\nb\n")] == [(1, "1"), (2, "2")]
+
+    def test_what_spreadsheets_write_is_read(self, tmp_path: Path) -> None:
+        """Byte order mark, carriage returns, quotes, commas, line breaks in cells, and blank lines are no trouble."""
+        content = '\ufeffid,prompt\r\n1,"a ""red"", big\r\nboat"\r\n\r\n2,plain\r\n'
+        assert _prompts(_read(tmp_path, content)) == ['a "red", big\r\nboat', "plain"]
+
+    def test_a_prompt_is_kept_byte_for_byte(self, tmp_path: Path) -> None:
+        """Nothing in a prompt means anything: not spaces, not markup, not paths."""
+        prompts = [
+            "  two  spaces ",
+            "🗝️ Ünï côde\u2028",
+            "../../etc/passwd",
+            "<b>&amp;</b> {x} %s $HOME",
+            "=SUM(A1)",
+            "a\tb\nc",
+        ]
+        lines = "".join(f'"{prompt}"\n' for prompt in prompts)
+        assert _prompts(_read(tmp_path, f"prompt\n{lines}")) == prompts
+
+    def test_other_columns_are_carried_untouched(self, tmp_path: Path) -> None:
+        """They come out as they went in, and are no part of the request."""
+        (row,) = _read(tmp_path, "sku,prompt,note\n 007 ,a boat,\n")
+        assert row.carried == {"sku": " 007 ", "note": ""}
+        assert row.request == ImageRequest(prompt="a boat")
+
+    def test_spaces_around_a_columns_name_do_not_count(self, tmp_path: Path) -> None:
+        """As people write them."""
+        (row,) = _read(tmp_path, "id , prompt, seed\nx,a boat,3\n")
+        assert (row.id, row.request) == ("x", ImageRequest(prompt="a boat", seed=3))
+
+    @pytest.mark.parametrize(("cell", "seed"), [("42", 42), ("42.0", 42), (" 42", 42), ("4294967295", 2**32 - 1)])
+    def test_a_seed_can_be_written_as_spreadsheets_do(self, tmp_path: Path, cell: str, seed: int) -> None:
+        """A whole number with a decimal point is a whole number."""
+        (row,) = _read(tmp_path, f"prompt,seed\na,{cell}\n")
+        assert row.request == ImageRequest(prompt="a", seed=seed)
+
+    def test_a_ragged_row_is_invalid_and_the_next_is_read(self, tmp_path: Path) -> None:
+        """The error names row and line and says what to do."""
+        rows = _read(tmp_path, 'id,prompt\n1,"a\nb"\n2,red, big\n3\n4,c\n')
+        assert _prompts(rows) == ["a\nb", None, None, "c"]
+        assert rows[1].error is not None
+        assert rows[1].error.startswith("row 2: line 4 has 3 cells where the header has 2")
+        assert "double quotes" in rows[1].error
+        assert rows[2].error is not None
+        assert rows[2].error.startswith("row 3: line 5 has 1 cells")
+
+    @pytest.mark.parametrize(
+        ("content", "complaint"),
+        [
+            (b"", "is empty"),
+            (b"\n\nprompt\na\n", "is empty"),
+            (b"\xef\xbb\xbf", "is empty"),
+            (b",,\n", "is empty"),
+            ("prompt\nein Schiff für dich\n".encode("latin-1"), "is not UTF-8 text .*save it as UTF-8"),
+            ("prompt\na\n".encode("utf-16"), "is not UTF-8 text"),
+            ("prompt\na\n".encode("utf-16-le"), "holds NUL bytes"),
+            (b"prompt\na\0b\n", "holds NUL bytes"),
+            (b'prompt\n"a\n', "line 2: broken CSV"),
+            (b'prompt\n"a"b\n', "line 2: broken CSV"),
+            (b"prompt\n" + b"x" * 200_000 + b"\n", "line 2: broken CSV"),
+            (b"id,text\n1,a\n", "has no column 'prompt' among its columns id, text"),
+            (b"prompt,note,note\na,b,c\n", "column 'note' twice"),
+            (b"prompt,prompt\na,b\n", "column 'prompt' twice"),
+        ],
+    )
+    def test_a_broken_table_is_an_error_that_says_so(self, tmp_path: Path, content: bytes, complaint: str) -> None:
+        """What can't be read as a whole is refused with the file's name, the reason and a remedy."""
+        with pytest.raises(TableError, match=complaint) as refusal:
+            _read(tmp_path, content)
+        assert "table.csv" in str(refusal.value)
+
+    @pytest.mark.parametrize(
+        ("column", "meant"),
+        [
+            ("promt", "prompt"),
+            ("Prompt", "prompt"),
+            ("Aspect Ratio", "aspect_ratio"),
+            ("aspect-ratio", "aspect_ratio"),
+            ("SEED", "seed"),
+            ("num_image", "num_images"),
+            ("guidance scale", "guidance_scale"),
+            ("ID", "id"),
+        ],
+    )
+    def test_a_misspelt_column_is_not_carried_in_silence(self, tmp_path: Path, column: str, meant: str) -> None:
+        """A field under a wrong name would be paid for without it: the error says which was probably meant."""
+        with pytest.raises(TableError, match=f"unknown column '{column}': .*'{meant}'"):
+            _read(tmp_path, f"prompt,{column}\na,b\n" if meant != "prompt" else f"{column}\na\n")
+
+    def test_a_header_alone_is_an_empty_table(self, tmp_path: Path) -> None:
+        """No rows are no error."""
+        assert _read(tmp_path, "id,prompt\n") == []
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+    @given(
+        header=st.sampled_from(["", "prompt\n", "id,prompt,seed\n", "id,prompt,note\r\n"]),
+        content=st.text(max_size=200),
+    )
+    def test_no_text_raises_anything_but_a_table_error(self, tmp_path: Path, header: str, content: str) -> None:
+        """Whatever is in the file, it is rows or a TableError."""
+        try:
+            rows = _read(tmp_path, (header + content).encode("utf-8", errors="surrogatepass"))
+        except TableError:
+            return
+        assert all((row.request is None) == (row.error is not None) for row in rows)
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+    @given(name=st.sampled_from(["table.csv", "table.jsonl"]), content=st.binary(max_size=200))
+    def test_no_bytes_raise_anything_but_a_table_error(self, tmp_path: Path, name: str, content: bytes) -> None:
+        """Nor does what is no text at all."""
+        with suppress(TableError):
+            _read(tmp_path, content, name)
+
+
+class TestInvalidRows:
+    """Rows that are no request."""
+
+    @pytest.mark.parametrize(
+        ("column", "cell"),
+        [
+            ("seed", "0"),
+            ("seed", "-1"),
+            ("seed", "4294967296"),
+            ("seed", "1.5"),
+            ("seed", "seven"),
+            ("aspect_ratio", "5:4"),
+            ("output_format", "gif"),
+            ("guidance_scale", "0.5"),
+            ("guidance_scale", "21"),
+            ("guidance_scale", "nan"),
+            ("safety_tolerance", "0"),
+            ("safety_tolerance", "7"),
+            ("num_images", "0"),
+            ("num_images", "5"),
+            ("model", "dall-e"),
+            ("prompt", "   "),
+            ("prompt", "x" * 4001),
+        ],
+    )
+    def test_a_value_out_of_bounds_is_named(self, tmp_path: Path, column: str, cell: str) -> None:
+        """The error has the row, the column and the value, and stays readable; the rows around it are good."""
+        if column == "prompt":
+            rows = _read(tmp_path, f"prompt\ngood\n{cell}\ngood\n")
+        else:
+            rows = _read(tmp_path, f"prompt,{column}\ngood,\nbad,{cell}\ngood,\n")
+        assert [row.error is None for row in rows] == [True, False, True]
+        error = rows[1].error
+        assert error is not None
+        assert error.startswith(f"row 2: {column} is '{cell[:40]}")
+        assert len(error) < 300
+
+    def test_every_problem_of_a_row_is_told(self, tmp_path: Path) -> None:
+        """One look is enough to mend a row."""
+        (row,) = _read(tmp_path, "id,prompt,seed,num_images\nx,,0,9\n")
+        assert row.error is not None
+        assert row.error.startswith("row 1: prompt is missing; seed is '0': ")
+        assert "; num_images is '9': " in row.error
+        assert row.id == "x"
+
+    def test_the_longest_prompt_is_good(self, tmp_path: Path) -> None:
+        """4,000 characters are allowed, counted as characters."""
+        (row,) = _read(tmp_path, "prompt\n" + "🗝" * 4000 + "\n")
+        assert row.error is None
+
+    def test_an_invalid_row_keeps_its_id_and_what_it_carries(self, tmp_path: Path) -> None:
+        """So that the report can be joined with the table."""
+        (row,) = _read(tmp_path, "id,prompt,seed,sku\nx,a,0,007\n")
+        assert (row.id, row.carried, row.request) == ("x", {"sku": "007"}, None)
+
+    def test_a_second_row_with_an_id_is_invalid(self, tmp_path: Path) -> None:
+        """The error names both rows; the first stays good."""
+        rows = _read(tmp_path, "id,prompt,sku\nx,a,1\ny,b,2\n x ,c,3\n")
+        assert [row.error is None for row in rows] == [True, True, False]
+        assert rows[2].error == "row 3: id 'x' is the id of row 1 already: ids must differ"
+        assert (rows[2].id, rows[2].carried) == ("x", {"sku": "3"})
+
+    def test_a_rows_number_is_an_id_too(self, tmp_path: Path) -> None:
+        """A given id that is another row's number is a repetition."""
+        rows = _read(tmp_path, "id,prompt\n2,a\n,b\n")
+        assert rows[1].error == "row 2: id '2' is the id of row 1 already: ids must differ"
+
+
+class TestJsonLines:
+    """Tables of JSON objects, one a line."""
+
+    def test_values_have_their_own_types(self, tmp_path: Path) -> None:
+        """Numbers are numbers; null and empty text are the field's default."""
+        rows = _jsonl(
+            tmp_path,
+            {"id": 7, "prompt": "a\nb", "seed": 3, "guidance_scale": 2.5, "num_images": 2},
+            {"id": None, "prompt": "c", "seed": None, "aspect_ratio": ""},
+        )
+        assert rows[0] == Row(1, "7", ImageRequest(prompt="a\nb", seed=3, guidance_scale=2.5, num_images=2))
+        assert rows[1] == Row(2, "2", ImageRequest(prompt="c"))
+
+    def test_safety_tolerance_can_be_a_number(self, tmp_path: Path) -> None:
+        """The service wants its digit in quotes, people don't; out of bounds it is still refused."""
+        rows = _jsonl(tmp_path, {"prompt": "a", "safety_tolerance": 5}, {"prompt": "a", "safety_tolerance": 9})
+        assert rows[0].request == ImageRequest(prompt="a", safety_tolerance="5")
+        assert rows[1].error is not None
+        assert "safety_tolerance is '9'" in rows[1].error
+
+    def test_nested_values_are_carried_untouched(self, tmp_path: Path) -> None:
+        """Whatever is in the other fields comes out the same."""
+        carried = {"tags": ["a", {"b": None}], "price": 1.5, "live": True, "note": ""}
+        (row,) = _jsonl(tmp_path, {"prompt": "a", **carried})
+        assert row.carried == carried
+
+    def test_a_broken_line_is_an_invalid_row(self, tmp_path: Path) -> None:
+        """Blank lines are passed over and keep the line's number right; other rows are read."""
+        rows = _read(tmp_path, '\n{"prompt": "a"}\n  \r\n{"prompt": "b"\n{"prompt": "c"}', "table.ndjson")
+        assert _prompts(rows) == ["a", None, "c"]
+        assert rows[1].error is not None
+        assert rows[1].error.startswith("row 2: line 4 is not JSON (")
+
+    @pytest.mark.parametrize("line", ["[]", '"a lighthouse"', "42", "null", "true", '["prompt", "a"]'])
+    def test_what_is_no_object_is_an_invalid_row(self, tmp_path: Path, line: str) -> None:
+        """A row is an object; a text alone is not taken for an error's text."""
+        (row,) = _read(tmp_path, line, "table.jsonl")
+        assert row.error == "row 1 is not an object with a prompt"
+
+    @pytest.mark.parametrize(
+        "value",
+        [r'"\ud800"', r'{"deep": ["\udfff"]}', "NaN", "-Infinity", "1e999", "1" * 5000, "[" * 100_000],
+        ids=lambda value: value[:12],
+    )
+    @pytest.mark.parametrize("name", ["id", "prompt", "note"])
+    def test_a_value_that_no_record_can_hold_is_an_invalid_row(self, tmp_path: Path, name: str, value: str) -> None:
+        """Half a character or a number that JSON can't write would break the report after everything was paid."""
+        rows = _read(tmp_path, f'{{"prompt": "a", "{name}": {value}}}\n{{"prompt": "b"}}\n', "table.jsonl")
+        assert _prompts(rows) == [None, "b"]
+        assert rows[0].error is not None
+        assert rows[0].error.startswith("row 1: line 1 ")
+
+    def test_a_misspelt_field_is_an_invalid_row(self, tmp_path: Path) -> None:
+        """As in a header, but of its row alone."""
+        rows = _jsonl(tmp_path, {"prompt": "a", "Seed": 1}, {"promt": "a"}, {"prompt": "a", "Id": 1}, {"prompt": "b"})
+        assert [row.error is None for row in rows] == [False, False, False, True]
+        for row, meant in zip(rows, ("seed", "prompt", "id"), strict=False):
+            assert row.error is not None
+            assert f"if it is the field '{meant}'" in row.error
+
+    def test_a_byte_order_mark_is_no_trouble(self, tmp_path: Path) -> None:
+        """As Windows writes it."""
+        assert _prompts(_read(tmp_path, '\ufeff{"prompt": "a"}', "table.jsonl")) == ["a"]
+
+    def test_other_encodings_are_refused(self, tmp_path: Path) -> None:
+        """The error says what to save it as."""
+        with pytest.raises(TableError, match="save it as UTF-8"):
+            _read(tmp_path, '{"prompt": "für"}'.encode("latin-1"), "table.jsonl")
+
+    def test_an_empty_file_is_an_empty_table(self, tmp_path: Path) -> None:
+        """JSON Lines have no header to miss."""
+        assert _read(tmp_path, "", "table.jsonl") == []
+
+
+class TestSources:
+    """Where a table can come from."""
+
+    @pytest.mark.parametrize("name", ["table.CSV", "table.csv"])
+    def test_a_path_can_be_text_or_path(self, tmp_path: Path, name: str) -> None:
+        """The suffix decides, in capitals too."""
+        path = _csv(tmp_path, "prompt\na\n", name)
+        assert list(read_table(path)) == list(read_table(str(path))) == [Row(1, "1", ImageRequest(prompt="a"))]
+
+    @pytest.mark.parametrize("name", ["prompts.xlsx", "prompts", "prompts.csv.gz", ""])
+    def test_another_suffix_is_refused_at_once(self, name: str) -> None:
+        """Before anything is opened, with the two that can be read."""
+        with pytest.raises(TableError, match=r"neither \.csv nor \.jsonl"):
+            read_table(name)
+
+    @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+    def test_a_missing_file_is_named(self, tmp_path: Path, suffix: str) -> None:
+        """With the reason."""
+        with pytest.raises(TableError, match=rf"nowhere\.{suffix}' can't be read: No such file"):
+            list(read_table(tmp_path / f"nowhere.{suffix}"))
+
+    def test_a_folder_is_no_table(self, tmp_path: Path) -> None:
+        """Even where its name looks like one."""
+        (tmp_path / "table.csv").mkdir()
+        with pytest.raises(TableError, match="can't be read: Is a directory"):
+            list(read_table(tmp_path / "table.csv"))
+
+    def test_requests_and_rows_can_be_given_as_they_are(self) -> None:
+        """A list holds requests, or objects like a JSON line's."""
+        request = ImageRequest(prompt="a", seed=1)
+        content: list[ImageRequest | dict[str, Any]] = [
+            request,
+            {"id": "x", "prompt": "b", "sku": 7},
+            {"prompt": "c", "seed": 0},
+            {"id": "x", "prompt": "d"},
+        ]
+        rows = list(read_table(content))
+        assert rows[:2] == [Row(1, "1", request), Row(2, "x", ImageRequest(prompt="b"), {"sku": 7})]
+        assert [row.error is None for row in rows] == [True, True, False, False]
+        assert rows[3].error == "row 4: id 'x' is the id of row 2 already: ids must differ"
+
+    def test_a_long_table_is_read_row_by_row(self, tmp_path: Path) -> None:
+        """The first row is there before the last is read."""
+        rows = read_table(_csv(tmp_path, "prompt\n" + "a\n" * 20_000 + '"broken\n'))
+        assert next(rows) == Row(1, "1", ImageRequest(prompt="a"))
+        with pytest.raises(TableError):
+            list(rows)
