@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from prefect import flow
+from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -20,14 +21,18 @@ from pydantic import Field
 from rich.console import Console
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.api.pacing import shared_pacer
 from flux_prefect.batch.gallery import write_gallery
+from flux_prefect.batch.plan import add_outlook, check_balance, describe_plan, make_plan, tabulate_plan
 from flux_prefect.batch.progress import show_progress
 from flux_prefect.batch.report import BatchFailed, BatchReport, tabulate
-from flux_prefect.batch.running import run_batch
+from flux_prefect.batch.running import learn, run_batch
 from flux_prefect.batch.table import read_table
 from flux_prefect.bucket import ImageBucket
+from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.locking import HostLockManager
+from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.spool import Spool
 
@@ -44,6 +49,9 @@ async def publish_batch(
     credentials: AimlApiCredentials | str | None = None,
     max_in_flight: Annotated[int, Field(ge=1, le=1000)] = 8,
     max_failed: Annotated[int, Field(ge=0)] = 0,
+    max_credits: Annotated[float, Field(ge=0)] | None = None,
+    max_images: Annotated[int, Field(ge=0)] | None = None,
+    dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
     """Have the pictures of every row of a table in a bucket; what is there already costs nothing.
 
@@ -58,35 +66,66 @@ async def publish_batch(
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
         max_in_flight: Most paid calls at once.
         max_failed: How many items may end without their pictures before the run counts as Failed.
+        max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar). What does not fit is
+            left for the next run and is no failure.
+        max_images: A hard cap on the pictures that this run pays for.
+        dry_run: Make the plan and stop. Costs nothing.
 
     Returns:
-        A record for every row, and their sums.
+        A record for every row, their sums, and the plan. Of a dry run: the plan alone.
 
     Raises:
         TableError: the table can't be read as a whole.
         BucketError: the bucket or its keys are wrong.
         SpoolUnwritable, PermissionError: the spool or the lock folder can't be used.
+        BalanceTooLow: the account can't pay for what the plan may cost.
         BatchFailed: more than max_failed items failed, were flagged or were invalid. Its `report` is the whole report.
     """
     logger = get_run_logger()
-    rows = list(read_table(source))
     destination = await ImageBucket.resolve(bucket)
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
-    Spool().prepare()
+    spool = Spool()
+    spool.prepare()
     HostLockManager().prepare()
     await destination.check()
-    with show_progress(len(rows), logger) as tell:
-        report = await run_batch(rows, destination, account, run=str(flow_run.id), on_record=tell)
+    known = spool.find_experience(account.base_url)
+    budget = Budget(
+        prices=known.prices,
+        default_price=current_settings().credits_per_image,
+        max_credits=max_credits,
+        max_images=max_images,
+    )
+    async with account.open_client() as client:
+        planned = await make_plan(read_table(source), destination, account.base_url, budget, run=str(flow_run.id))
+        planned.plan = await add_outlook(planned.plan, client, known.seconds, max_in_flight)
+        logger.info("Plan: %s", planned.plan.summary())
+        await acreate_table_artifact(
+            [{"plan": name, "value": value} for name, value in describe_plan(planned.plan).items()],
+            key="flux-plan",
+            description=planned.plan.summary(),
+        )
+        if dry_run:
+            return _end(BatchReport(items=(), seconds=0, plan=planned.plan), max_failed)
+        check_balance(planned.plan)
+        pacer = shared_pacer(account.base_url, max_in_flight)
+        if known.in_flight is not None:
+            pacer.resume(known.in_flight)
+        with show_progress(len(planned.rows), logger) as tell:
+            report = await run_batch(planned, destination, account, budget, on_record=tell)
+    spool.keep_experience(account.base_url, learn(known, report, budget, pacer))
     logger.info("%s", report.summary())
+    return _end(report, max_failed)
+
+
+def _end(report: BatchReport, max_failed: int) -> BatchReport:
+    """The run's final state, so that its page shows the summary; whoever calls the flow gets what is inside."""
     unsuccessful = len(report.unsuccessful)
     if unsuccessful > max_failed:
-        message = (
-            f"{unsuccessful} of {len(rows)} items without their pictures (max_failed {max_failed}): {report.summary()}"
-        )
+        told = f"{unsuccessful} of {len(report.items)} items without their pictures (max_failed {max_failed})"
+        message = f"{told}: {report.summary()}"
         state: State[Any] = Failed(message=message, data=BatchFailed(message, report))
     else:
         state = Completed(message=report.summary(), data=report)
-    # A state, so that the run's page shows the message; whoever calls the flow gets what is inside.
     return cast("BatchReport", state)
 
 
@@ -99,6 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
     add_connection_arguments(parser)
     parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
     parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate (default 0)")
+    parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
+    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the pictures paid for")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; costs nothing")
     parser.add_argument("--gallery", type=Path, metavar="FOLDER", help="write a page with the pictures there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report there as JSON")
     given = parser.parse_args(arguments)
@@ -109,13 +151,19 @@ def main(arguments: list[str] | None = None) -> int:
             given.credentials,
             max_in_flight=given.max_in_flight,
             max_failed=given.max_failed,
+            max_credits=given.max_credits,
+            max_images=given.max_images,
+            dry_run=given.dry_run,
             return_state=True,
         )
     )
     result = state.result(raise_on_failure=False)
     report = result.report if isinstance(result, BatchFailed) else result
     if isinstance(report, BatchReport):
-        Console().print(tabulate(report))
+        if report.plan is not None:
+            Console().print(tabulate_plan(report.plan))
+        if report.items:
+            Console().print(tabulate(report))
         if given.report is not None:
             given.report.write_text(report.model_dump_json(indent=2), encoding="utf-8")
         if given.gallery is not None:

@@ -17,9 +17,9 @@ from prefect.states import Completed, Failed
 from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.report import describe_credits
 from flux_prefect.batch.table import explain_invalid
 from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.budget import describe_credits
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.locking import HostLockManager
 from flux_prefect.pipeline import produce_image

@@ -24,9 +24,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flux_prefect.batch.report import BatchReport, describe_credits
-from flux_prefect.sandbox.control import Summary
+from flux_prefect.batch.report import BatchReport
+from flux_prefect.budget import describe_credits
 from flux_prefect.sandbox.launching import start_sandbox
+from flux_prefect.sandbox.ledger import Summary
 
 PROMPTS = Path("flows/examples/prompts.csv")
 BUCKET = "s3://images/demo"

@@ -12,6 +12,7 @@ from typing import Any
 from flux_prefect.api.errors import ContentFlagged, FluxError, ImageGone
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.bucket import ImageBucket, PictureChanged, PublishedImage
+from flux_prefect.budget import BudgetExhausted
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.locking import HostLockManager
 from flux_prefect.spool import ImageFile, PaidCall, Spool
@@ -31,6 +32,7 @@ class Status(str, Enum):
     PUBLISHED = "published"
     UNCHANGED = "unchanged"
     FLAGGED = "flagged"
+    SKIPPED_BUDGET = "skipped_budget"
     FAILED = "failed"
 
 
@@ -44,10 +46,12 @@ class ImageOutcome:
 
     @property
     def status(self) -> Status:
-        """Published by this run, there before it, flagged by the service, or failed."""
+        """Published by this run, there before it, flagged by the service, left out for the cap, or failed."""
         if self.image is not None:
             return Status.PUBLISHED if self.image.created else Status.UNCHANGED
-        return Status.FLAGGED if isinstance(self.error, ContentFlagged) else Status.FAILED
+        if isinstance(self.error, ContentFlagged):
+            return Status.FLAGGED
+        return Status.SKIPPED_BUDGET if isinstance(self.error, BudgetExhausted) else Status.FAILED
 
 
 @dataclass

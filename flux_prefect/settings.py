@@ -45,6 +45,11 @@ class FluxSettings(BaseSettings):
     retry_delay_seconds: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default=[2.0, 8.0, 30.0, 60.0], min_length=1, description="Seconds before each retry; the last repeats."
     )
+    credits_per_image: float = Field(
+        default=200_000,
+        ge=0,
+        description="What a picture counts as costing, in credits, before the service charged for one. Ten US cents.",
+    )
     repeat_unknown: int = Field(
         default=1,
         ge=0,

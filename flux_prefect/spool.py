@@ -3,6 +3,7 @@
 spool/
   calls/       one small file for each paid call without a known end; most times empty
   records/     one JSON record a generation, written before anybody is told of it
+  endpoints/   prices and pace of each endpoint, as the last batch found them
   pictures/    the bytes as delivered, named by the fingerprint
 """
 
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flux_prefect.api.client import MAX_PIXELS
 from flux_prefect.api.downloading import DownloadedPicture
 from flux_prefect.api.errors import Billed, DownloadError, FluxError, ServiceError
-from flux_prefect.api.models import Generation
+from flux_prefect.api.models import Generation, normalize_endpoint
 from flux_prefect.api.pictures import inspect_picture
 from flux_prefect.naming import EXTENSIONS
 from flux_prefect.settings import current_settings
@@ -63,6 +64,16 @@ class ImageFile(DownloadedPicture):
             return False
 
 
+class Experience(BaseModel):
+    """What this host has learnt about an endpoint in its last batch, to begin the next one with."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prices: dict[str, float] = Field(default_factory=dict, description="Credits that a picture cost, by model.")
+    seconds: float | None = Field(default=None, description="How long a generation took, all its steps together.")
+    in_flight: int | None = Field(default=None, description="The in-flight limit that the pacing had settled at.")
+
+
 class Spool:
     """The folder in which this host keeps what was paid for.
 
@@ -80,7 +91,7 @@ class Spool:
             SpoolUnwritable: with the folder, the reason and the setting to change.
         """
         try:
-            for name in ("calls", "records", "pictures"):
+            for name in ("calls", "records", "endpoints", "pictures"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             proof = self.root / f".write-check-{uuid4().hex}"
             try:
@@ -138,6 +149,20 @@ class Spool:
         except (OSError, ValidationError):
             return None
 
+    # Experience
+
+    def keep_experience(self, endpoint: str, experience: Experience) -> None:
+        """Keep what was learnt about an endpoint. What a full disk can't take is learnt anew."""
+        with suppress(OSError):
+            _write(self._experience_path(endpoint), experience.model_dump_json())
+
+    def find_experience(self, endpoint: str) -> Experience:
+        """What was learnt about an endpoint; nothing, where nothing was or it can't be read."""
+        try:
+            return Experience.model_validate_json(self._experience_path(endpoint).read_bytes())
+        except (OSError, ValidationError):
+            return Experience()
+
     # Pictures
 
     def picture_path(self, generation: Generation, index: int) -> Path:
@@ -165,6 +190,11 @@ class Spool:
 
     def _call_path(self, fingerprint: str, client_request_id: str) -> Path:
         return self.root / "calls" / f"{fingerprint}.{client_request_id}.json"
+
+    def _experience_path(self, endpoint: str) -> Path:
+        return (
+            self.root / "endpoints" / f"{hashlib.sha256(normalize_endpoint(endpoint).encode()).hexdigest()[:32]}.json"
+        )
 
     def _record_path(self, fingerprint: str) -> Path:
         return self.root / "records" / f"{fingerprint}.json"

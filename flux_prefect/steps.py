@@ -25,6 +25,7 @@ from flux_prefect.api.errors import (
     ServiceError,
 )
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
+from flux_prefect.budget import current_budget
 from flux_prefect.spool import ImageFile, PaidCall, Spool
 
 
@@ -65,6 +66,7 @@ async def generate(
 
     Raises:
         ServiceError: its `billed` says what it means for money.
+        BudgetExhausted: nothing was sent, as it would pass the cap of the enclosing `spending_from`.
         SpoolUnwritable: nothing was sent.
     """
     call = PaidCall(
@@ -75,27 +77,41 @@ async def generate(
         task_run_id=task_run_id,
     )
 
+    billed, credits_used = Billed.NO, None
+
     def note() -> None:
-        nonlocal call
+        nonlocal call, billed
         call = call.model_copy(update={"sent_at": datetime.now(timezone.utc)})  # now, after any wait for its turn
         spool.open_call(call)
+        billed = Billed.UNKNOWN  # until there is an answer
+
+    def take_note_back() -> None:
+        nonlocal billed
+        spool.close_call(call)
+        billed = Billed.NO
 
     spool.prepare()
+    budget = current_budget()
+    reservation = None if budget is None else await budget.reserve(request)
     try:
         generation = await client.generate(
             request,
             client_request_id=call.client_request_id,
             before_send=note,
-            after_refusal=lambda: spool.close_call(call),
+            after_refusal=take_note_back,
         )
+        billed, credits_used = Billed.YES, generation.credits_used
     except ServiceError as error:
-        _count(call, error.billed, error.credits_used)
+        billed, credits_used = error.billed, error.credits_used
         if error.billed is Billed.NO:
             spool.close_call(call)
         else:
             spool.leave_open(call, error)
         raise
-    _count(call, Billed.YES, generation.credits_used)
+    finally:
+        _count(call, billed, credits_used)
+        if reservation is not None:
+            reservation.settle(billed, credits_used)
     with anyio.CancelScope(shield=True):
         # The thread has its work before anything is awaited: a task's own `cancel` passes the shield.
         keeping = asyncio.get_running_loop().run_in_executor(None, _keep, call, generation, spool)

@@ -12,9 +12,10 @@ from uuid import uuid4
 
 import pytest
 from PIL import Image
+from prefect.blocks.core import Block
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
-from prefect.testing.standard_test_suites import BlockStandardTestSuite
+from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
@@ -41,7 +42,7 @@ class TestBlock(BlockStandardTestSuite):
         """The block that the suite examines."""
         return ImageBucket
 
-    def test_has_a_valid_image(self, block: type[ImageBucket]) -> None:
+    def test_has_a_valid_image(self, block: type[Block]) -> None:
         """The logo is the one that Prefect hosts for its file systems; the suite would fetch it from the network."""
         assert str(block._logo_url) == str(LocalFileSystem._logo_url)
 

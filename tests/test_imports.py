@@ -22,7 +22,18 @@ LAYERS = (
     ("flux_prefect.api",),
     tuple(
         f"flux_prefect.{name}"
-        for name in ("naming", "caching", "locking", "credentials", "bucket", "spool", "seeds", "settings", "steps")
+        for name in (
+            "naming",
+            "caching",
+            "locking",
+            "credentials",
+            "bucket",
+            "spool",
+            "seeds",
+            "settings",
+            "steps",
+            "budget",
+        )
     ),
     ("flux_prefect.collection",),
     ("flux_prefect.tasks",),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -34,7 +36,7 @@ def own_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
 
 
-def forget_results(folder: Path) -> temporary_settings:
+def forget_results(folder: Path) -> AbstractContextManager[Any]:
     """Run as on a machine whose Prefect has no results."""
     return temporary_settings({PREFECT_LOCAL_STORAGE_PATH: folder / uuid4().hex})
 

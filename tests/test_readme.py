@@ -42,8 +42,11 @@ def test_the_blocks_are_saved_for_the_team(sandbox: RunningSandbox) -> None:
     """And can be loaded by name."""
     run_snippet(1)
 
-    assert AimlApiCredentials.load("studio").base_url == sandbox.url
-    assert ImageBucket.load("catalogue").uri == "s3://images/catalogue"
+    credentials, bucket = AimlApiCredentials.load("studio"), ImageBucket.load("catalogue")
+    assert isinstance(credentials, AimlApiCredentials)
+    assert isinstance(bucket, ImageBucket)
+    assert credentials.base_url == sandbox.url
+    assert bucket.uri == "s3://images/catalogue"
 
 
 def test_no_snippet_goes_untested() -> None:

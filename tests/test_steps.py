@@ -236,8 +236,10 @@ class TestNotes:
 
     async def test_a_call_that_waits_after_a_refusal_is_not_noted(self, service: Service, spool: Spool) -> None:
         """429 was not billed: whoever is cancelled in the pause behind it owes nothing."""
+        refused = asyncio.Event()
 
         async def refuse(_: httpx.Request) -> httpx.Response:
+            refused.set()
             return httpx.Response(429, headers={"Retry-After": "30"})
 
         service.answer = refuse
@@ -245,8 +247,8 @@ class TestNotes:
             api_key=SecretStr(KEY), base_url=ROOT, pacer=Pacer(4), transport=httpx.MockTransport(service.post)
         ) as client:
             task = asyncio.create_task(generate(REQUEST, client, spool))
-            while not service.posts or spool.open_calls():
-                await asyncio.sleep(0.01)
+            await refused.wait()
+            await asyncio.sleep(0.05)  # into the pause
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

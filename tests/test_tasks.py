@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect import flow, unmapped
@@ -27,14 +28,15 @@ def test_map_and_submit_work_in_a_sync_flow(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """A foreign flow of three requests: each is paid for once, and the in-flight limit holds over its threads."""
+    six_threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=6)
     account = credentials.model_copy(update={"max_in_flight": 2})
     sandbox.control.settings(latency=0.2)
 
-    @flow(task_runner=ThreadPoolTaskRunner(max_workers=6))
+    @flow(task_runner=six_threads)
     def catalogue(requests: list[ImageRequest]) -> list[PublishedImage]:
         generations = generate_image.map(requests, unmapped(account))
         files = download_image.map(generations, unmapped(account))
-        return [upload_to_s3.submit(file, bucket).result() for file in files]
+        return upload_to_s3.map(files, unmapped(bucket)).result()
 
     requests = [request_.model_copy(update={"seed": seed}) for seed in (1, 2, 3, 4)]
     published = catalogue(requests)
@@ -49,8 +51,9 @@ def test_the_same_request_mapped_twice_is_paid_for_once(
 ) -> None:
     """The lock holds between threads; the second task run is Cached."""
     sandbox.control.settings(latency=0.3)
+    four_threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=4)
 
-    @flow(task_runner=ThreadPoolTaskRunner(max_workers=4))
+    @flow(task_runner=four_threads)
     def twice() -> list[str]:
         futures = generate_image.map([request_] * 3, unmapped(credentials))
         futures.wait()

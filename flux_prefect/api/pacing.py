@@ -113,6 +113,12 @@ class Pacer:
             self._limit = most if unhurt else min(self._limit, most)
             self._admit()
 
+    def resume(self, limit: int) -> None:
+        """Begin with a limit that an earlier process has learnt; it grows again from there as calls are accepted."""
+        _check_limit(limit)
+        with self._lock:
+            self._limit = min(limit, self._max_in_flight)
+
     def turn(self, patience: float) -> Turn:
         """A place at the end of the line.
 

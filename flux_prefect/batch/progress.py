@@ -12,7 +12,8 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flux_prefect.batch.report import ItemRecord, describe_credits
+from flux_prefect.batch.report import ItemRecord
+from flux_prefect.budget import describe_credits
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -71,5 +72,5 @@ def _lines(total: int, logger: Logger) -> Callable[[ItemRecord], None]:
 
 
 def _log_failure(record: ItemRecord, logger: Logger) -> None:
-    if record.message is not None:
+    if record.status in {"failed", "flagged", "invalid"}:
         logger.warning("%s %s: %s: %s", record.id, record.status, record.error, record.message)

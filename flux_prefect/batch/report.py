@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,14 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from flux_prefect.api.errors import Billed, FluxError
-from flux_prefect.api.models import CREDITS_PER_USD, ImageRequest
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.plan import Plan
 from flux_prefect.batch.table import Row
 from flux_prefect.bucket import PublishedImage
+from flux_prefect.budget import describe_credits
 from flux_prefect.pipeline import ImageOutcome, Production, Status
 
-ItemStatus = Literal["published", "unchanged", "flagged", "failed", "invalid"]
+ItemStatus = Literal["published", "unchanged", "flagged", "skipped_budget", "failed", "invalid"]
 
-_WORST_FIRST = (Status.FAILED, Status.FLAGGED, Status.PUBLISHED, Status.UNCHANGED)
+_WORST_FIRST = (Status.FAILED, Status.FLAGGED, Status.SKIPPED_BUDGET, Status.PUBLISHED, Status.UNCHANGED)
 
 
 class ItemRecord(BaseModel):
@@ -28,7 +31,10 @@ class ItemRecord(BaseModel):
     row: int = Field(description="The row's place in the table, from 1.")
     id: str = Field(description="The row's id.")
     status: ItemStatus = Field(
-        description="published by this run, unchanged since before, flagged by the service, failed, or an invalid row."
+        description=(
+            "published by this run, unchanged since before, flagged by the service, skipped_budget as it did not fit "
+            "under the cap, failed, or an invalid row."
+        )
     )
     request: ImageRequest | None = Field(description="The request with its seed; None for an invalid row.")
     images: tuple[PublishedImage, ...] = Field(default=(), description="The pictures in the bucket.")
@@ -56,6 +62,7 @@ class BatchReport(BaseModel):
 
     items: tuple[ItemRecord, ...] = Field(description="One record a row.")
     seconds: float = Field(description="From the first row to the last.")
+    plan: Plan | None = Field(default=None, description="What was known before the first call.")
 
     def count(self, status: ItemStatus) -> int:
         """How many items ended so."""
@@ -82,10 +89,13 @@ class BatchReport(BaseModel):
         return [call for item in self.items for call in item.possibly_billed]
 
     def summary(self) -> str:
-        """One line: what was published, what was not, what it cost."""
+        """One line: what was published, what was not, what it cost. Of a dry run: the plan."""
+        if self.plan is not None and not self.items:
+            return f"dry run: {self.plan.summary()}"
         counts = {
             "published": self.count("published"),
             "already there": self.count("unchanged"),
+            "left out for the cap": self.count("skipped_budget"),
             "flagged": self.count("flagged"),
             "failed": self.count("failed"),
             "invalid": self.count("invalid"),
@@ -110,11 +120,6 @@ class BatchFailed(FluxError):
     def __init__(self, message: str, report: BatchReport) -> None:
         super().__init__(message)
         self.report = report
-
-
-def describe_credits(credits_used: float) -> str:
-    """Credits with their worth in US dollars, for people."""
-    return f"{credits_used:,.0f} credits (${credits_used / CREDITS_PER_USD:,.2f})"
 
 
 def tabulate(report: BatchReport) -> Table:
@@ -147,6 +152,26 @@ def record_invalid(row: Row) -> ItemRecord:
         request=None,
         error="InvalidRow",
         message=row.error,
+        carried=row.carried,
+    )
+
+
+def record_unchanged(row: Row, images: Sequence[PublishedImage]) -> ItemRecord:
+    """The record of a row whose pictures were all there when the batch was planned."""
+    return ItemRecord(
+        row=row.number, id=row.id, status="unchanged", request=row.request, images=tuple(images), carried=row.carried
+    )
+
+
+def record_skipped(row: Row) -> ItemRecord:
+    """The record of a row that did not fit under the cap any more."""
+    return ItemRecord(
+        row=row.number,
+        id=row.id,
+        status="skipped_budget",
+        request=row.request,
+        error="BudgetExhausted",
+        message="Not sent: the cap is reached. The next run picks it up.",
         carried=row.carried,
     )
 

@@ -8,11 +8,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from flux_prefect.sandbox.settings import ServiceSettings
+from pydantic import ValidationError
 
-DEFAULT_API_KEY = "sandbox-key"
-DEFAULT_S3_ACCESS_KEY = "sandbox"
-DEFAULT_S3_SECRET_KEY = "sandbox-secret"  # noqa: S105 - of a server that listens on loopback
+from flux_prefect.sandbox.schema import explain
+from flux_prefect.sandbox.settings import ServiceSettings
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         settings["latency"] = given.latency
     if given.fast is not None:
         settings |= {"fast": True, "fast_bytes": given.fast}
+    try:
+        ServiceSettings.model_validate(settings)
+    except ValidationError as error:
+        return _fail(explain(error))
     try:
         return run(
             SandboxOptions(
@@ -74,11 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--bucket", default="images", help="the bucket that is there from the start (%(default)s)")
     add(
         "--api-key",
-        default=os.environ.get("FLUX_SANDBOX_API_KEY") or DEFAULT_API_KEY,
+        default=_setting("API_KEY", "sandbox-key"),
         help="the key that clients must send; also FLUX_SANDBOX_API_KEY",
     )
-    add("--s3-access-key", default=DEFAULT_S3_ACCESS_KEY, help="(%(default)s)")
-    add("--s3-secret-key", default=DEFAULT_S3_SECRET_KEY, help="(%(default)s)")
+    add("--s3-access-key", default=_setting("S3_ACCESS_KEY", "sandbox"), help="also FLUX_SANDBOX_S3_ACCESS_KEY")
+    add("--s3-secret-key", default=_setting("S3_SECRET_KEY", "sandbox-secret"), help="also FLUX_SANDBOX_S3_SECRET_KEY")
     add(
         "--latency",
         type=_seconds,
@@ -98,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--access-log", action="store_true", help="print a line for each request")
     add("--until-stdin-closes", action="store_true", help="stop when standard input ends")
     return parser
+
+
+def _setting(name: str, default: str) -> str:
+    return os.environ.get(f"FLUX_SANDBOX_{name}") or default
 
 
 def _port(text: str) -> int:

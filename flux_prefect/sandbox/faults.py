@@ -116,7 +116,7 @@ P = ParamSpec("P")
 
 
 def _register(when: When, strike: Callable[..., ASGIApp], *, black: bool) -> None:
-    hints = get_type_hints(strike)
+    hints = get_type_hints(strike, include_extras=True)
     settable = {
         name: (hints[name], parameter.default)
         for name, parameter in inspect.signature(strike).parameters.items()

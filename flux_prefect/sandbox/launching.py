@@ -30,11 +30,13 @@ class RunningSandbox:
         url: the image service's root.
         environment: what clients of it need: AIMLAPI_BASE_URL, AIMLAPI_KEY and, with S3, the AWS_ names.
         control: its settings, faults and ledger.
+        data: its folder.
         pid: the process.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], environment: Mapping[str, str]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], environment: Mapping[str, str], data: Path) -> None:
         self._process = process
+        self.data = data
         self.environment = dict(environment)
         self.url = self.environment["AIMLAPI_BASE_URL"]
         self.pid = process.pid
@@ -69,6 +71,8 @@ def start_sandbox(  # noqa: PLR0913 - options, each with its name
     s3_port: int = 0,
     bucket: str = "images",
     api_key: str | None = None,
+    s3_access_key: str | None = None,
+    s3_secret_key: str | None = None,
     latency: float | None = None,
     fast_bytes: int | None = None,
 ) -> RunningSandbox:
@@ -96,12 +100,16 @@ def start_sandbox(  # noqa: PLR0913 - options, each with its name
     command += [text for name, value in options.items() if value is not None for text in (name, str(value))]
     if not s3:
         command.append("--no-s3")
-    # The key goes by the environment: the command line can be read by everyone on the machine.
-    own_key = {} if api_key is None else {"FLUX_SANDBOX_API_KEY": api_key}
+    # Keys go by the environment: the command line can be read by everyone on the machine.
+    keys = {
+        "FLUX_SANDBOX_API_KEY": api_key,
+        "FLUX_SANDBOX_S3_ACCESS_KEY": s3_access_key,
+        "FLUX_SANDBOX_S3_SECRET_KEY": s3_secret_key,
+    }
     with log_path.open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 - the command is built above
             command,
-            env={**os.environ, **own_key},
+            env=os.environ | {name: value for name, value in keys.items() if value is not None},
             # The sandbox stops when the other end of this pipe is gone.
             stdin=subprocess.PIPE,
             stdout=log,
@@ -116,7 +124,7 @@ def start_sandbox(  # noqa: PLR0913 - options, each with its name
         _end(process, signal.SIGKILL)
         raise
     environment_path.unlink()
-    return RunningSandbox(process, environment)
+    return RunningSandbox(process, environment, data)
 
 
 def _wait_for(environment_path: Path, process: subprocess.Popen[bytes], log_path: Path) -> None:

@@ -161,10 +161,15 @@ class Ledger:
         billed, failed = entry.images > 0, (entry.status or 0) >= 400  # noqa: PLR2004 - where errors begin
         with self._transaction():
             charged = self._db.execute(
-                "UPDATE account SET balance = balance - ?1, calls = calls + 1, billed_calls = billed_calls + ?2,"
-                " billed_images = billed_images + ?3, credits = credits + ?1, refused = refused + ?4"
-                " WHERE balance >= ?1",
-                (entry.credits, billed, entry.images, failed and not billed),
+                "UPDATE account SET balance = balance - :credits, credits = credits + :credits, calls = calls + 1,"
+                " billed_calls = billed_calls + :billed, billed_images = billed_images + :images,"
+                " refused = refused + :refused WHERE balance >= :credits",
+                {
+                    "credits": entry.credits,
+                    "images": entry.images,
+                    "billed": billed,
+                    "refused": failed and not billed,
+                },
             )
             if charged.rowcount == 0:
                 return False

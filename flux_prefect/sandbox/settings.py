@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 CREDITS_PER_USD = 2_000_000
 """The service's own rate."""
 
-START_BALANCE = 100 * CREDITS_PER_USD
-"""Credits of a new sandbox's account: a hundred US dollars."""
+START_BALANCE = 10_000 * CREDITS_PER_USD
+"""Credits of a new sandbox's account: ten thousand US dollars, so that no batch runs dry unasked."""
 
 ResponseShape = Literal["images", "data", "b64", "data_uri", "both"]
 Envelope = Literal["mixed", "problem", "plain"]

@@ -86,7 +86,7 @@ class Cut:
     headers: Mapping[str, str] = field(default_factory=dict)
     status_code: ClassVar[int] = 200
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102, ARG002 - as ASGI wants it
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102 - as ASGI wants it
         length = {"content-length": str(len(self.content))}
         await send(_start(self.media_type, {**self.headers, **length}))
         half = self.content[: len(self.content) // 2]
@@ -110,8 +110,9 @@ class Trickle:
         length = {"content-length": str(len(self.content))}
         await send(_start(self.media_type, {**self.headers, **length}))
         step = -(-len(self.content) // self.pieces)
-        for start in range(0, len(self.content), step):
-            await anyio.sleep(self.seconds / self.pieces)
+        starts = range(0, len(self.content), step)
+        for start in starts:
+            await anyio.sleep(self.seconds / len(starts))
             await send({"type": "http.response.body", "body": self.content[start : start + step], "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 

@@ -14,7 +14,6 @@ from flux_prefect.batch.report import (
     BatchFailed,
     BatchReport,
     ItemRecord,
-    describe_credits,
     record_failed,
     record_invalid,
     record_production,
@@ -22,6 +21,7 @@ from flux_prefect.batch.report import (
 )
 from flux_prefect.batch.table import Row
 from flux_prefect.bucket import PublishedImage
+from flux_prefect.budget import describe_credits
 from flux_prefect.pipeline import ImageOutcome, Production
 from flux_prefect.spool import PaidCall
 from flux_prefect.steps import CallOutcome

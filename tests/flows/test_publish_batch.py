@@ -20,6 +20,7 @@ from pydantic import SecretStr
 
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.plan import BalanceTooLow
 from flux_prefect.batch.report import BatchFailed, BatchReport
 from flux_prefect.batch.table import TableError
 from flux_prefect.bucket import BucketAccessDenied, BucketMissing, ImageBucket
@@ -152,6 +153,79 @@ class TestFromPython:
 
         assert report.count("published") == 12
         assert sandbox.control.summary().refused == 0
+
+    async def test_a_dry_run_tells_and_costs_nothing(
+        self,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+    ) -> None:
+        """What is there, what repeats, what is invalid, what it can cost, and what the account has."""
+        await publish_batch(prompts[:1], bucket, credentials)
+        table = [*prompts, {**prompts[1], "id": "owl again"}, {"id": "bad", "prompt": ""}]
+        before = sandbox.control.summary()
+        state = await publish_batch(table, bucket, credentials, dry_run=True, return_state=True)
+        plan = (await state.aresult()).plan
+
+        assert plan is not None
+        assert plan.seconds is not None
+        assert state.message is not None
+        assert (plan.rows, plan.published, plan.repeats, plan.invalid, plan.requests) == (5, 1, 1, 1, 2)
+        assert plan.most_credits == 2 * 168_000  # the price that the first batch was charged
+        assert plan.balance == before.balance
+        assert plan.seconds > 0
+        assert state.message.startswith("dry run: 5 rows: 2 to generate, 1 already there, 1 repeated in the table")
+        assert sandbox.control.summary() == before
+
+    async def test_a_batch_that_the_account_cannot_pay_is_refused(
+        self,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+    ) -> None:
+        """Before the first call, with both sums; a cap that the account covers lets it begin."""
+        sandbox.control.settings(balance=450_000)
+        with pytest.raises(BalanceTooLow, match=r"may cost 600,000 credits .* account has 450,000 credits"):
+            await publish_batch(prompts, bucket, credentials)
+        assert sandbox.control.summary().calls == 0
+
+        report = await publish_batch(prompts, bucket, credentials, max_credits=400_000)
+        assert report.count("published") == 2
+
+    @pytest.mark.parametrize(("cap", "published"), [({"max_credits": 400_000}, 2), ({"max_images": 1}, 1)])
+    async def test_what_does_not_fit_under_the_cap_is_left_for_the_next_run(
+        self,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+        cap: dict[str, Any],
+        published: int,
+    ) -> None:
+        """It is no failure; the next run publishes it and pays for nothing else."""
+        report = await publish_batch(prompts, bucket, credentials, **cap)
+        assert report.count("published") == published
+        assert report.count("skipped_budget") == 3 - published
+        assert sandbox.control.summary().billed_calls == published
+
+        second = await publish_batch(prompts[:2], bucket, credentials)
+        assert second.count("published") + second.count("unchanged") == 2
+        assert sandbox.control.summary().billed_calls == max(published, 2)
+
+    async def test_a_rerun_of_a_published_batch_is_one_look_a_picture(
+        self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
+    ) -> None:
+        """No task run, no call, one HEAD each: counted at the S3 client."""
+        await publish_batch(prompts[:2], bucket, credentials)
+        asked: list[str] = []
+        client = bucket.get_client()
+        client.meta.events.register("before-call.s3", lambda model, **_: asked.append(model.name))
+        report = await publish_batch(prompts[:2], bucket, credentials)
+
+        assert report.count("unchanged") == 2
+        assert sorted(asked) == ["HeadBucket", "HeadObject", "HeadObject"]
 
     async def test_runs_as_a_subflow(
         self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials

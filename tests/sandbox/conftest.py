@@ -2,36 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox
 
-MODEL = "flux/kontext-max/text-to-image"
-
-
-class Client:
-    """What a plain HTTP client of the service does, and nothing cleverer."""
-
-    def __init__(self, sandbox: RunningSandbox) -> None:
-        self.sandbox = sandbox
-        self.http = httpx.Client(
-            base_url=sandbox.url,
-            headers={"Authorization": f"Bearer {sandbox.environment['AIMLAPI_KEY']}"},
-            timeout=5,
-            trust_env=False,
-        )
-
-    def post(self, *, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
-        """Ask for a picture; fields that are not named are the test's usual ones."""
-        body = {"model": MODEL, "prompt": "A boat on the sea", "seed": 7, **fields}
-        return self.http.post("/v1/images/generations", json=body, headers=headers)
-
-    def picture(self, **fields: Any) -> bytes:
-        """Ask for one picture and fetch it."""
-        return self.http.get(self.post(**fields).json()["images"][0]["url"]).raise_for_status().content
+from .plain_client import PlainClient
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +25,9 @@ def sandbox(running: RunningSandbox) -> RunningSandbox:
 
 
 @pytest.fixture
-def client(sandbox: RunningSandbox) -> Iterator[Client]:
+def client(sandbox: RunningSandbox) -> Iterator[PlainClient]:
     """A client of the sandbox."""
-    client = Client(sandbox)
-    with client.http:
+    with PlainClient(sandbox) as client:
         yield client
 
 

@@ -22,7 +22,7 @@ def write_caption(image: Image.Image, prompt: str, note: str) -> None:
     shade = (
         Image.linear_gradient("L")
         .resize((1, height - top + 3 * size))
-        .point([round(level * 0.72) for level in range(256)])
+        .point([round(level * 0.86) for level in range(256)])
     )
     image.paste((8, 8, 14), (0, top - 3 * size), shade.resize((width, shade.height)))
     draw = ImageDraw.Draw(image)

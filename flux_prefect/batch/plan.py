@@ -1,0 +1,213 @@
+"""What a batch is going to do and what it can cost, before anything is paid for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import anyio
+from pydantic import BaseModel, ConfigDict, Field
+from rich import box
+from rich.table import Table
+
+from flux_prefect.api.client import AimlApiClient
+from flux_prefect.api.errors import FluxError, ServiceError
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.table import Row
+from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.budget import Budget, describe_credits
+from flux_prefect.seeds import with_seed
+
+_LOOKS_AT_ONCE = 32
+
+
+class BalanceTooLow(FluxError):
+    """The account can't pay for what the plan may cost. Nothing was sent."""
+
+    fatal = True
+
+
+class Plan(BaseModel):
+    """The sums of a plan."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: int = Field(description="Rows of the table.")
+    invalid: int = Field(description="Rows that are no requests.")
+    published: int = Field(description="Rows whose pictures are all in the bucket: they cost nothing.")
+    repeats: int = Field(description="Rows that ask for what an earlier row asks for: paid for once.")
+    requests: int = Field(description="Calls to be paid for, at most.")
+    images: int = Field(description="Pictures to be paid for, at most.")
+    most_credits: float = Field(description="What those calls cost at most, in credits, unless prices have risen.")
+    max_credits: float | None = Field(description="The cap, in credits.")
+    max_images: int | None = Field(description="The cap, in pictures paid for.")
+    balance: float | None = Field(
+        default=None, description="What the account has, in credits, where the service tells."
+    )
+    seconds: float | None = Field(
+        default=None, description="How long it takes at the pace of the last batch; None for the first."
+    )
+
+    @property
+    def spendable(self) -> float:
+        """The most that this batch can cost under its cap, in credits."""
+        return self.most_credits if self.max_credits is None else min(self.most_credits, self.max_credits)
+
+    def summary(self) -> str:
+        """One line: what there is to do and what it costs."""
+        known = {
+            "already there": self.published,
+            "repeated in the table": self.repeats,
+            "invalid": self.invalid,
+        }
+        told = "".join(f", {number} {name}" for name, number in known.items() if number)
+        line = f"{self.rows} rows: {self.requests} to generate{told}; at most {describe_credits(self.most_credits)}"
+        if self.spendable < self.most_credits:
+            line += f", capped at {describe_credits(self.spendable)}"
+        return line
+
+
+@dataclass
+class PlannedBatch:
+    """A plan and what was found while it was made.
+
+    Attributes:
+        rows: every row of the table, in its order; a request without a seed has got one.
+        found: the published pictures of requests that are whole in the bucket, by fingerprint.
+    """
+
+    plan: Plan
+    rows: list[Row]
+    found: dict[str, list[PublishedImage]] = field(default_factory=dict)
+
+
+async def make_plan(
+    rows: Iterable[Row],
+    bucket: ImageBucket,
+    endpoint: str,
+    budget: Budget,
+    *,
+    run: str,
+) -> PlannedBatch:
+    """Look through the whole table and the bucket. One HEAD a picture, 32 at once; nothing is paid for.
+
+    Args:
+        rows: the table.
+        bucket: where pictures would be published.
+        endpoint: the root URL of the service.
+        budget: the prices and caps.
+        run: what seeds are drawn from for rows without one.
+
+    Raises:
+        TableError: the table can't be read to its end.
+    """
+    seeded = [_seed(row, run) for row in rows]
+    wanted: dict[str, ImageRequest] = {}
+    repeats = 0
+    for row in seeded:
+        if row.request is not None:
+            fingerprint = row.request.fingerprint(endpoint)
+            repeats += fingerprint in wanted
+            wanted[fingerprint] = row.request
+    found = await _look(wanted, bucket)
+    missing = [request for fingerprint, request in wanted.items() if fingerprint not in found]
+    plan = Plan(
+        rows=len(seeded),
+        invalid=sum(row.request is None for row in seeded),
+        published=len(found),
+        repeats=repeats,
+        requests=len(missing),
+        images=sum(request.num_images for request in missing),
+        most_credits=sum(budget.price_of(request).credits for request in missing),
+        max_credits=budget.max_credits,
+        max_images=budget.max_images,
+    )
+    return PlannedBatch(plan, seeded, found)
+
+
+async def add_outlook(plan: Plan, client: AimlApiClient, pace: float | None, max_in_flight: int) -> Plan:
+    """The plan with the account's balance, where the service tells it, and the time it takes, where the pace is known.
+
+    Args:
+        plan: the sums.
+        client: asks for the balance; one free call.
+        pace: seconds that a generation takes.
+        max_in_flight: paid calls at once.
+    """
+    try:
+        balance = (await client.balance()).credits
+    except ServiceError:
+        balance = None  # not every endpoint tells; the cap holds all the same
+    seconds = None if pace is None else math.ceil(plan.requests / max_in_flight) * pace
+    return plan.model_copy(update={"balance": balance, "seconds": seconds})
+
+
+def check_balance(plan: Plan) -> None:
+    """Refuse a batch that the account can't pay for.
+
+    Raises:
+        BalanceTooLow: with both sums.
+    """
+    if plan.balance is not None and plan.balance < plan.spendable:
+        raise BalanceTooLow(
+            f"The batch may cost {describe_credits(plan.spendable)} and the account has "
+            f"{describe_credits(plan.balance)}: top it up, or set max_credits to what it may spend. Nothing was sent."
+        )
+
+
+def tabulate_plan(plan: Plan) -> Table:
+    """The plan as a table for a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("plan")
+    table.add_column("", justify="right")
+    for name, value in describe_plan(plan).items():
+        table.add_row(name, value)
+    return table
+
+
+def describe_plan(plan: Plan) -> dict[str, str]:
+    """The plan's sums with their names, for people."""
+    described = {
+        "rows": f"{plan.rows:,}",
+        "invalid rows": f"{plan.invalid:,}",
+        "already published": f"{plan.published:,}",
+        "repeated in the table": f"{plan.repeats:,}",
+        "to generate": f"{plan.requests:,} requests, {plan.images:,} pictures",
+        "at most": describe_credits(plan.most_credits),
+    }
+    if plan.max_credits is not None:
+        described["cap"] = describe_credits(plan.max_credits)
+    if plan.max_images is not None:
+        described["cap in pictures"] = f"{plan.max_images:,}"
+    if plan.balance is not None:
+        described["the account has"] = describe_credits(plan.balance)
+    if plan.seconds is not None:
+        described["time at the last pace"] = f"{plan.seconds:,.0f} s"
+    return described
+
+
+def _seed(row: Row, run: str) -> Row:
+    if row.request is None:
+        return row
+    return Row(row.number, row.id, with_seed(row.request, run, row.id), row.carried)
+
+
+async def _look(wanted: dict[str, ImageRequest], bucket: ImageBucket) -> dict[str, list[PublishedImage]]:
+    found: dict[str, list[PublishedImage]] = {}
+    queue = iter(wanted.items())
+
+    async def look() -> None:
+        for fingerprint, request in queue:
+            try:
+                images = [await bucket.find(request, fingerprint, index) for index in range(request.num_images)]
+            except FluxError:
+                continue  # the row's own work meets it again, before paying, and records it
+            whole = [image for image in images if image is not None]
+            if len(whole) == len(images):
+                found[fingerprint] = whole
+
+    async with anyio.create_task_group() as looks:
+        for _ in range(_LOOKS_AT_ONCE):
+            looks.start_soon(look)
+    return found

@@ -1,0 +1,45 @@
+"""Independent views of one open file, so that a file without a name can be read many times over."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any, BinaryIO
+
+
+class _View(io.RawIOBase):
+    """The first `size` bytes of an open file, with a position of its own."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        most = min(len(buffer), max(0, self._size - self._position))
+        content = os.pread(self._file.fileno(), most, self._position)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def open_view(file: BinaryIO, size: int) -> io.BufferedReader:
+    """A reader of the first `size` bytes of an open file, whatever others read of it or append to it meanwhile.
+
+    Closing it leaves the file open. It works as long as the file is open.
+    """
+    return io.BufferedReader(_View(file, size))

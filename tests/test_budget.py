@@ -1,0 +1,102 @@
+"""The hard cap: whatever calls cost and however they end, it is never passed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flux_prefect.api.errors import Billed
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.budget import Amount, Budget, BudgetExhausted, Reservation
+
+PRICE = 200_000
+
+
+def ask(images: int = 1) -> ImageRequest:
+    """A request for some pictures."""
+    return ImageRequest(prompt="a lighthouse", seed=1, num_images=images)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    cap=st.integers(0, 12 * PRICE),
+    max_images=st.one_of(st.none(), st.integers(0, 12)),
+    calls=st.lists(
+        st.tuples(st.integers(1, 4), st.sampled_from(list(Billed)), st.one_of(st.none(), st.integers(0, PRICE))),
+        max_size=20,
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_the_billed_total_never_passes_the_cap(
+    cap: int, max_images: int | None, calls: list[tuple[int, Billed, int | None]], seed: int
+) -> None:
+    """Random prices, failures and orders of ending, many calls at once; unknown outcomes were all billed in full."""
+    chance = random.Random(seed)  # noqa: S311 - makes an order
+    budget = Budget(default_price=PRICE, max_credits=cap, max_images=max_images)
+    truly_billed = Amount(0, 0)
+
+    async def call(images: int, billed: Billed, each: int | None) -> None:
+        nonlocal truly_billed
+        try:
+            reservation = await budget.reserve(ask(images))
+        except BudgetExhausted:
+            return
+        for _ in range(chance.randrange(4)):
+            await asyncio.sleep(0)
+        if billed is not Billed.NO:
+            truly_billed += Amount((PRICE if each is None else each) * images, images)
+        reservation.settle(billed, None if each is None or billed is not Billed.YES else each * images)
+        assert truly_billed.credits <= cap
+        assert max_images is None or truly_billed.images <= max_images
+
+    async def run() -> None:
+        await asyncio.wait_for(asyncio.gather(*(call(*each) for each in calls)), timeout=10)
+
+    asyncio.run(run())
+    assert budget.spent.credits >= truly_billed.credits
+
+
+async def test_money_that_comes_back_is_spent_by_who_waits() -> None:
+    """A call in flight that was not billed makes room; nobody is turned away too early."""
+    budget = Budget(default_price=PRICE, max_credits=PRICE)
+    first = await budget.reserve(ask())
+    second = asyncio.create_task(budget.reserve(ask()))
+    await asyncio.sleep(0)
+    assert not second.done()
+
+    first.settle(Billed.NO, None)
+    assert isinstance(await second, Reservation)
+
+
+async def test_what_cannot_fit_any_more_is_told() -> None:
+    """With the sums and the settings."""
+    budget = Budget(default_price=PRICE, max_credits=300_000, max_images=5)
+    (await budget.reserve(ask())).settle(Billed.YES, 168_000)
+
+    with pytest.raises(BudgetExhausted) as caught:
+        await budget.reserve(ask())
+    assert "200,000 credits and 1 picture would pass the cap of 300,000 credits and 5 pictures" in str(caught.value)
+    assert "168,000 credits and 1 picture are spent" in str(caught.value)
+    assert not budget.has_room(ask())
+
+
+async def test_a_higher_price_than_expected_holds_for_all_calls_after() -> None:
+    """The cap may be passed by that one call alone; a lower price changes nothing."""
+    budget = Budget(default_price=100, max_credits=1_000)
+    (await budget.reserve(ask())).settle(Billed.YES, 700)
+
+    assert budget.price_of(ask(2)) == Amount(1_400, 2)
+    assert budget.observed == {ask().model: 700}
+    with pytest.raises(BudgetExhausted):
+        await budget.reserve(ask())
+
+
+async def test_without_caps_everything_fits() -> None:
+    """The default."""
+    budget = Budget(default_price=PRICE)
+    for _ in range(100):
+        await budget.reserve(ask(4))
