@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import pytest
 from prefect import flow, unmapped
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket import ImageBucket, PublishedImage
@@ -28,15 +27,14 @@ def test_map_and_submit_work_in_a_sync_flow(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """A foreign flow of three requests: each is paid for once, and the in-flight limit holds over its threads."""
-    six_threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=6)
     account = credentials.model_copy(update={"max_in_flight": 2})
     sandbox.control.settings(latency=0.2)
 
-    @flow(task_runner=six_threads)
+    @flow
     def catalogue(requests: list[ImageRequest]) -> list[PublishedImage]:
         generations = generate_image.map(requests, unmapped(account))
         files = download_image.map(generations, unmapped(account))
-        return upload_to_s3.map(files, unmapped(bucket)).result()
+        return cast("list[PublishedImage]", upload_to_s3.map(files, unmapped(bucket)).result())
 
     requests = [request_.model_copy(update={"seed": seed}) for seed in (1, 2, 3, 4)]
     published = catalogue(requests)
@@ -51,9 +49,8 @@ def test_the_same_request_mapped_twice_is_paid_for_once(
 ) -> None:
     """The lock holds between threads; the second task run is Cached."""
     sandbox.control.settings(latency=0.3)
-    four_threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=4)
 
-    @flow(task_runner=four_threads)
+    @flow
     def twice() -> list[str]:
         futures = generate_image.map([request_] * 3, unmapped(credentials))
         futures.wait()

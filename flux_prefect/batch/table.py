@@ -1,34 +1,49 @@
 """Prompt tables: where the requests of a batch come from.
 
 A row has the fields of `ImageRequest` and an `id`; all other columns are carried through to the report untouched.
+The manifest of an earlier run is a table as well: its rows come again with the seeds that they had.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.formats import (
+    FIELDS,
+    OWN_COLUMNS,
+    Unreadable,
+    find_misspelt,
+    find_unkeepable,
+    read_csv,
+    read_jsonl,
+)
+from flux_prefect.batch.parquet import read_parquet
+from flux_prefect.batch.records import begins_with_record, is_record, read_records
+from flux_prefect.batch.sources import Source, TableError, local_source, open_source
+from flux_prefect.bucket import ImageBucket
 
-_FIELDS = frozenset(ImageRequest.model_fields)
-_OWN_COLUMNS = _FIELDS | {"id"}
-_TYPO = 0.85  # difflib's similarity from which a column counts as a field misspelt
+__all__ = ["Only", "Row", "Table", "TableError", "explain_invalid", "open_table", "read_table"]
 
+Only = Literal["failed", "flagged", "skipped_budget", "unpublished"]
+"""Which rows of a manifest to take: those that ended so, or `unpublished`, which is failed and skipped_budget.
 
-@dataclass(frozen=True)
-class _Unreadable:
-    reason: str
+Flagged rows are not among the unpublished: the same seed would be paid for and flagged again."""
 
+_STATUSES: dict[Only, set[str]] = {
+    "failed": {"failed"},
+    "flagged": {"flagged"},
+    "skipped_budget": {"skipped_budget"},
+    "unpublished": {"failed", "skipped_budget"},
+}
 
-class TableError(ValueError):
-    """The table as a whole can't be read. Nothing was sent."""
+Given: TypeAlias = "Sequence[ImageRequest | Mapping[str, Any]]"
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Row:
     """One row: a request, or the reason why it is none.
 
     Attributes:
-        number: its place among the data rows, from 1.
+        number: its place among the data rows, from 1. A manifest's rows keep those of their table.
         id: the row's own id, else its number.
         request: the request, None for an invalid row.
         carried: the columns that are not ours, as they were.
@@ -50,137 +65,124 @@ class Row:
     error: str | None = None
 
 
-def read_table(source: str | Path | Sequence[ImageRequest | Mapping[str, Any]]) -> Iterator[Row]:
-    """Read a CSV or JSON Lines file, or a list of requests or rows, row by row.
+class Table:
+    """A table on this machine, to be read any number of times.
 
-    A bad row becomes a `Row` with an error; the rows after it are read all the same. An empty cell means the
-    field's default. A second row with the same id is invalid. A file is opened when its first row is asked for.
+    Args:
+        content: a fetched or local source, or the requests or rows themselves.
+        only: take these rows of a manifest alone.
+    """
+
+    def __init__(self, content: Source | Given, only: Only | None = None) -> None:
+        self._content = content
+        self._only = only
+
+    def rows(self) -> Iterator[Row]:
+        """Every row from the first, read as it is asked for.
+
+        A bad row becomes a `Row` with an error; the rows after it are read all the same. An empty cell means the
+        field's default. A second row with the same id is invalid. Memory: the ids, about 150 bytes a row.
+
+        Raises:
+            TableError: the file is missing, not text, broken as a whole, or lacks the column `prompt`; or `only` is
+                given and it is no manifest. Some of that is known only at a later row.
+        """
+        return _check_ids(self._parse_all())
+
+    def _parse_all(self) -> Iterator[Row]:
+        for number, content in self._read():
+            if is_record(content):
+                if self._only is None or content["status"] in _STATUSES[self._only]:
+                    yield _revive(content)
+            elif self._only is None:
+                yield _parse(number, content)
+            else:
+                raise TableError(f"only={self._only!r} takes rows of an earlier run's manifest, and this is none.")
+
+    def _read(self) -> Iterator[tuple[int, Any]]:
+        if not isinstance(self._content, Source):
+            yield from enumerate(self._content, start=1)
+        elif self._content.format == "csv":
+            yield from read_csv(self._content)
+        elif self._content.format == "parquet":
+            yield from read_parquet(self._content)
+        else:
+            with self._content.open() as file:
+                if begins_with_record(file):
+                    file.seek(0)
+                    yield from enumerate(read_records(file, self._content.name), start=1)
+                    return
+            yield from read_jsonl(self._content)
+
+
+@asynccontextmanager
+async def open_table(
+    source: str | Path | Given, *, only: Only | None = None, bucket: ImageBucket | None = None
+) -> AsyncIterator[Table]:
+    """A table from anywhere: what is elsewhere is fetched once, then read row by row any number of times.
+
+    Args:
+        source: a path, `s3://bucket/key` or `https://` address that ends in .csv, .jsonl, .ndjson or .parquet, or a
+            list of requests or rows.
+        only: take these rows of a manifest alone.
+        bucket: its keys and endpoint are used for a source in the same bucket.
 
     Raises:
-        TableError: the file is missing, not text, broken as a whole, or lacks the column `prompt`. Some of that is
-            known only at a later row.
+        TableError: the source can't be fetched, or its suffix is another.
+
+    Example:
+        ```python
+        async with open_table("s3://team/prompts.csv") as table:
+            count = sum(1 for _ in table.rows())
+            for row in table.rows():
+                ...
+        ```
     """
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        name = str(source)
-        match path.suffix.lower():
-            case ".csv":
-                raw = _read_csv(path)
-            case ".jsonl" | ".ndjson":
-                raw = _read_jsonl(path)
-            case _:
-                raise TableError(f"source {name!r} is neither .csv nor .jsonl: save the table as one of them.")
+        async with open_source(source, bucket=bucket) as fetched:
+            yield Table(fetched, only)
     else:
-        raw = enumerate(source, start=1)
-    return _check_ids(_parse(number, content) for number, content in raw)
+        yield Table(source, only)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
-    with _open(path) as lines:
-        reader = csv.reader(_text_only(path, lines), strict=True)
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            _check_header(path, header)
-            number = 0
-            for cells in reader:
-                if not cells:
-                    continue
-                number += 1
-                if len(cells) == len(header):
-                    yield number, dict(zip(header, cells, strict=True))
-                else:
-                    yield (
-                        number,
-                        _Unreadable(
-                            f"line {reader.line_num} has {len(cells)} cells where the header has {len(header)}: "
-                            'put cells with commas, quotes or line breaks in "double quotes"'
-                        ),
-                    )
-        except csv.Error as error:
-            raise TableError(f"{path}, line {reader.line_num}: broken CSV ({error}).") from error
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from error
+def read_table(source: str | Path | Given, *, only: Only | None = None) -> Iterator[Row]:
+    """Read a file on this machine, or a list of requests or rows, once and row by row.
+
+    A file is opened when its first row is asked for. See `Table.rows`; addresses are for `open_table`.
+
+    Raises:
+        TableError: as `Table.rows`; at once where the suffix is none that can be read.
+    """
+    return Table(local_source(source) if isinstance(source, (str, Path)) else source, only).rows()
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with _open(path) as lines:
-        number = 0
-        try:
-            for line_number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                number += 1
-                yield number, _read_line(line_number, line)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from error
-
-
-def _read_line(number: int, line: str) -> Any:
+def _revive(record: Mapping[str, Any]) -> Row:
+    """The row that a record of a manifest was written for."""
+    number, row_id, carried = record["row"], record["id"], dict(record["carried"])
+    if record["request"] is None:
+        return Row(number, row_id, carried=carried, error=record.get("message") or f"row {number}: it was invalid")
     try:
-        content = json.loads(line)
-        # Half a character or 1e999 can be read, but no record can hold it.
-        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-    except json.JSONDecodeError as error:
-        return _Unreadable(f"line {number} is not JSON ({error.msg} at column {error.colno})")
-    except (ValueError, RecursionError) as error:
-        return _Unreadable(f"line {number} holds a value that can't be kept ({error})")
-    return content
-
-
-def _text_only(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    for line in lines:
-        if "\0" in line:
-            raise TableError(f"{path} holds NUL bytes, as UTF-16 and binary files do: save it as UTF-8 text.")
-        yield line
-
-
-def _open(path: Path) -> Any:
-    try:
-        return path.open(encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise TableError(f"source {str(path)!r} can't be read: {error.strerror}.") from error
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> TableError:
-    return TableError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8.")
-
-
-def _check_header(path: Path, header: list[str]) -> None:
-    if not any(header):
-        raise TableError(f"{path} is empty: its first line must name the columns, prompt among them.")
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise TableError(f"{path} has the column {repeated[0]!r} twice: rename one.")
-    for name in header:
-        if problem := _misspelt(name):
-            raise TableError(f"{path}: {problem}.")
-    if "prompt" not in header:
-        raise TableError(f"{path} has no column 'prompt' among its columns {', '.join(header)}.")
-
-
-def _misspelt(column: str) -> str | None:
-    if column in _OWN_COLUMNS:
-        return None
-    plain = column.strip().lower().replace(" ", "_").replace("-", "_")
-    likely = ["id"] if plain == "id" else difflib.get_close_matches(plain, _FIELDS, 1, _TYPO)
-    if not likely:
-        return None
-    return f"unknown column {column!r}: if it is the field {likely[0]!r}, write it so; if not, give it another name"
+        request = ImageRequest.model_validate(record["request"])
+    except ValidationError as error:
+        return Row(number, row_id, carried=carried, error=f"row {number}: {explain_invalid(error)}")
+    return Row(number, row_id, request, carried)
 
 
 def _parse(number: int, content: Any) -> Row:
     if isinstance(content, ImageRequest):
         return Row(number, str(number), content)
-    if isinstance(content, _Unreadable):
+    if isinstance(content, Unreadable):
         return Row(number, str(number), error=f"row {number}: {content.reason}")
     if not isinstance(content, Mapping):
         return Row(number, str(number), error=f"row {number} is not an object with a prompt")
-    given = {name: value for name, value in content.items() if name in _FIELDS and value is not None and value != ""}
-    carried = {name: value for name, value in content.items() if name not in _OWN_COLUMNS}
+    if problem := find_unkeepable(dict(content)):
+        return Row(number, str(number), error=f"row {number} {problem}")
+    given = {name: value for name, value in content.items() if name in FIELDS and value is not None and value != ""}
+    carried = {name: value for name, value in content.items() if name not in OWN_COLUMNS}
     own_id = content.get("id")
     row_id = str(number) if own_id is None or str(own_id).strip() == "" else str(own_id).strip()
     for name in carried:
-        if problem := _misspelt(name):
+        if problem := find_misspelt(name):
             return Row(number, row_id, carried=carried, error=f"row {number}: {problem}")
     tolerance = given.get("safety_tolerance")
     if isinstance(tolerance, int) and not isinstance(tolerance, bool):
