@@ -165,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         if report.items:
             Console().print(tabulate(report))
         if given.report is not None:
+            given.report.parent.mkdir(parents=True, exist_ok=True)
             given.report.write_text(report.model_dump_json(indent=2), encoding="utf-8")
         if given.gallery is not None:
             print(f"Gallery: {asyncio.run(_write_gallery(report, given.bucket, given.gallery))}")

@@ -22,7 +22,7 @@ from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import describe_credits
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.locking import HostLockManager
-from flux_prefect.pipeline import produce_image
+from flux_prefect.pipeline import Production, produce_image
 from flux_prefect.seeds import with_seed
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.spool import Spool
@@ -59,7 +59,7 @@ async def publish_image(
             logger.info("Picture %d %s: %s", outcome.index, outcome.status.value, outcome.image.uri)
         else:
             logger.error("Picture %d %s: %s", outcome.index, outcome.status.value, outcome.error)
-    cost = describe_credits(production.credits_used)
+    cost = _tell_cost(production)
     if production.error is not None:
         state: State[Any] = Failed(
             message=f"{production.error.message} Cost of this run: {cost}.", data=production.error
@@ -69,6 +69,16 @@ async def publish_image(
         state = Completed(message=f"{images[0].uri}, {cost}", data=images)
     # A state, so that the run's page shows the message; whoever calls the flow gets what is inside.
     return cast("list[PublishedImage]", state)
+
+
+def _tell_cost(production: Production) -> str:
+    told = describe_credits(production.credits_used)
+    if production.unpriced_calls:
+        told += f" and {production.unpriced_calls} billed calls whose cost the service did not say"
+    if production.open_calls:
+        ids = ", ".join(call.client_request_id for call in production.open_calls)
+        told += f"; billed or possibly billed without a picture: {ids}"
+    return told
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -79,7 +79,7 @@ class BucketUnavailable(BucketError):
 
 
 class PictureChanged(BucketError):
-    """The file in the spool no longer has the bytes that were checked; S3 refused them."""
+    """The file in the spool is gone or no longer has the bytes that were checked; S3 refuses those."""
 
 
 class KeyOccupied(BucketError):
@@ -178,6 +178,9 @@ class ImageBucket(WritableFileSystem):
     )
     kms_key_id: str | None = Field(default=None, title="KMS key ID", description="Goes with aws:kms.")
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # the input of a bad block holds its keys
+
+    _checked: str | None = PrivateAttr(default=None)
     _client: Any = PrivateAttr(default=None)
     _client_lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
 
@@ -259,6 +262,11 @@ class ImageBucket(WritableFileSystem):
             client: S3Client = self._client
             return client
 
+    async def check_once(self) -> None:
+        """`check`, unless this block has passed it before."""
+        if self._checked != self.bucket_name:
+            await self.check()
+
     async def check(self) -> None:
         """Prove that the bucket is there and the keys are good, before anything is paid for. One HEAD.
 
@@ -266,6 +274,7 @@ class ImageBucket(WritableFileSystem):
             BucketMissing, BucketAccessDenied, BucketUnavailable: with what to correct.
         """
         await self._run(lambda client: client.head_bucket(Bucket=self.bucket_name), "")
+        self._checked = self.bucket_name
 
     def key_of(self, request: ImageRequest, fingerprint: str, index: int) -> str:
         """The key of one picture in this bucket."""
@@ -291,6 +300,11 @@ class ImageBucket(WritableFileSystem):
             KeyOccupied: the key holds something else.
             BucketError: the bucket did not take it. The file stays in the spool.
         """
+        if not file.is_whole():
+            raise PictureChanged(
+                f"{file.path} is gone or changed since it was checked: fetch it again with "
+                "download_image.with_options(refresh_cache=True)."
+            )
         generation = file.generation
         key = self.key_of(generation.request, generation.fingerprint, file.index)
         record_key = sidecar_key(key, file.sha256)
@@ -530,6 +544,10 @@ class ImageBucket(WritableFileSystem):
                 ) from error
             except ClientError as error:
                 raise self._translate(error, where) from error
+            except ValueError as error:  # botocore's word for an endpoint that is no URL
+                raise BucketError(
+                    f"{where} has no usable server: {error}. Correct endpoint_url or AWS_ENDPOINT_URL_S3."
+                ) from error
             except BotoCoreError as error:
                 raise BucketUnavailable(
                     f"{where} can't be reached: {error}. Check endpoint_url or AWS_ENDPOINT_URL_S3."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,7 +49,9 @@ class PromptSeedCachePolicy(CachePolicy):
         if generation is not None:
             index = inputs.get("index")
             place = "" if index is None else f"-{index}"
-            return f"flux-{self.step}-{generation.fingerprint}{place}"
+            # Of the very answer: a picture that was paid for anew is not the one cached for the old answer.
+            answer = hashlib.sha256(generation.client_request_id.encode()).hexdigest()[:8]
+            return f"flux-{self.step}-{generation.fingerprint}{place}-{answer}"
         request, credentials = _one(inputs, ImageRequest), _one(inputs, AimlApiCredentials)
         if request is None or request.seed is None or credentials is None:
             return None

@@ -12,7 +12,7 @@ from typing import ClassVar
 import httpx
 from prefect.blocks.abstract import CredentialsBlock
 from prefect.blocks.system import Secret
-from pydantic import Field, HttpUrl, SecretStr, field_validator
+from pydantic import ConfigDict, Field, HttpUrl, SecretStr, field_validator
 
 from flux_prefect.api.client import AimlApiClient, Timeouts
 from flux_prefect.api.models import normalize_endpoint
@@ -51,6 +51,8 @@ class AimlApiCredentials(CredentialsBlock):
     # The logo that Prefect itself hosts for secrets.
     _logo_url: ClassVar[HttpUrl | None] = HttpUrl(str(Secret._logo_url))  # noqa: SLF001 - Prefect's own protocol
     _documentation_url: ClassVar[HttpUrl | None] = HttpUrl("https://docs.aimlapi.com/quickstart/setting-up")
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # the input of a bad block holds its key
 
     api_key: SecretStr = Field(title="API key", min_length=1, description="The service's bearer token.")
     base_url: str = Field(

@@ -32,6 +32,8 @@ from flux_prefect.sandbox.ledger import Summary
 PROMPTS = Path("flows/examples/prompts.csv")
 BUCKET = "s3://images/demo"
 
+_MARK = ".flux_prefect-demo"
+_ACCOUNTS = ("AIML", "AWS_", "FLUX_", "PREFECT_")
 _UI_PORT = 4200
 _SERVER_SECONDS = 90
 _STOP_SECONDS = 15
@@ -80,11 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(folder: Path, console: Console, *, serve: bool) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _empty(folder)
     console.print("Starting the image service's sandbox, an S3 server and a Prefect server ...")
     with start_sandbox(folder / "sandbox") as sandbox, _start_prefect(folder / "prefect") as prefect:
-        environment = {**os.environ, **sandbox.environment, **prefect.environment}
+        environment = {**_bare_environment(), **sandbox.environment, **prefect.environment}
         runs = []
         for number, title in enumerate(("First run", "The same again"), start=1):
             console.rule(f"[bold]{title}")
@@ -106,6 +107,20 @@ def _run(folder: Path, console: Console, *, serve: bool) -> None:
         if serve:
             console.print("\nServing until Ctrl-C.")
             signal.pause()
+
+
+def _empty(folder: Path) -> None:
+    """Begin with an empty folder, but never remove one that is not an earlier demo's."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
+        raise DemoFailed(f"{folder} is not empty and not an earlier demo's: name another with --folder.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / _MARK).touch()
+
+
+def _bare_environment() -> dict[str, str]:
+    """The environment without anybody's own Prefect, AWS or service account."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_ACCOUNTS)}
 
 
 def _publish(folder: Path, number: int, environment: dict[str, str], console: Console) -> BatchReport:
@@ -169,7 +184,7 @@ def _start_prefect(home: Path) -> Iterator[PrefectServer]:
         server = subprocess.Popen(  # noqa: S603 - Prefect's own command
             [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
             env={
-                **os.environ,
+                **_bare_environment(),
                 **environment,
                 "PREFECT_SERVER_UI_API_URL": f"{url}/api",
                 "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

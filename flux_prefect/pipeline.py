@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Any
 
-from flux_prefect.api.errors import ContentFlagged, FluxError, ImageGone
+from flux_prefect.api.errors import Billed, ContentFlagged, FluxError, ImageGone
 from flux_prefect.api.models import Generation, ImageRequest
-from flux_prefect.bucket import ImageBucket, PictureChanged, PublishedImage
+from flux_prefect.bucket import BucketUnavailable, ImageBucket, PictureChanged, PublishedImage
 from flux_prefect.budget import BudgetExhausted
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.locking import HostLockManager
 from flux_prefect.spool import ImageFile, PaidCall, Spool
 from flux_prefect.steps import CallOutcome, metered
-from flux_prefect.tasks import download_image, generate_image, upload_to_s3
+from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3
+
+_logger = logging.getLogger(__name__)
 
 _LOCKS = HostLockManager()
 _GENERATE_AGAIN = generate_image.with_options(refresh_cache=True)
 _DOWNLOAD_AGAIN = download_image.with_options(refresh_cache=True)
 
 _Download = Callable[[int], Awaitable[ImageFile]]
+
+
+class UnforeseenError(FluxError):
+    """An exception of no kind that is known here. What was paid for before it stays in the spool."""
 
 
 class Status(str, Enum):
@@ -81,6 +88,11 @@ class Production:
         return sum(call.credits_used or 0 for call in self.calls)
 
     @property
+    def unpriced_calls(self) -> int:
+        """How many billed calls the service named no cost for."""
+        return sum(call.billed is Billed.YES and call.credits_used is None for call in self.calls)
+
+    @property
     def images(self) -> list[ImageOutcome]:
         """The outcomes in the order of the pictures."""
         return [self.outcomes[index] for index in sorted(self.outcomes)]
@@ -105,7 +117,8 @@ async def produce_image(request: ImageRequest, bucket: ImageBucket, credentials:
 
     One at a time on a host for one request, in whatever process: the second finds what the first published. What is
     in the bucket already costs a HEAD. A cached answer whose URL has died is paid for anew, a cached file that
-    is gone is fetched anew, each at most once. Failures of pictures are outcomes, not exceptions.
+    is gone is fetched anew, each at most once. A missing bucket is found before anything is paid for. Failures of
+    pictures are outcomes, not exceptions.
 
     Raises:
         ValueError: the request has no seed (`seeds.with_seed` draws one).
@@ -113,19 +126,26 @@ async def produce_image(request: ImageRequest, bucket: ImageBucket, credentials:
     production = Production(request, request.fingerprint(credentials.base_url))
     with metered() as production.calls:
         async with _LOCKS.hold(f"produce-{production.fingerprint}"), credentials.open_client():
-            await _find_all(production, bucket)
+            await _find_all(production, bucket, credentials)
             if production.missing:
                 await _make_missing(production, bucket, credentials)
             production.open_calls = Spool().open_calls(production.fingerprint)
     return production
 
 
-async def _find_all(production: Production, bucket: ImageBucket) -> None:
+async def _find_all(production: Production, bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    async def look(index: int) -> PublishedImage | None:
+        try:
+            return await bucket.find(production.request, production.fingerprint, index)
+        except BucketUnavailable:
+            # Now it is worth a task run: its retries are Prefect's, for everybody to see.
+            return await find_published(production.request, bucket, credentials, index)
+
     async def find(index: int) -> None:
         try:
-            image = await bucket.find(production.request, production.fingerprint, index)
-        except FluxError as error:
-            production.outcomes[index] = ImageOutcome(index, error=error)
+            image = await look(index)
+        except Exception as error:  # noqa: BLE001 - whatever it was, nothing is paid for this picture
+            production.outcomes[index] = ImageOutcome(index, error=_typed(error))
         else:
             if image is not None:
                 production.outcomes[index] = ImageOutcome(index, image=image)
@@ -136,6 +156,7 @@ async def _find_all(production: Production, bucket: ImageBucket) -> None:
 async def _make_missing(production: Production, bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
     wanted = production.missing
     try:
+        await bucket.check_once()  # a HEAD can't tell a missing bucket from a missing picture
         generation = await generate_image(production.request, credentials)
         download = partial(download_image, generation, credentials)
         download_again = partial(_DOWNLOAD_AGAIN, generation, credentials)
@@ -145,11 +166,12 @@ async def _make_missing(production: Production, bucket: ImageBucket, credentials
             wanted = gone
             production.regenerated = True
             generation = await _GENERATE_AGAIN(production.request, credentials)
+            download = partial(download_image, generation, credentials)
             download_again = partial(_DOWNLOAD_AGAIN, generation, credentials)
-            await _deliver(production, gone, bucket, download_again, download_again)
-    except FluxError as error:  # of a generation, so of all its pictures
+            await _deliver(production, gone, bucket, download, download_again)
+    except Exception as error:  # noqa: BLE001 - of a generation, so of all its pictures
         for index in wanted:
-            production.outcomes[index] = ImageOutcome(index, error=error)
+            production.outcomes[index] = ImageOutcome(index, error=_typed(error))
 
 
 async def _deliver(
@@ -169,12 +191,19 @@ async def _deliver(
             except PictureChanged:
                 file.path.unlink(missing_ok=True)
                 image = await upload_to_s3(await fetch_again(index), bucket)
-        except FluxError as error:
-            production.outcomes[index] = ImageOutcome(index, error=error)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the money of the others is told
+            production.outcomes[index] = ImageOutcome(index, error=_typed(error))
         else:
             production.outcomes[index] = ImageOutcome(index, image=image)
 
     await _together(deliver(index) for index in indexes)
+
+
+def _typed(error: Exception) -> FluxError:
+    if isinstance(error, FluxError):
+        return error
+    _logger.error("An error that nobody foresaw", exc_info=error)
+    return UnforeseenError(f"{type(error).__name__}: {error}. It is a defect: its traceback is in the log.")
 
 
 async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -138,8 +138,14 @@ class Spool:
     def keep_generation(self, generation: Generation) -> None:
         """Keep the record of a paid answer, inline bytes with it, replacing an older one of the same request.
 
+        The pictures of an older answer go with its record: they would pass for those of the new one.
+
         Takes milliseconds: it waits for the disk.
         """
+        older = self.find_generation(generation.fingerprint)
+        if older is not None and older.client_request_id != generation.client_request_id:
+            for picture in (self.root / "pictures").glob(f"{generation.fingerprint}-*"):
+                picture.unlink(missing_ok=True)
         _write(self._record_path(generation.fingerprint), generation.model_dump_json(), os.fsync)
 
     def find_generation(self, fingerprint: str) -> Generation | None:
@@ -169,6 +175,11 @@ class Spool:
         """Where the bytes of one picture belong."""
         extension = EXTENSIONS[generation.request.output_format]
         return self.root / "pictures" / f"{generation.fingerprint}-{index}.{extension}"
+
+    def rejected_path(self, generation: Generation, index: int) -> Path:
+        """Where a whole picture of another format than asked for is kept."""
+        path = self.picture_path(generation, index)
+        return path.with_name(f"{path.name}.rejected")
 
     def find_picture(self, generation: Generation, index: int) -> DownloadedPicture | None:
         """The picture's file, inspected anew, where it is here and whole. Reads and decodes it: call it in a thread."""

@@ -23,6 +23,7 @@ from flux_prefect.api.errors import (
     EmptyGeneration,
     ImageGone,
     ServiceError,
+    UnexpectedFormat,
 )
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
 from flux_prefect.budget import current_budget
@@ -137,6 +138,7 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
     Raises:
         SpoolUnwritable: nothing was fetched.
         ContentFlagged: the service flagged the picture or delivered it black. Nothing else is done with it.
+        UnexpectedFormat: it came in another format before, and lies in the spool as that.
         ImageGone: neither its URL nor the spool has it any more.
         DownloadError: the bytes could not be fetched, or are not the picture asked for.
     """
@@ -147,6 +149,12 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
             "not published. Change the prompt or the seed, or raise safety_tolerance."
         )
     spool.prepare()
+    rejected = spool.rejected_path(generation, index)
+    if rejected.exists():
+        raise UnexpectedFormat(
+            f"Picture {index} of {generation.request.label!r} came in another format than output_format asks for. It "
+            f"was paid for and is kept as {rejected}; it is not published. Remove that file to fetch it again."
+        )
     picture = await anyio.to_thread.run_sync(spool.find_picture, generation, index)
     if picture is None:
         picture = await client.download(
@@ -178,7 +186,8 @@ def _image(generation: Generation, index: int) -> GeneratedImage:
             return image
     raise EmptyGeneration(
         f"The service was asked for {generation.request.num_images} pictures and answered with "
-        f"{len(generation.images)}: there is no picture {index}. The call was billed.",
+        f"{len(generation.images)}: there is no picture {index}. The call was billed. Ask for the same with "
+        "another seed, or one picture a request.",
         client_request_id=generation.client_request_id,
         billed=Billed.YES,
         retryable=False,

@@ -21,6 +21,7 @@ from pydantic import SecretStr, ValidationError
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
 from flux_prefect.bucket import (
     BucketAccessDenied,
+    BucketError,
     BucketMissing,
     BucketUnavailable,
     ImageBucket,
@@ -287,6 +288,27 @@ async def test_results_never_leave_the_prefix(bucket: ImageBucket, path: str) ->
     """A path that would is refused."""
     with pytest.raises(ValueError, match=r"segment|empty"):
         await bucket.write_path(path, b"x")
+
+
+@pytest.mark.parametrize("field", ["aws_secret_access_key", "aws_session_token"])
+def test_a_bad_block_does_not_print_its_keys(field: str) -> None:
+    """What pydantic would show of the input is left out."""
+    with pytest.raises(ValidationError) as caught:
+        ImageBucket.model_validate({"bucket_name": "a/b", field: "S3CRET"})
+    assert "S3CRET" not in str(caught.value)
+
+
+async def test_a_missing_file_says_how_to_get_it_back(bucket: ImageBucket, file: ImageFile) -> None:
+    """Whoever composes the tasks alone reads what to do."""
+    file.path.unlink()
+    with pytest.raises(PictureChanged, match=r"download_image\.with_options\(refresh_cache=True\)"):
+        await bucket.publish(file, RUN)
+
+
+async def test_an_endpoint_that_is_no_url_is_named(bucket: ImageBucket) -> None:
+    """With the setting to correct."""
+    with pytest.raises(BucketError, match="endpoint_url"):
+        await ImageBucket.model_validate({**_fields(bucket), "endpoint_url": "127.0.0.1:9999"}).check()
 
 
 async def test_keys_appear_nowhere(bucket: ImageBucket) -> None:

@@ -27,7 +27,14 @@ SECONDS = 60
 class Publisher:
     """`python -m flows.publish_batch` over one row, as a process of its own."""
 
-    def __init__(self, folder: Path, request: ImageRequest, bucket: ImageBucket, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        request: ImageRequest,
+        bucket: ImageBucket,
+        environment: dict[str, str],
+        folder_to_run_in: Path = ROOT,
+    ) -> None:
         table = folder / "prompts.jsonl"
         table.write_text(json.dumps({"id": "one", **request.payload()}), encoding="utf-8")
         self._report = folder / f"report-{time.monotonic_ns()}.json"
@@ -36,7 +43,7 @@ class Publisher:
                 *(sys.executable, "-m", "flows.publish_batch", str(table)),
                 *("--bucket", bucket.uri, "--report", str(self._report)),
             ],
-            cwd=ROOT,
+            cwd=folder_to_run_in,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -145,6 +152,27 @@ def test_killed_during_the_upload_nothing_is_paid_for_again(
         entry["Key"] for entry in bucket.get_client().list_objects_v2(Bucket="images", Prefix=bucket.prefix)["Contents"]
     ]
     assert sorted(key.endswith(".json") for key in keys) == [False, True]
+
+
+def test_an_empty_machine_finds_everything_in_the_bucket(
+    sandbox: RunningSandbox,
+    bucket: ImageBucket,
+    request_: ImageRequest,
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """Another folder, an empty Prefect home and an empty spool: no call, no download, nothing written."""
+    Publisher(tmp_path, request_, bucket, environment).finish()
+    before = sandbox.control.summary()
+    listed = bucket.get_client().list_objects_v2(Bucket="images", Prefix=bucket.prefix)["Contents"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    empty = {"PREFECT_HOME": str(elsewhere / "home"), "FLUX_PREFECT_SPOOL": str(elsewhere / "spool")}
+    item = Publisher(elsewhere, request_, bucket, {**environment, **empty}, folder_to_run_in=elsewhere).finish()
+
+    assert item["status"] == "unchanged"
+    assert sandbox.control.summary() == before
+    assert bucket.get_client().list_objects_v2(Bucket="images", Prefix=bucket.prefix)["Contents"] == listed
 
 
 def test_two_processes_at_once_pay_once(

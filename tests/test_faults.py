@@ -38,6 +38,7 @@ from flux_prefect.api.errors import (
 )
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.sandbox.faults import FAULTS
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import ImageFile, Spool
 from flux_prefect.tasks import download_image, generate_image
@@ -177,6 +178,12 @@ DOWNLOAD_FAULTS = [
     Fault("redirect_loop", FOREVER, UnsafeURL, attempts=1, says="redirect"),
     Fault("redirect_private", FOREVER, UnsafeURL, attempts=1),
 ]
+
+
+def test_every_fault_of_the_sandbox_is_tried() -> None:
+    """A new one needs its row here, or its test of what becomes of the picture in test_pipeline."""
+    elsewhere = {"flagged", "black", "fewer_images"}
+    assert {fault.name for fault in (*GENERATION_FAULTS, *DOWNLOAD_FAULTS)} | elsewhere == set(FAULTS)
 
 
 @flow

@@ -15,11 +15,11 @@ from pydantic import SecretStr
 
 from flux_prefect.api.errors import ContentFlagged, EmptyGeneration
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket import BucketMissing, ImageBucket, KeyOccupied
+from flux_prefect.bucket import BucketError, BucketMissing, ImageBucket, KeyOccupied, PublishedImage, PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.pipeline import Production, Status, produce_image
+from flux_prefect.pipeline import Production, Status, UnforeseenError, produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import Spool
+from flux_prefect.spool import ImageFile, Spool
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -329,14 +329,50 @@ async def test_a_failed_upload_keeps_what_was_paid_for(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """The next run publishes the picture without a call or a download."""
-    failed = await produce(request_, bucket.model_copy(update={"bucket_name": "nowhere"}), credentials)
+    frozen = ImageBucket.model_validate(
+        {**{name: getattr(bucket, name) for name in ImageBucket.model_fields}, "storage_class": "NO_SUCH_CLASS"}
+    )
+    failed = await produce(request_, frozen, credentials)
     before = sandbox.control.summary()
     again = await produce(request_, bucket, credentials)
 
-    assert isinstance(failed.error, BucketMissing)
+    assert isinstance(failed.error, BucketError)
     assert before.billed_calls == 1
     assert again.images[0].status is Status.PUBLISHED
     assert sandbox.control.summary() == before
+
+
+async def test_a_missing_bucket_stops_before_paying(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """A HEAD of a picture can't tell it from a missing picture, so the bucket itself is asked."""
+    production = await produce(request_, bucket.model_copy(update={"bucket_name": "nowhere"}), credentials)
+
+    assert isinstance(production.error, BucketMissing)
+    assert sandbox.control.summary().calls == 0
+
+
+async def test_an_error_that_nobody_foresaw_does_not_hide_the_money(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """It is told as the picture's outcome, beside what the call cost."""
+
+    class BrokenBucket(ImageBucket):
+        """A bucket with a defect."""
+
+        _block_type_slug = "broken-bucket"
+
+        async def publish(self, file: ImageFile, run: PublishingRun) -> PublishedImage:
+            """Fail as no bucket should."""
+            raise ZeroDivisionError(f"{file.index} {run.flow_run_id}")
+
+    broken = BrokenBucket.model_validate({name: getattr(bucket, name) for name in ImageBucket.model_fields})
+    production = await produce(request_, broken, credentials)
+
+    assert isinstance(production.error, UnforeseenError)
+    assert "ZeroDivisionError" in production.error.message
+    assert production.credits_used == 168_000
+    assert sandbox.control.summary().billed_calls == 1
 
 
 @pytest.mark.parametrize("shape", ["images", "data", "b64", "data_uri", "both"])

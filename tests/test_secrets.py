@@ -15,6 +15,8 @@ from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 
+OTHER_API_KEY = "another-key-77aa"  # of test_pipeline
+
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
@@ -48,11 +50,14 @@ async def test_no_key_in_any_log_or_file(
     assert len(logs) > 100
     database = get_current_settings().server.database.connection_url
     assert database is not None
+    database_file = Path(database.get_secret_value().partition("///")[2])
     files = [path for path in home.rglob("*") if path.is_file()]
-    files.append(Path(database.get_secret_value().partition("///")[2]))
+    files.extend(database_file.parent.glob(f"{database_file.name}*"))  # its write-ahead log holds the newest
+    assert f"{database_file.name}-wal" in {path.name for path in files}
     listed = bucket.get_client().get_paginator("list_objects_v2").paginate(Bucket="images")
     objects = [entry["Key"] for page in listed for entry in page.get("Contents", [])]
-    for key in (sandbox.environment["AIMLAPI_KEY"], sandbox.environment["AWS_SECRET_ACCESS_KEY"]):
+    keys = [sandbox.environment["AIMLAPI_KEY"], sandbox.environment["AWS_SECRET_ACCESS_KEY"], OTHER_API_KEY]
+    for key in keys:
         assert key not in told
         assert [str(path) for path in files if key.encode() in path.read_bytes()] == []
         assert [name for name in objects if key in name or key.encode() in _read(bucket, name)] == []

@@ -26,6 +26,7 @@ from flux_prefect.api.errors import (
     NotSent,
     RequestRefused,
     ServiceError,
+    UnexpectedFormat,
 )
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.api.pacing import Pacer
@@ -45,6 +46,8 @@ def _encode(image: Image.Image, form: str = "JPEG") -> bytes:
 
 
 PICTURE = _encode(Image.linear_gradient("L").resize((96, 64)).convert("RGB"))
+OTHER_PICTURE = _encode(Image.radial_gradient("L").resize((96, 64)).convert("RGB"))
+PNG = _encode(Image.radial_gradient("L").resize((96, 64)).convert("RGB"), "PNG")
 BLACK = _encode(Image.new("RGB", (96, 64)))
 
 
@@ -456,6 +459,28 @@ class TestDownload:
         assert (file.width, file.height, file.size, file.index) == (96, 64, len(PICTURE), 0)
         assert file.generation == generation
         assert file.path == spool.picture_path(generation, 0)
+
+    async def test_a_picture_paid_for_anew_is_not_the_old_one(
+        self, service: Service, client: AimlApiClient, spool: Spool
+    ) -> None:
+        """The old answer's bytes go with its record."""
+        old = await download(await generate(REQUEST, client, spool), 0, client, spool)
+        service.files["/0.jpg"] = OTHER_PICTURE
+        new = await download(await generate(REQUEST, client, spool), 0, client, spool)
+        assert old.path == new.path
+        assert new.path.read_bytes() == OTHER_PICTURE
+
+    async def test_a_picture_of_another_format_is_not_fetched_twice(
+        self, service: Service, client: AimlApiClient, spool: Spool
+    ) -> None:
+        """It is in custody: a URL that dies meanwhile must not look as if it were gone."""
+        service.files["/0.jpg"] = PNG
+        generation = await generate(REQUEST, client, spool)
+        for _ in range(2):
+            with pytest.raises(UnexpectedFormat, match="is kept as"):
+                await download(generation, 0, client, spool)
+        assert service.fetched == ["/0.jpg"]
+        assert spool.rejected_path(generation, 0).read_bytes() == PNG
 
     async def test_a_whole_file_is_not_fetched_again(
         self, service: Service, client: AimlApiClient, spool: Spool

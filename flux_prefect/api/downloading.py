@@ -25,6 +25,7 @@ from flux_prefect.api.errors import (
     DownloadInterrupted,
     ImageGone,
     ImageTooLarge,
+    ImageUnwritable,
     NotAnImage,
     UnexpectedFormat,
     UnsafeURL,
@@ -261,7 +262,7 @@ class _PartFile:
         try:
             yield
         except OSError as error:
-            raise DownloadError(
+            raise ImageUnwritable(
                 f"{self.path} could not be written ({error.strerror or error}): make room in the spool folder "
                 f"{self.path.parent} or make it writable, then run again. The picture is paid for; its URL dies within "
                 "minutes."
@@ -273,7 +274,10 @@ def _check_status(response: httpx.Response) -> None:
     if response.is_success:
         return
     if status in _GONE:
-        raise ImageGone(f"The picture's URL is dead: {host} answered {status}.")
+        raise ImageGone(
+            f"The picture's URL is dead: {host} answered {status}. Run again: a flow that heals pays for it anew, "
+            "once, with the same seed; in a flow of your own, generate with refresh_cache=True."
+        )
     if status in _PASSING or response.is_server_error:
         raise DownloadInterrupted(
             f"{host} answered {status} instead of the picture.",

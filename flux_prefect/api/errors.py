@@ -15,13 +15,14 @@
     │       ├── RateLimited          429, still so when the time for waiting was over
     │       └── ServerFailed         500, 502, ...
     │           ├── ServiceBusy      503
-    │           └── GenerationTimedOut  504: perhaps paid
+    │           └── GenerationTimedOut  408, 504, 520 to 527: perhaps paid
     ├── DownloadError                a picture that was paid for, on its way to us
     │   ├── ImageGone                its URL is dead
     │   ├── DownloadInterrupted      cut, stalled or refused for now
     │   ├── NotAnImage               the bytes are no picture, or do not decode
     │   ├── UnexpectedFormat         a good picture in another format than asked for
     │   ├── ImageTooLarge            over the cap in bytes or pixels
+    │   ├── ImageUnwritable          the disk does not take it
     │   └── UnsafeURL                a URL that must not be fetched
     └── ContentFlagged               the service blanked or flagged the picture
 
@@ -172,8 +173,6 @@ class OutOfCredits(AccessRefused):
 class NotFound(StatusError):
     """404: base_url or model is wrong, or the model was withdrawn. Not billed."""
 
-    fatal = True
-
 
 class RateLimited(StatusError):
     """429 until the time for waiting was over. Not billed. The client has waited already: not repeated."""
@@ -190,7 +189,10 @@ class ServiceBusy(ServerFailed):
 
 
 class GenerationTimedOut(ServerFailed):
-    """504: the service's gateway gave up waiting; the generation behind it may have been paid."""
+    """The gateway gave up waiting or lost the service; the generation behind it may have been paid.
+
+    504, 408, and 520 to 527, in which a content network says as much.
+    """
 
     billed = Billed.UNKNOWN
 
@@ -223,6 +225,12 @@ class UnexpectedFormat(DownloadError):
 
 class ImageTooLarge(DownloadError):
     """More bytes or pixels than allowed."""
+
+
+class ImageUnwritable(DownloadError):
+    """The disk did not take the picture. It would not take the next one either, so a batch stops paying."""
+
+    fatal = True
 
 
 class UnsafeURL(DownloadError):

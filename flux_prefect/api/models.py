@@ -206,7 +206,7 @@ def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword 
             billed=_billed(cost),
             credits_used=cost.credits_used,
         )
-    listed, data = _read_list(body, "images", client_request_id), _read_list(body, "data", client_request_id)
+    listed, data = (_read_list(body, name, client_request_id, cost) for name in ("images", "data"))
     flags = body.get("has_nsfw_concepts")
     images: list[GeneratedImage] = []
     for index in range(max(len(listed), len(data))):
@@ -268,12 +268,11 @@ def _read_cost(body: Any, headers: Mapping[str, str]) -> _Cost:
     meta = body.get("meta") if isinstance(body, dict) else None
     usage = meta.get("usage") if isinstance(meta, dict) else None
     usage = usage if isinstance(usage, dict) else {}
-    credits_used = _read_number(headers.get("x-aimlapi-credits-used"))
-    usd_spent = _read_number(headers.get("x-aimlapi-usd-spent"))
-    return _Cost(
-        credits_used=_read_number(usage.get("credits_used")) if credits_used is None else credits_used,
-        usd_spent=_read_number(usage.get("usd_spent")) if usd_spent is None else usd_spent,
-    )
+    credits_used = _first_number(headers.get("x-aimlapi-credits-used"), usage.get("credits_used"))
+    usd_spent = _first_number(headers.get("x-aimlapi-usd-spent"), usage.get("usd_spent"))
+    if credits_used is None and usd_spent is not None:
+        credits_used = usd_spent * CREDITS_PER_USD
+    return _Cost(credits_used=credits_used, usd_spent=usd_spent)
 
 
 def _billed(cost: _Cost) -> Billed:
@@ -291,7 +290,7 @@ def _paid_sentence(cost: _Cost) -> str:
     }[_billed(cost)]
 
 
-def _read_list(body: dict[str, Any], name: str, client_request_id: str) -> list[Any]:
+def _read_list(body: dict[str, Any], name: str, client_request_id: str, cost: _Cost) -> list[Any]:
     value = body.get(name)
     if value is None:
         return []
@@ -299,8 +298,10 @@ def _read_list(body: dict[str, Any], name: str, client_request_id: str) -> list[
         return value
     raise InvalidResponse(
         f"{name} in the service's answer is {_kind(value)} instead of a list of pictures. "
-        f"It may have been billed: look for {client_request_id} in the service's log.",
+        f"{_paid_sentence(cost)} Look for {client_request_id} in its log.",
         client_request_id=client_request_id,
+        billed=_billed(cost),
+        credits_used=cost.credits_used,
     )
 
 
@@ -332,6 +333,10 @@ def _read_number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) and number >= 0 else None
+
+
+def _first_number(*values: Any) -> float | None:
+    return next((number for number in map(_read_number, values) if number is not None), None)
 
 
 def _read_int(value: Any) -> int | None:

@@ -31,7 +31,7 @@ _BY_STATUS: dict[int, type[StatusError]] = {
     404: NotFound,
     429: RateLimited,
     503: ServiceBusy,
-    504: GenerationTimedOut,
+    **dict.fromkeys((408, 504, *range(520, 528)), GenerationTimedOut),
 }
 
 _ADVICE: dict[type[StatusError], str] = {

@@ -49,7 +49,7 @@ async def write_gallery(report: BatchReport, bucket: ImageBucket, folder: Path, 
     items = []
     async with anyio.create_task_group() as downloads:
         for record in report.items:
-            shown = [_Picture(image, f"pictures/{Path(image.key).name}") for image in record.images]
+            shown = [_Picture(image, _file_name(image)) for image in record.images]
             items.append(_Item(record, shown))
             for picture in shown:
                 downloads.start_soon(fetch, picture.image, folder / picture.file)
@@ -59,3 +59,8 @@ async def write_gallery(report: BatchReport, bucket: ImageBucket, folder: Path, 
     page = folder / "index.html"
     page.write_text(template.render(title=title, summary=report.summary(), items=items), encoding="utf-8")
     return page
+
+
+def _file_name(image: PublishedImage) -> str:
+    # Not the key's last part: a template may end in one that many keys share.
+    return f"pictures/{image.fingerprint}-{image.index}{Path(image.key).suffix}"

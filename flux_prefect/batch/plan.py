@@ -18,6 +18,8 @@ from flux_prefect.batch.table import Row
 from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.seeds import with_seed
+from flux_prefect.spool import Spool
+from flux_prefect.steps import recover
 
 _LOOKS_AT_ONCE = 32
 
@@ -37,6 +39,7 @@ class Plan(BaseModel):
     invalid: int = Field(description="Rows that are no requests.")
     published: int = Field(description="Rows whose pictures are all in the bucket: they cost nothing.")
     repeats: int = Field(description="Rows that ask for what an earlier row asks for: paid for once.")
+    paid: int = Field(description="Rows whose pictures were paid for by this host and only need publishing.")
     requests: int = Field(description="Calls to be paid for, at most.")
     images: int = Field(description="Pictures to be paid for, at most.")
     most_credits: float = Field(description="What those calls cost at most, in credits, unless prices have risen.")
@@ -58,6 +61,7 @@ class Plan(BaseModel):
         """One line: what there is to do and what it costs."""
         known = {
             "already there": self.published,
+            "paid for and to be published": self.paid,
             "repeated in the table": self.repeats,
             "invalid": self.invalid,
         }
@@ -112,14 +116,17 @@ async def make_plan(
             wanted[fingerprint] = row.request
     found = await _look(wanted, bucket)
     missing = [request for fingerprint, request in wanted.items() if fingerprint not in found]
+    spool = Spool()
+    to_pay = [request for request in missing if recover(request, endpoint, spool) is None]
     plan = Plan(
         rows=len(seeded),
         invalid=sum(row.request is None for row in seeded),
         published=len(found),
         repeats=repeats,
-        requests=len(missing),
-        images=sum(request.num_images for request in missing),
-        most_credits=sum(budget.price_of(request).credits for request in missing),
+        paid=len(missing) - len(to_pay),
+        requests=len(to_pay),
+        images=sum(request.num_images for request in to_pay),
+        most_credits=sum(budget.price_of(request).credits for request in to_pay),
         max_credits=budget.max_credits,
         max_images=budget.max_images,
     )
@@ -172,6 +179,7 @@ def describe_plan(plan: Plan) -> dict[str, str]:
         "rows": f"{plan.rows:,}",
         "invalid rows": f"{plan.invalid:,}",
         "already published": f"{plan.published:,}",
+        "paid for, to be published": f"{plan.paid:,}",
         "repeated in the table": f"{plan.repeats:,}",
         "to generate": f"{plan.requests:,} requests, {plan.images:,} pictures",
         "at most": describe_credits(plan.most_credits),

@@ -42,6 +42,7 @@ class ItemRecord(BaseModel):
     message: str | None = Field(default=None, description="What happened and what to do.")
     calls: int = Field(default=0, description="Calls sent by this run, unbilled ones among them.")
     billed_calls: int = Field(default=0, description="Calls of this run that were billed for certain.")
+    unpriced_calls: int = Field(default=0, description="Billed calls whose cost the service did not say.")
     credits_used: float = Field(default=0, description="What the service said that they cost, in credits.")
     regenerated: bool = Field(default=False, description="Paid for anew because a cached answer's URL had died.")
     refetched: int = Field(default=0, description="Pictures fetched anew because the cached file was gone.")
@@ -86,7 +87,7 @@ class BatchReport(BaseModel):
     @property
     def possibly_billed(self) -> list[str]:
         """Request ids of calls that may have been billed: to be looked up in the service's log."""
-        return [call for item in self.items for call in item.possibly_billed]
+        return list(dict.fromkeys(call for item in self.items for call in item.possibly_billed))
 
     def summary(self) -> str:
         """One line: what was published, what was not, what it cost. Of a dry run: the plan."""
@@ -103,7 +104,9 @@ class BatchReport(BaseModel):
         told = ", ".join(f"{number} {name}" for name, number in counts.items() if number or name == "published")
         billed = f"{self.billed_calls} {'call' if self.billed_calls == 1 else 'calls'} billed"
         line = f"{told}; {billed}, {describe_credits(self.credits_used)}"
-        if lost := sum(len(item.billed_and_lost) for item in self.items):
+        if unpriced := sum(item.unpriced_calls for item in self.items):
+            line += f" and {unpriced} whose cost the service did not say"
+        if lost := len({call for item in self.items for call in item.billed_and_lost}):
             line += f"; {lost} billed and lost"
         if unknown := len(self.possibly_billed):
             line += f"; {unknown} possibly billed"
@@ -176,6 +179,19 @@ def record_skipped(row: Row) -> ItemRecord:
     )
 
 
+def record_stopped(row: Row, reason: FluxError) -> ItemRecord:
+    """The record of a row that was not tried, as an earlier one failed for a reason that all rows share."""
+    return ItemRecord(
+        row=row.number,
+        id=row.id,
+        status="failed",
+        request=row.request,
+        error=type(reason).__name__,
+        message=f"Not sent, as an earlier row failed for a reason that all rows share: {reason.message}",
+        carried=row.carried,
+    )
+
+
 def record_failed(row: Row, request: ImageRequest, error: Exception) -> ItemRecord:
     """The record of a row whose work ended with an exception."""
     return ItemRecord(
@@ -202,6 +218,7 @@ def record_production(row: Row, production: Production) -> ItemRecord:
         message=None if error is None else error.message,
         calls=len(production.calls),
         billed_calls=sum(call.billed is Billed.YES for call in production.calls),
+        unpriced_calls=production.unpriced_calls,
         credits_used=production.credits_used,
         regenerated=production.regenerated,
         refetched=production.refetched,

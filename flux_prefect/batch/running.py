@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from flux_prefect.batch.report import (
     record_invalid,
     record_production,
     record_skipped,
+    record_stopped,
     record_unchanged,
 )
 from flux_prefect.batch.table import Row
@@ -27,6 +29,9 @@ from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.pipeline import produce_image
 from flux_prefect.spool import Experience, Spool
 from flux_prefect.steps import recover
+
+_FILES_PER_ITEM = 4  # two locks, a connection, and the picture
+_OTHER_FILES = 256  # Prefect's own, boto3's connections, everything else
 
 
 async def run_batch(
@@ -60,7 +65,7 @@ async def run_batch(
     async def produce(row: Row, request: ImageRequest) -> ItemRecord:
         nonlocal stopped_by
         if stopped_by is not None:
-            return record_failed(row, request, stopped_by)
+            return record_stopped(row, stopped_by)
         if not budget.has_room(request) and recover(request, credentials.base_url, spool) is None:
             return record_skipped(row)
         try:
@@ -81,6 +86,7 @@ async def run_batch(
             records.append(record)
             on_record(record)
 
+    _allow_open_files(_FILES_PER_ITEM * 2 * credentials.max_in_flight)
     with spending_from(budget):
         async with credentials.open_client(), anyio.create_task_group() as workers:
             for _ in range(2 * credentials.max_in_flight):
@@ -89,9 +95,19 @@ async def run_batch(
     return BatchReport(items=tuple(records), seconds=time.monotonic() - started, plan=planned.plan)
 
 
+def _allow_open_files(needed: int) -> None:
+    """Raise this process's soft limit where its own settings are what stands in the way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(needed + _OTHER_FILES, hard) if hard != resource.RLIM_INFINITY else needed + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def learn(known: Experience, report: BatchReport, budget: Budget, pacer: Pacer) -> Experience:
     """What the next batch at this endpoint can begin with: prices, pace and in-flight limit as this one found them."""
+    # A limit that no refusal has lowered was only asked for, not learnt.
+    in_flight = pacer.limit if pacer.limit < pacer.max_in_flight else None
     seconds = known.seconds
     if report.billed_calls:
         seconds = report.seconds * min(pacer.limit, report.billed_calls) / report.billed_calls
-    return Experience(prices={**known.prices, **budget.observed}, seconds=seconds, in_flight=pacer.limit)
+    return Experience(prices={**known.prices, **budget.observed}, seconds=seconds, in_flight=in_flight)

@@ -22,6 +22,7 @@ from flux_prefect.api.errors import (
     DownloadInterrupted,
     ImageGone,
     ImageTooLarge,
+    ImageUnwritable,
     NotAnImage,
     UnexpectedFormat,
     UnsafeURL,
@@ -400,7 +401,7 @@ async def test_a_spool_that_cannot_be_made_is_named(jpeg: bytes, tmp_path: Path)
     async with make_client(lambda _: httpx.Response(200, content=jpeg)) as client:
         with pytest.raises(DownloadError) as raised:
             await client.download(PUBLIC, tmp_path / "file" / "picture.jpeg", expected="jpeg")
-    assert type(raised.value) is DownloadError
+    assert type(raised.value) is ImageUnwritable
     assert str(tmp_path / "file") in raised.value.message
     assert not raised.value.retryable
     assert raised.value.billed is Billed.YES

@@ -168,8 +168,8 @@ async def test_a_caller_that_objects_stops_the_call(lighthouse: ImageRequest) ->
         (403, "You've run out of credits", OutOfCredits, False, Billed.NO, True),
         (403, "Your BALANCE is too low", OutOfCredits, False, Billed.NO, True),
         (403, "Not for your country", AccessRefused, False, Billed.NO, False),
-        (404, "No such model", NotFound, False, Billed.NO, True),
-        (408, "Too slow", RequestRefused, False, Billed.NO, False),
+        (404, "No such model", NotFound, False, Billed.NO, False),
+        (408, "Too slow", GenerationTimedOut, True, Billed.UNKNOWN, False),
         (413, "Too large", RequestRefused, False, Billed.NO, False),
         (422, "Blocked by moderation", RequestRefused, False, Billed.NO, False),
         (499, "Odd", RequestRefused, False, Billed.NO, False),
@@ -177,6 +177,7 @@ async def test_a_caller_that_objects_stops_the_call(lighthouse: ImageRequest) ->
         (502, "Bad gateway", ServerFailed, True, Billed.NO, False),
         (503, "Under maintenance", ServiceBusy, True, Billed.NO, False),
         (504, "Generation timeout", GenerationTimedOut, True, Billed.UNKNOWN, False),
+        (524, "A timeout occurred", GenerationTimedOut, True, Billed.UNKNOWN, False),
         (529, "Odd", ServerFailed, True, Billed.NO, False),
     ],
 )

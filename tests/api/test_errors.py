@@ -74,4 +74,4 @@ def test_every_error_says_what_it_means_for_money(kind: type[FluxError]) -> None
 
 def test_only_what_stops_every_call_is_fatal() -> None:
     """A batch stops sending for a bad key, an empty account and a wrong path, and for nothing else."""
-    assert {kind.__name__ for kind in ALL if kind.fatal} == {"AuthenticationFailed", "OutOfCredits", "NotFound"}
+    assert {kind.__name__ for kind in ALL if kind.fatal} == {"AuthenticationFailed", "OutOfCredits", "ImageUnwritable"}

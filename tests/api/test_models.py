@@ -274,6 +274,19 @@ def test_a_truth_value_is_no_number(field: str) -> None:
         ImageRequest.model_validate({"prompt": "a lighthouse", field: True})
 
 
+def test_a_broken_list_that_was_billed_is_told_with_its_cost(now: datetime) -> None:
+    """So it is not sent again as if its cost were unknown."""
+    with pytest.raises(InvalidResponse) as invalid:
+        _parse({"data": "x", "meta": {"usage": {"credits_used": 168_000}}}, now)
+    assert (invalid.value.billed, invalid.value.credits_used) == (Billed.YES, 168_000)
+
+
+def test_a_cost_in_dollars_alone_is_told_in_credits(now: datetime) -> None:
+    """2,000,000 credits to the dollar, says the service."""
+    generation = _parse({"data": [{"url": URL}], "meta": {"usage": {"usd_spent": 0.084}}}, now)
+    assert generation.credits_used == pytest.approx(168_000)
+
+
 def test_a_reported_seed_makes_an_unseeded_answer_repeatable(now: datetime) -> None:
     """Its fingerprint is the one of the request with that seed."""
     asked = ImageRequest(prompt="a lighthouse")

@@ -205,14 +205,15 @@ class TestFromPython:
         published: int,
     ) -> None:
         """It is no failure; the next run publishes it and pays for nothing else."""
-        report = await publish_batch(prompts, bucket, credentials, **cap)
+        table = [{**prompt, "seed": 5} for prompt in prompts]
+        report = await publish_batch(table, bucket, credentials, **cap)
         assert report.count("published") == published
         assert report.count("skipped_budget") == 3 - published
         assert sandbox.control.summary().billed_calls == published
 
-        second = await publish_batch(prompts[:2], bucket, credentials)
-        assert second.count("published") + second.count("unchanged") == 2
-        assert sandbox.control.summary().billed_calls == max(published, 2)
+        second = await publish_batch(table, bucket, credentials)
+        assert (second.count("unchanged"), second.count("published")) == (published, 3 - published)
+        assert sandbox.control.summary().billed_calls == 3
 
     async def test_a_rerun_of_a_published_batch_is_one_look_a_picture(
         self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
