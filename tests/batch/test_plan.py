@@ -1,0 +1,102 @@
+"""What a batch is going to do, found out without spending."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.plan import BalanceTooLow, Plan, PlannedBatch, check_balance, describe_plan, make_plan
+from flux_prefect.batch.table import read_table
+from flux_prefect.bucket import ImageBucket, PublishingRun
+from flux_prefect.budget import Budget
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.spool import Spool
+from flux_prefect.steps import download, generate
+
+PRICE = 200_000
+
+
+@pytest.fixture(autouse=True)
+def own_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spool of the test's own."""
+    monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
+
+
+async def plan(
+    rows: list[ImageRequest | dict[str, object]], bucket: ImageBucket, credentials: AimlApiCredentials
+) -> PlannedBatch:
+    """A plan without caps."""
+    return await make_plan(read_table(rows), bucket, credentials.base_url, Budget(default_price=PRICE), run="run-1")
+
+
+async def test_every_row_is_counted_once(
+    bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+) -> None:
+    """Published, paid for, repeated, invalid, to generate: together they are the table."""
+    published, held, fresh = (ImageRequest(prompt=uuid4().hex, seed=1) for _ in range(3))
+    spool = Spool()
+    async with credentials.get_client() as client:
+        file = await download(await generate(published, client, spool), 0, client, spool)
+        await bucket.publish(file, PublishingRun())
+        await generate(held, client, spool)
+    before = sandbox.control.summary()
+    planned = await plan([published, held, fresh, fresh, {"prompt": ""}], bucket, credentials)
+    sums = planned.plan
+
+    assert (sums.published, sums.paid, sums.repeats, sums.invalid, sums.requests) == (1, 1, 1, 1, 1)
+    assert sums.rows == 5
+    assert sums.most_credits == PRICE
+    assert list(planned.found) == [published.fingerprint(credentials.base_url)]
+    assert sandbox.control.summary() == before
+
+
+async def test_seeds_are_drawn_once_for_plan_and_work(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    """The same run and row draw the same seed, so a plan made again is the same plan."""
+    rows: list[ImageRequest | dict[str, object]] = [{"id": "a", "prompt": "a fox"}, {"id": "b", "prompt": "a fox"}]
+    first, second = [await plan(rows, bucket, credentials) for _ in range(2)]
+
+    assert [row.request for row in first.rows] == [row.request for row in second.rows]
+    assert first.plan.repeats == 0
+
+
+async def test_a_picture_that_is_half_there_is_to_be_made(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    """Of a request for two pictures, one in the bucket is not enough."""
+    request = ImageRequest(prompt=uuid4().hex, seed=1, num_images=2)
+    spool = Spool()
+    async with credentials.get_client() as client:
+        generation = await generate(request, client, spool)
+        await bucket.publish(await download(generation, 0, client, spool), PublishingRun())
+    sums = (await plan([request], bucket, credentials)).plan
+
+    assert (sums.published, sums.paid, sums.requests) == (0, 1, 0)
+
+
+def make_sums(**changes: object) -> Plan:
+    """A plan of three pictures."""
+    sums = {"rows": 3, "invalid": 0, "published": 0, "paid": 0, "repeats": 0, "requests": 3, "images": 3}
+    return Plan.model_validate(
+        {**sums, "most_credits": 600_000, "max_credits": None, "max_images": None, "balance": None, **changes}
+    )
+
+
+def test_a_balance_that_covers_the_cap_is_enough() -> None:
+    """No more than the cap can be spent."""
+    check_balance(make_sums(balance=400_000, max_credits=400_000))
+    check_balance(make_sums())
+    with pytest.raises(BalanceTooLow, match=r"600,000 credits \(\$0\.30\) and the account has 400,000"):
+        check_balance(make_sums(balance=400_000))
+
+
+def test_a_plan_is_told_in_one_line_and_in_a_table() -> None:
+    """With the cap where there is one."""
+    capped = make_sums(max_credits=400_000, seconds=12.0)
+
+    assert capped.summary() == (
+        "3 rows: 3 to generate; at most 600,000 credits ($0.30), capped at 400,000 credits ($0.20)"
+    )
+    assert describe_plan(capped)["cap"] == "400,000 credits ($0.20)"
+    assert describe_plan(capped)["time at the last pace"] == "12 s"
