@@ -9,7 +9,8 @@ import argparse
 import asyncio
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
+from urllib.parse import urlsplit
 
 from prefect import flow
 from prefect.artifacts import acreate_table_artifact
@@ -23,11 +24,12 @@ from rich.console import Console
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.api.pacing import shared_pacer
 from flux_prefect.batch.gallery import write_gallery
+from flux_prefect.batch.manifest import ManifestWriter
 from flux_prefect.batch.plan import add_outlook, check_balance, describe_plan, make_plan, tabulate_plan
 from flux_prefect.batch.progress import show_progress
-from flux_prefect.batch.report import BatchFailed, BatchReport, tabulate
+from flux_prefect.batch.report import BatchFailed, BatchReport, ItemRecord, tabulate
 from flux_prefect.batch.running import learn, run_batch
-from flux_prefect.batch.table import read_table
+from flux_prefect.batch.table import Only, open_table
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
@@ -39,7 +41,11 @@ from flux_prefect.spool import Spool
 
 def _name_run() -> str:
     source = flow_run.parameters["source"]
-    return f"publish {source}" if isinstance(source, str) else f"publish {len(source)} requests"
+    if not isinstance(source, str):
+        return f"publish {len(source)} requests"
+    parts = urlsplit(source)
+    # Of an address the last part alone: a signed one holds a secret.
+    return f"publish {parts.path.rpartition('/')[2]}" if parts.netloc else f"publish {source}"
 
 
 @flow(name="publish-batch", flow_run_name=_name_run)
@@ -51,6 +57,7 @@ async def publish_batch(
     max_failed: Annotated[int, Field(ge=0)] = 0,
     max_credits: Annotated[float, Field(ge=0)] | None = None,
     max_images: Annotated[int, Field(ge=0)] | None = None,
+    only: Only | None = None,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
     """Have the pictures of every row of a table in a bucket; what is there already costs nothing.
@@ -59,9 +66,9 @@ async def publish_batch(
     (the table, the bucket, the keys, the spool) is checked before it.
 
     Args:
-        source: A .csv or .jsonl file with the columns id, prompt, seed, aspect_ratio, output_format, guidance_scale,
-            safety_tolerance, num_images, model (only prompt is required; others are carried through),
-            or a list of requests.
+        source: A .csv, .jsonl or .parquet file (a path, s3://… or https://…) with the columns id, prompt, seed,
+            aspect_ratio, output_format, guidance_scale, safety_tolerance, num_images, model (only prompt is required;
+            others are carried through), the manifest of an earlier run, or a list of requests.
         bucket: s3://name/prefix, or a saved Image Bucket block or its name.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
         max_in_flight: Most paid calls at once.
@@ -69,6 +76,8 @@ async def publish_batch(
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar). What does not fit is
             left for the next run and is no failure.
         max_images: A hard cap on the pictures that this run pays for.
+        only: Of a manifest as the source, the rows to take up again: failed, flagged, skipped_budget, or unpublished
+            for failed and skipped_budget together.
         dry_run: Make the plan and stop. Costs nothing.
 
     Returns:
@@ -96,7 +105,8 @@ async def publish_batch(
         max_images=max_images,
     )
     async with account.open_client() as client:
-        planned = await make_plan(read_table(source), destination, account.base_url, budget, run=str(flow_run.id))
+        async with open_table(source, only=only, bucket=destination) as table:
+            planned = await make_plan(table.rows(), destination, account.base_url, budget, run=str(flow_run.id))
         planned.plan = await add_outlook(planned.plan, client, known.seconds, max_in_flight)
         logger.info("Plan: %s", planned.plan.summary())
         await acreate_table_artifact(
@@ -110,10 +120,17 @@ async def publish_batch(
         pacer = shared_pacer(account.base_url, max_in_flight)
         if known.in_flight is not None:
             pacer.resume(known.in_flight)
-        with show_progress(len(planned.rows), logger) as tell:
-            report = await run_batch(planned, destination, account, budget, on_record=tell)
+        async with ManifestWriter(destination, planned.run, spool.root / "manifests") as manifest:
+            with show_progress(len(planned.rows), logger) as tell:
+
+                def keep(record: ItemRecord) -> None:
+                    manifest.append(record)
+                    tell(record)
+
+                report = await run_batch(planned, destination, account, budget, on_record=keep)
+    report = report.model_copy(update={"manifest": manifest.uri})
     spool.keep_experience(account.base_url, learn(known, report, budget, pacer))
-    logger.info("%s", report.summary())
+    logger.info("%s. Manifest: %s", report.summary(), report.manifest)
     return _end(report, max_failed)
 
 
@@ -134,12 +151,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flows.publish_batch", description="Publish a prompt table's pictures."
     )
-    parser.add_argument("source", help="a .csv or .jsonl file with a column 'prompt'")
+    parser.add_argument(
+        "source",
+        help="a .csv, .jsonl or .parquet file with a column 'prompt', or a manifest; a path, s3://… or https://…",
+    )
     add_connection_arguments(parser)
     parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
     parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate (default 0)")
     parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
     parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the pictures paid for")
+    parser.add_argument("--only", choices=get_args(Only), help="of a manifest, the rows to take up again")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; costs nothing")
     parser.add_argument("--gallery", type=Path, metavar="FOLDER", help="write a page with the pictures there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report there as JSON")
@@ -153,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
             max_failed=given.max_failed,
             max_credits=given.max_credits,
             max_images=given.max_images,
+            only=given.only,
             dry_run=given.dry_run,
             return_state=True,
         )

@@ -536,7 +536,7 @@ class ImageBucket(WritableFileSystem):
 
         def in_thread() -> _Result:
             try:
-                return work(self.get_client())
+                return work(self._connect(where))
             except (NoCredentialsError, PartialCredentialsError) as error:
                 raise BucketAccessDenied(
                     f"There are no S3 keys for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
@@ -544,16 +544,20 @@ class ImageBucket(WritableFileSystem):
                 ) from error
             except ClientError as error:
                 raise self._translate(error, where) from error
-            except ValueError as error:  # botocore's word for an endpoint that is no URL
-                raise BucketError(
-                    f"{where} has no usable server: {error}. Correct endpoint_url or AWS_ENDPOINT_URL_S3."
-                ) from error
             except BotoCoreError as error:
                 raise BucketUnavailable(
                     f"{where} can't be reached: {error}. Check endpoint_url or AWS_ENDPOINT_URL_S3."
                 ) from error
 
         return await anyio.to_thread.run_sync(in_thread)
+
+    def _connect(self, where: str) -> S3Client:
+        try:
+            return self.get_client()
+        except ValueError as error:  # botocore's word for an endpoint that is no URL
+            raise BucketError(
+                f"{where} has no usable server: {error}. Correct endpoint_url or AWS_ENDPOINT_URL_S3."
+            ) from error
 
     def _translate(self, error: ClientError, where: str) -> BucketError:
         code, status = _code(error), _status(error)

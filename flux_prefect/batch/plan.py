@@ -77,11 +77,13 @@ class PlannedBatch:
     """A plan and what was found while it was made.
 
     Attributes:
+        run: what the plan was made for.
         rows: every row of the table, in its order; a request without a seed has got one.
         found: the published pictures of requests that are whole in the bucket, by fingerprint.
     """
 
     plan: Plan
+    run: str
     rows: list[Row]
     found: dict[str, list[PublishedImage]] = field(default_factory=dict)
 
@@ -130,7 +132,7 @@ async def make_plan(
         max_credits=budget.max_credits,
         max_images=budget.max_images,
     )
-    return PlannedBatch(plan, seeded, found)
+    return PlannedBatch(plan, run, seeded, found)
 
 
 async def add_outlook(plan: Plan, client: AimlApiClient, pace: float | None, max_in_flight: int) -> Plan:

@@ -54,6 +54,7 @@ class ItemRecord(BaseModel):
         description="Request ids of calls whose answer was lost, in this run or an earlier one of this host.",
     )
     carried: dict[str, Any] = Field(default_factory=dict, description="The row's other columns.")
+    run: str | None = Field(default=None, description="Prefect's id of the flow run.")
 
 
 class BatchReport(BaseModel):
@@ -64,6 +65,7 @@ class BatchReport(BaseModel):
     items: tuple[ItemRecord, ...] = Field(description="One record a row.")
     seconds: float = Field(description="From the first row to the last.")
     plan: Plan | None = Field(default=None, description="What was known before the first call.")
+    manifest: str | None = Field(default=None, description="The s3:// address of the same records as JSON Lines.")
 
     def count(self, status: ItemStatus) -> int:
         """How many items ended so."""

@@ -83,6 +83,7 @@ async def run_batch(
             else:
                 images = planned.found.get(row.request.fingerprint(credentials.base_url))
                 record = await produce(row, row.request) if images is None else record_unchanged(row, images)
+            record = record.model_copy(update={"run": planned.run})
             records.append(record)
             on_record(record)
 

@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, cast
-from urllib.parse import urlsplit
+from typing import BinaryIO, Literal
 
 import anyio
 import httpx
@@ -69,7 +68,7 @@ def local_source(path: str | Path) -> Source:
     name = str(path)
     if "://" in name:
         raise TableError(f"source {_public_name(name)!r} is an address: fetch it with open_table or open_source.")
-    return Source(name, _format_of(name, name), lambda: Path(path).open("rb"))
+    return Source(name, _format_of(name), lambda: Path(path).open("rb"))
 
 
 @asynccontextmanager
@@ -100,21 +99,20 @@ async def open_source(
         yield local_source(source)
         return
     public = _public_name(name)
-    with tempfile.TemporaryFile(prefix="flux_prefect-") as file:
+    with tempfile.TemporaryFile(buffering=0) as file:
         landing = _Landing(file, public, max_bytes)
         match scheme.lower():
             case "s3":
-                form = _format_of(rest, public)
+                form = _format_of(public)
                 await _fetch_object(rest, landing, bucket)
             case "https" | "http":
-                form = _format_of(urlsplit(name).path, public)
+                form = _format_of(public)
                 await _fetch_page(name, landing, transport)
             case _:
                 raise TableError(
                     f"source {public!r} has the scheme {scheme}: give a path, an s3:// or an https:// address."
                 )
-        file.flush()
-        yield Source(public, form, lambda: open_view(cast("BinaryIO", file), landing.size))
+        yield Source(public, form, lambda: open_view(file, landing.size))
 
 
 class _Landing:
@@ -136,7 +134,15 @@ class _Landing:
 
     def write(self, content: bytes) -> None:
         self.expect(self.size + len(content))
-        self._file.write(content)
+        try:
+            rest = memoryview(content)
+            while rest:  # a disk that fills up takes a part, and says so at the next
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise TableError(
+                f"source {self.name!r} does not fit into the temporary folder ({error.strerror}): "
+                "make room, or set TMPDIR to a folder that has some."
+            ) from error
         self.size += len(content)
 
     def receive(self, size: int, pieces: Iterator[bytes]) -> None:
@@ -147,6 +153,8 @@ class _Landing:
 
 async def _fetch_object(address: str, landing: _Landing, bucket: ImageBucket | None) -> None:
     name, _, key = address.partition("/")
+    if not name or not key:
+        raise TableError(f"source {landing.name!r} is no object's address: write it as s3://bucket/key.")
     try:
         if bucket is not None and bucket.bucket_name == name:
             origin = bucket.model_copy(update={"prefix": ""})
@@ -166,12 +174,9 @@ async def _fetch_page(url: str, landing: _Landing, transport: httpx.AsyncBaseTra
 
     async def check_hop(request: httpx.Request) -> None:
         # Redirects come through here as well. Plain http could be read and changed on its way.
-        if request.url.scheme != "https" and not (
-            _is_loopback(request.url.host) and _is_loopback(urlsplit(url).hostname)
-        ):
-            raise TableError(
-                f"source {name!r} leads to {request.url.scheme}://{request.url.host}: only https is fetched."
-            )
+        plain_allowed = _is_loopback(httpx.URL(url).host) and _is_loopback(request.url.host)
+        if request.url.scheme == "http" and not plain_allowed:
+            raise TableError(f"source {name!r} leads to http://{request.url.host}: only https is fetched.")
 
     try:
         with anyio.fail_after(_SECONDS):
@@ -214,18 +219,18 @@ def _check_answer(response: httpx.Response, name: str) -> None:
         raise TableError(f"source {name!r} is a web page, not a table: give the address of the file itself.")
 
 
-def _format_of(path: str, name: str) -> Format:
-    found = _FORMATS.get(PurePosixPath(path).suffix.lower())
+def _format_of(name: str) -> Format:
+    found = _FORMATS.get(PurePosixPath(name).suffix.lower())
     if found is None:
         raise TableError(f"source {name!r} is neither .csv nor .jsonl nor .parquet: save the table as one of them.")
     return found
 
 
-def _is_loopback(host: str | None) -> bool:
+def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ip_address((host or "").strip("[]")).is_loopback
+        return ip_address(host).is_loopback
     except ValueError:
         return False
 

@@ -101,7 +101,7 @@ class Table:
 
     def _read(self) -> Iterator[tuple[int, Any]]:
         if not isinstance(self._content, Source):
-            yield from enumerate(self._content, start=1)
+            yield from _check_given(self._content)
         elif self._content.format == "csv":
             yield from read_csv(self._content)
         elif self._content.format == "parquet":
@@ -156,6 +156,13 @@ def read_table(source: str | Path | Given, *, only: Only | None = None) -> Itera
     return Table(local_source(source) if isinstance(source, (str, Path)) else source, only).rows()
 
 
+def _check_given(contents: Given) -> Iterator[tuple[int, Any]]:
+    for number, content in enumerate(contents, start=1):
+        given = dict(content) if isinstance(content, Mapping) else content
+        problem = None if isinstance(given, ImageRequest) else find_unkeepable(given)
+        yield number, given if problem is None else Unreadable(f"it {problem}")
+
+
 def _revive(record: Mapping[str, Any]) -> Row:
     """The row that a record of a manifest was written for."""
     number, row_id, carried = record["row"], record["id"], dict(record["carried"])
@@ -175,8 +182,6 @@ def _parse(number: int, content: Any) -> Row:
         return Row(number, str(number), error=f"row {number}: {content.reason}")
     if not isinstance(content, Mapping):
         return Row(number, str(number), error=f"row {number} is not an object with a prompt")
-    if problem := find_unkeepable(dict(content)):
-        return Row(number, str(number), error=f"row {number} {problem}")
     given = {name: value for name, value in content.items() if name in FIELDS and value is not None and value != ""}
     carried = {name: value for name, value in content.items() if name not in OWN_COLUMNS}
     own_id = content.get("id")

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+import uuid
 from contextlib import suppress
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.table import Row, TableError, read_table
+from flux_prefect.batch.sources import local_source
+from flux_prefect.batch.table import Row, Table, TableError, open_table, read_table
+
+pyarrow = importlib.import_module("pyarrow")
+parquet = importlib.import_module("pyarrow.parquet")
 
 
 def _csv(folder: Path, content: str | bytes, name: str = "table.csv") -> Path:
@@ -25,6 +34,27 @@ def _read(folder: Path, content: str | bytes, name: str = "table.csv") -> list[R
 
 def _jsonl(folder: Path, *lines: object) -> list[Row]:
     return _read(folder, "\n".join(json.dumps(line) for line in lines), "table.jsonl")
+
+
+def _parquet(folder: Path, **columns: Any) -> Path:
+    path = folder / "table.parquet"
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=700)
+    return path
+
+
+def _record(row: int, status: str = "published", **changes: Any) -> dict[str, Any]:
+    """A line of a manifest."""
+    record = {
+        "manifest": 1,
+        "row": row,
+        "id": f"id-{row}",
+        "status": status,
+        "request": ImageRequest(prompt=f"a boat {row}", seed=row).model_dump(mode="json"),
+        "message": None,
+        "carried": {"sku": f"{row:03}"},
+        "run": "run-1",
+    }
+    return record | changes
 
 
 def _prompts(rows: list[Row]) -> list[str | None]:
@@ -165,7 +195,7 @@ class TestCsv:
         assert all((row.request is None) == (row.error is not None) for row in rows)
 
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
-    @given(name=st.sampled_from(["table.csv", "table.jsonl"]), content=st.binary(max_size=200))
+    @given(name=st.sampled_from(["table.csv", "table.jsonl", "table.parquet"]), content=st.binary(max_size=200))
     def test_no_bytes_raise_anything_but_a_table_error(self, tmp_path: Path, name: str, content: bytes) -> None:
         """Nor does what is no text at all."""
         with suppress(TableError):
@@ -325,11 +355,11 @@ class TestSources:
 
     @pytest.mark.parametrize("name", ["prompts.xlsx", "prompts", "prompts.csv.gz", ""])
     def test_another_suffix_is_refused_at_once(self, name: str) -> None:
-        """Before anything is opened, with the two that can be read."""
-        with pytest.raises(TableError, match=r"neither \.csv nor \.jsonl"):
+        """Before anything is opened, with those that can be read."""
+        with pytest.raises(TableError, match=r"neither \.csv nor \.jsonl nor \.parquet"):
             read_table(name)
 
-    @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+    @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
     def test_a_missing_file_is_named(self, tmp_path: Path, suffix: str) -> None:
         """With the reason."""
         with pytest.raises(TableError, match=rf"nowhere\.{suffix}' can't be read: No such file"):
@@ -361,3 +391,209 @@ class TestSources:
         assert next(rows) == Row(1, "1", ImageRequest(prompt="a"))
         with pytest.raises(TableError):
             list(rows)
+
+    def test_a_given_value_that_no_record_can_hold_is_an_invalid_row(self) -> None:
+        """As in a file: nothing is paid for a row whose record could not be written."""
+        rows = list(read_table([{"prompt": "a", "at": datetime(2026, 1, 1)}, {"prompt": "b", "x": "\ud800"}]))  # noqa: DTZ001
+        assert [row.request for row in rows] == [None, None]
+        assert all("holds a value that can't be kept" in str(row.error) for row in rows)
+
+    def test_an_address_is_not_opened_as_a_file(self) -> None:
+        """The error says how it is fetched."""
+        with pytest.raises(TableError, match="fetch it with open_table"):
+            read_table("s3://team/prompts.csv")
+
+    @pytest.mark.parametrize("name", ["table.csv", "table.jsonl", "table.parquet"])
+    async def test_a_table_can_be_read_again(self, tmp_path: Path, name: str) -> None:
+        """Every reading is the whole table, also while another is under way; ids are its own."""
+        if name == "table.parquet":
+            path = _parquet(tmp_path, prompt=["a", "b"])
+        else:
+            path = _csv(tmp_path, "prompt\na\nb\n" if name == "table.csv" else '{"prompt":"a"}\n{"prompt":"b"}', name)
+        async with open_table(path) as table:
+            first, second = table.rows(), table.rows()
+            assert next(first) == next(second) == Row(1, "1", ImageRequest(prompt="a"))
+            assert list(first) == list(second) == [Row(2, "2", ImageRequest(prompt="b"))]
+
+    async def test_a_list_is_a_table_too(self) -> None:
+        """So that a flow need not ask what it was given."""
+        async with open_table([{"prompt": "a"}]) as table:
+            assert list(table.rows()) == list(table.rows()) == [Row(1, "1", ImageRequest(prompt="a"))]
+
+
+class TestParquet:
+    """Tables in Parquet."""
+
+    def test_a_row_is_a_request(self, tmp_path: Path) -> None:
+        """NULL and NaN are the field's default, whole numbers may have come as floats, ids as numbers."""
+        path = _parquet(
+            tmp_path,
+            id=[7, None],
+            prompt=["a", "b"],
+            seed=[3.0, float("nan")],
+            guidance_scale=pyarrow.array([Decimal("2.5"), None]),
+            safety_tolerance=pyarrow.array([5, None], pyarrow.int8()),
+            output_format=pyarrow.array(["png", None]).dictionary_encode(),
+        )
+        request = ImageRequest(prompt="a", seed=3, guidance_scale=2.5, safety_tolerance="5", output_format="png")
+        assert list(read_table(path)) == [Row(1, "7", request), Row(2, "2", ImageRequest(prompt="b"))]
+
+    @pytest.mark.parametrize(
+        ("value", "kept"),
+        [
+            (datetime(2026, 3, 1, 12, 30), "2026-03-01T12:30:00"),  # noqa: DTZ001 - tables hold such
+            (datetime(2026, 3, 1, 12, tzinfo=timezone.utc), "2026-03-01T12:00:00+00:00"),
+            (pyarrow.scalar(1_700_000_000_123_456_789, pyarrow.timestamp("ns")), "2023-11-14T22:13:20.123456789"),
+            (pyarrow.scalar(123_456_789, pyarrow.time64("ns")), "00:00:00.123456789"),
+            (pyarrow.scalar(1_500_000_001, pyarrow.duration("ns")), 1.5),
+            (date(2026, 3, 1), "2026-03-01"),
+            (time(12, 30), "12:30:00"),
+            (timedelta(minutes=2), 120.0),
+            (Decimal("19.90"), "19.90"),
+            (b"caf\xc3\xa9", "café"),
+            (b"\xff\x00", "/wA="),
+            (float("nan"), None),
+            (True, True),
+            (2**60, 2**60),
+            ({"tags": ["a", None], "at": date(2026, 3, 1)}, {"tags": ["a", None], "at": "2026-03-01"}),
+            (None, None),
+        ],
+    )
+    def test_carried_values_become_plain(self, tmp_path: Path, value: Any, kept: Any) -> None:
+        """What JSON can hold, and nothing of Arrow's own."""
+        column = pyarrow.array([value])
+        (row,) = read_table(_parquet(tmp_path, prompt=["a"], note=column))
+        assert row.carried == {"note": kept}
+        assert type(row.carried["note"]) is type(kept)
+
+    def test_a_value_that_no_record_can_hold_is_an_invalid_row(self, tmp_path: Path) -> None:
+        """As in JSON Lines; the rows around it are read."""
+        rows = list(read_table(_parquet(tmp_path, prompt=["a", "b"], x=[float("inf"), 1.0])))
+        assert _prompts(rows) == [None, "b"]
+        assert str(rows[0].error).startswith("row 1: it holds a value that can't be kept")
+
+    @pytest.mark.parametrize(
+        ("columns", "complaint"),
+        [
+            ({"text": ["a"]}, "has no column 'prompt' among its columns text"),
+            ({"prompt": ["a"], "Seed": [1]}, "unknown column 'Seed': .*'seed'"),
+            ({}, "is empty"),
+        ],
+    )
+    def test_the_columns_are_checked(self, tmp_path: Path, columns: dict[str, Any], complaint: str) -> None:
+        """As a CSV header's are."""
+        with pytest.raises(TableError, match=complaint):
+            list(read_table(_parquet(tmp_path, **columns)))
+
+    @pytest.mark.parametrize("content", [b"", b"PAR1", b"id,prompt\n1,a\n", b"PAR1" + b"\0" * 50 + b"PAR1"])
+    def test_what_is_no_parquet_is_refused(self, tmp_path: Path, content: bytes) -> None:
+        """With the file's name."""
+        with pytest.raises(TableError, match=r"table\.parquet is no Parquet file, or a broken one"):
+            _read(tmp_path, content, "table.parquet")
+
+    def test_a_cut_file_is_refused(self, tmp_path: Path) -> None:
+        """Its end is what Parquet reads first."""
+        path = _parquet(tmp_path, prompt=["a"] * 100)
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(TableError, match="broken"):
+            list(read_table(path))
+
+    def test_damaged_pages_are_an_error_too(self, tmp_path: Path) -> None:
+        """Though the file's end was good."""
+        path = _parquet(tmp_path, prompt=[uuid.uuid4().hex for _ in range(700)])
+        content = bytearray(path.read_bytes())
+        content[4:2000] = b"\xff" * 1996
+        path.write_bytes(content)
+        with pytest.raises(TableError, match="broken"):
+            list(read_table(path))
+
+    def test_a_long_table_is_read_in_pieces(self, tmp_path: Path) -> None:
+        """Over row groups and batches every row has its number."""
+        rows = list(read_table(_parquet(tmp_path, prompt=[f"p{n}" for n in range(1, 3001)])))
+        assert [(row.number, row.id) for row in rows] == [(n, str(n)) for n in range(1, 3001)]
+        assert _prompts(rows)[::1000] == ["p1", "p1001", "p2001"]
+
+    def test_without_pyarrow_the_error_says_what_to_install(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is an extra; the other formats need it not."""
+        path = _parquet(tmp_path, prompt=["a"])
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(TableError, match=r"pip install 'flux_prefect\[parquet\]'"):
+            list(read_table(path))
+        assert _prompts(_read(tmp_path, "prompt\na\n")) == ["a"]
+
+
+class TestManifests:
+    """Manifests of earlier runs as tables."""
+
+    def test_the_rows_come_again_with_their_seeds(self, tmp_path: Path) -> None:
+        """Number, id, request and carried columns are those of the first run, in the table's order."""
+        rows = _jsonl(tmp_path, _record(3, "failed"), _record(1))
+        assert rows == [
+            Row(1, "id-1", ImageRequest(prompt="a boat 1", seed=1), {"sku": "001"}),
+            Row(3, "id-3", ImageRequest(prompt="a boat 3", seed=3), {"sku": "003"}),
+        ]
+
+    def test_an_invalid_row_is_invalid_again(self, tmp_path: Path) -> None:
+        """With its reason; so is one whose request another version wrote."""
+        rows = _jsonl(
+            tmp_path,
+            _record(1, "invalid", request=None, message="row 1: seed is '0'"),
+            _record(2, request={"prompt": "a", "colour": "red"}),
+        )
+        assert [row.request for row in rows] == [None, None]
+        assert rows[0].error == "row 1: seed is '0'"
+        assert str(rows[1].error).startswith("row 2: colour is 'red'")
+
+    @pytest.mark.parametrize(
+        ("only", "taken"),
+        [
+            (None, [1, 2, 3, 4, 5, 6]),
+            ("failed", [3]),
+            ("flagged", [4]),
+            ("skipped_budget", [5]),
+            ("unpublished", [3, 5]),
+        ],
+    )
+    def test_only_some_rows_can_be_taken(self, tmp_path: Path, only: Any, taken: list[int]) -> None:
+        """Unpublished are those that can be tried again: neither invalid nor flagged ones, which end the same again."""
+        statuses = ["published", "unchanged", "failed", "flagged", "skipped_budget", "invalid"]
+        records = [_record(row, status) for row, status in enumerate(statuses, start=1)]
+        path = _csv(tmp_path, "\n".join(map(json.dumps, records)), "manifest.jsonl")
+        for source in (path, records):
+            assert [row.number for row in read_table(source, only=only)] == taken
+
+    @pytest.mark.parametrize("name", ["table.csv", "table.jsonl"])
+    def test_only_needs_a_manifest(self, tmp_path: Path, name: str) -> None:
+        """Another table has no statuses, and taking all of it would cost what was not asked for."""
+        path = _csv(tmp_path, "prompt\na\n" if name == "table.csv" else '{"prompt": "a"}', name)
+        with pytest.raises(TableError, match="only='failed' takes rows of an earlier run's manifest"):
+            list(read_table(path, only="failed"))
+
+    def test_a_column_of_that_name_makes_no_manifest(self, tmp_path: Path) -> None:
+        """A table may have a column `manifest`, and it is carried."""
+        (row,) = _jsonl(tmp_path, {"prompt": "a", "manifest": 1})
+        assert row.carried == {"manifest": 1}
+
+    def test_a_torn_last_line_is_passed_over(self, tmp_path: Path) -> None:
+        """As a killed run may leave it; of a row that was recorded twice the last counts."""
+        lines = [_record(2, "failed"), _record(1, "failed"), _record(2), _record(3)]
+        content = "\n".join(map(json.dumps, lines))[:-20]
+        path = _csv(tmp_path, content, "manifest.jsonl")
+        assert [row.number for row in Table(local_source(path)).rows()] == [1, 2]
+        assert [row.number for row in Table(local_source(path), only="failed").rows()] == [1]
+
+    @pytest.mark.parametrize(
+        ("second", "complaint"),
+        [
+            ('{"manifest": 1, "ro', "line 2 is broken"),
+            ('{"prompt": "b"}', "line 2 is no record of a manifest"),
+            (json.dumps(_record(7, run="run-2")), "line 2: the manifest of another run begins"),
+        ],
+    )
+    def test_a_spoilt_manifest_is_refused(self, tmp_path: Path, second: str, complaint: str) -> None:
+        """Rather than publish a part of it in silence."""
+        content = f"{json.dumps(_record(1))}\n{second}\n{json.dumps(_record(2))}\n"
+        with pytest.raises(TableError, match=complaint):
+            _read(tmp_path, content, "manifest.jsonl")

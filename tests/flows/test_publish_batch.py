@@ -215,6 +215,36 @@ class TestFromPython:
         assert (second.count("unchanged"), second.count("published")) == (published, 3 - published)
         assert sandbox.control.summary().billed_calls == 3
 
+    async def test_the_manifest_is_a_source_for_what_failed(
+        self,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+    ) -> None:
+        """Only the failed row is taken up, under its id, with its columns and the seed that was drawn for it."""
+        sandbox.control.inject("moderation", times=None, prompt_contains=prompts[2]["prompt"])
+        first = await publish_batch([{**prompts[2], "shelf": "B1"}, *prompts[:2]], bucket, credentials, max_failed=1)
+        sandbox.control.clear_faults()
+        assert first.manifest is not None
+        second = await publish_batch(first.manifest, bucket, credentials, only="failed")
+
+        (item,) = second.items
+        assert (item.id, item.status, item.carried) == ("elk", "published", {"shelf": "B1"})
+        assert item.request == first.items[0].request
+        assert sandbox.control.summary().billed_calls == 3
+
+    async def test_a_table_can_lie_in_the_bucket(
+        self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
+    ) -> None:
+        """Read with the bucket's own keys."""
+        table = "\n".join(json.dumps(prompt) for prompt in prompts)
+        await bucket.write_path("tables/prompts.jsonl", table.encode())
+        report = await publish_batch(f"{bucket.uri}/tables/prompts.jsonl", bucket, credentials)
+
+        assert [item.id for item in report.items] == ["fox", "owl", "elk"]
+        assert {item.run for item in report.items} == {report.items[0].run}
+
     async def test_a_rerun_of_a_published_batch_is_one_look_a_picture(
         self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
     ) -> None:
@@ -226,7 +256,10 @@ class TestFromPython:
         report = await publish_batch(prompts[:2], bucket, credentials)
 
         assert report.count("unchanged") == 2
-        assert sorted(asked) == ["HeadBucket", "HeadObject", "HeadObject"]
+        assert [name for name in asked if name.startswith("Head")] == ["HeadBucket", "HeadObject", "HeadObject"]
+        keys = [entry["Key"] for entry in client.list_objects_v2(Bucket="images", Prefix=bucket.prefix)["Contents"]]
+        pictures = [key for key in keys if "/manifests/" not in key]
+        assert len(pictures) == 4  # two, with a record each: nothing was written again
 
     async def test_runs_as_a_subflow(
         self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials

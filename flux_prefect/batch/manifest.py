@@ -1,0 +1,225 @@
+"""The manifest of a run: a record for every row, in the bucket beside the pictures.
+
+<prefix>/manifests/<run>/manifest.jsonl     while the run goes on, and whole at its end
+<prefix>/manifests/<run>/manifest.parquet   at its end, where pyarrow is installed
+<prefix>/manifests/latest.jsonl, .parquet   copies of those of the run that ended last
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import io
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import anyio
+import anyio.to_thread
+from typing_extensions import Self
+
+from flux_prefect.api.errors import FluxError
+from flux_prefect.batch.columns import PICTURE_COLUMNS, write_columns
+from flux_prefect.batch.parquet import has_pyarrow
+from flux_prefect.batch.records import VERSION, mend, ordered_lines, read_records
+from flux_prefect.batch.report import ItemRecord
+from flux_prefect.batch.sources import local_source
+from flux_prefect.batch.views import open_view
+from flux_prefect.bucket import BucketError, ImageBucket
+
+logger = logging.getLogger(__name__)
+
+UPLOAD_SECONDS = 30.0
+"""The shortest time between two uploads of a growing manifest."""
+
+_JSONL, _PARQUET = "application/x-ndjson", "application/vnd.apache.parquet"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class ManifestUnwritable(FluxError):
+    """The manifest's file can't be written. What was recorded before is whole."""
+
+    fatal = True
+
+
+class ManifestWriter:
+    """Writes a run's manifest as the run goes on. Use it as `async with`; one writer a run at a time.
+
+    A record is in the local file, whole, when `append` returns: it outlives a kill of the process. The file goes to the
+    bucket in the background while it grows, and in the table's order at the end. A writer that is opened again for
+    the same run goes on with its file; of a row that is recorded again the last record counts.
+
+    Args:
+        bucket: where the pictures are.
+        run: the flow run's id; part of the key.
+        folder: where the local file is; made where it is missing. The file stays.
+        upload_every: seconds between two uploads of a growing manifest.
+    """
+
+    def __init__(self, bucket: ImageBucket, run: str, folder: Path, *, upload_every: float = UPLOAD_SECONDS) -> None:
+        if not _PLAIN_NAME.fullmatch(run):
+            raise ValueError(f"run {run!r} can't be part of a key: use letters, digits, points, hyphens, underscores")
+        self.path = folder / f"{run}.jsonl"
+        self._bucket = bucket
+        self._run = run
+        self._upload_every = upload_every
+        self._uploading = anyio.Lock()
+        self._uploaded = 0
+        self._size = 0
+
+    @property
+    def uri(self) -> str:
+        """Where the JSON Lines will be: `s3://bucket/prefix/manifests/run/manifest.jsonl`."""
+        return f"{self._bucket.uri}/manifests/{self._run}/manifest.jsonl"
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._file = await anyio.to_thread.run_sync(_open, self.path)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._size = self._file.tell()
+        self._closing = asyncio.Event()
+        self._background = asyncio.create_task(self._upload_while_open())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            try:
+                await self.close()
+            except (BucketError, ManifestUnwritable) as failure:
+                if error is None:
+                    raise
+                logger.error("%s", failure.message)  # noqa: TRY400 - the run's own error is the one to show
+
+    def append(self, record: ItemRecord) -> None:
+        """Write a record: some 50 microseconds, no waiting for the disk or the bucket.
+
+        Raises:
+            ManifestUnwritable: with the folder and the reason. The file ends with the record before.
+        """
+        line = _to_line(record, self._run)
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if written < len(line):  # how a disk says that it is full
+            self._file.truncate(self._size)
+            raise self._unwritable(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        self._size += len(line)
+
+    async def flush(self) -> None:
+        """Bring what is not in the bucket yet there now, in the order of the rows' ends.
+
+        Raises:
+            BucketError: the bucket did not take it. The local file has it.
+        """
+        async with self._uploading:
+            size = self._size
+            if size > self._uploaded:
+                with self.path.open("rb") as file:
+                    await self._put(file, f"{self._run}/manifest.jsonl", _JSONL)
+                self._uploaded = size
+
+    async def close(self) -> None:
+        """Bring the whole manifest into the bucket, in the table's order, in every form. Again is harmless.
+
+        Raises:
+            BucketError: the bucket did not take all of it. The local file has it.
+            ManifestUnwritable: there is no room for a copy of it.
+        """
+        if self._file.closed:
+            return
+        self._closing.set()
+        await self._background
+        self._file.close()
+        try:
+            await self._finish()
+        except BucketError as error:
+            raise type(error)(f"{error.message} The whole manifest is in {self.path}.") from error
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    async def _upload_while_open(self) -> None:
+        while not self._closing.is_set():
+            with anyio.move_on_after(self._upload_every):
+                await self._closing.wait()
+                return
+            try:
+                await self.flush()
+            except BucketError as error:
+                logger.warning("The manifest is not uploaded for now, and will be later. %s", error.message)
+
+    async def _finish(self) -> None:
+        folder = self.path.parent
+        with tempfile.TemporaryFile(dir=folder) as lines, tempfile.TemporaryFile(dir=folder) as columns:
+            await anyio.to_thread.run_sync(_order, self.path, lines)
+            await self._put(lines, f"{self._run}/manifest.jsonl", _JSONL)
+            if has_pyarrow():
+                await anyio.to_thread.run_sync(write_columns, partial(_iterate, lines), columns)
+                await self._put(columns, f"{self._run}/manifest.parquet", _PARQUET)
+                await self._put(columns, "latest.parquet", _PARQUET)
+            await self._put(lines, "latest.jsonl", _JSONL)
+
+    async def _put(self, file: BinaryIO, name: str, content_type: str) -> None:
+        """Put all that is in a file now under a name; what is appended meanwhile stays out."""
+        file.flush()
+        size = os.fstat(file.fileno()).st_size
+        with open_view(file, size) as content:
+            await self._bucket.put_file(
+                f"manifests/{name}", content, content_type=content_type, cache_control="no-cache"
+            )
+
+    def _unwritable(self, error: OSError) -> ManifestUnwritable:
+        return ManifestUnwritable(
+            f"The manifest {self.path} can't be written ({error.strerror or error}): make room in its folder, or "
+            "choose another, then run again."
+        )
+
+
+def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a manifest's file, in the table's order; of a row that was recorded again, the last.
+
+    A run that was killed leaves a readable file: a last line that was torn is passed over.
+
+    Raises:
+        TableError: the file is missing, no manifest, or broken before its last line.
+    """
+    with local_source(path).open() as file:
+        yield from read_records(file, str(path))
+
+
+def _to_line(record: ItemRecord, run: str) -> bytes:
+    content: dict[str, Any] = {"manifest": VERSION, **record.model_dump(mode="json"), "run": run}
+    picture = content["images"][0] if content["images"] else {}
+    content |= {name: picture.get(name) for name in PICTURE_COLUMNS}
+    content["seed"] = None if record.request is None else record.request.seed
+    # A service's message can hold half a character, which no file can.
+    return json.dumps(content, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def _open(path: Path) -> io.FileIO:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.exists():
+        mend(path)
+    return path.open("ab", buffering=0)
+
+
+def _order(path: Path, ordered: BinaryIO) -> None:
+    with path.open("rb") as file:
+        ordered.writelines(ordered_lines(file, str(path)))
+    ordered.flush()
+
+
+def _iterate(lines: BinaryIO) -> Iterator[dict[str, Any]]:
+    with open_view(lines, os.fstat(lines.fileno()).st_size) as file:
+        for line in file:
+            yield json.loads(line)

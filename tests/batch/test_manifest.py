@@ -1,0 +1,556 @@
+"""The manifest of a run, against a real S3 server."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import io
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, ClassVar
+
+import anyio
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import PrivateAttr
+
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.manifest import ManifestUnwritable, ManifestWriter, read_manifest
+from flux_prefect.batch.records import mend
+from flux_prefect.batch.report import ItemRecord
+from flux_prefect.batch.table import Row, TableError, open_table, read_table
+from flux_prefect.bucket import BucketMissing, ImageBucket, PublishedImage
+from flux_prefect.sandbox.launching import RunningSandbox
+
+pyarrow = importlib.import_module("pyarrow")
+parquet = importlib.import_module("pyarrow.parquet")
+
+RUN = "0b9f5c8e-run"
+
+
+def _image(row: int) -> PublishedImage:
+    return PublishedImage(
+        bucket="images",
+        key=f"team/{row}.jpg",
+        uri=f"s3://images/team/{row}.jpg",
+        url=f"https://cdn.example/team/{row}.jpg",
+        etag="e",
+        sha256=f"{row:064x}",
+        size=1000,
+        content_type="image/jpeg",
+        width=96,
+        height=64,
+        fingerprint=f"{row:032x}",
+        index=0,
+        seed=row,
+        sidecar_key=f"team/{row}.jpg.{row:016x}.json",
+        published_at=datetime(2026, 3, 1, 12, tzinfo=timezone.utc),
+        created=True,
+    )
+
+
+def _record(row: int, status: Any = "published", **changes: Any) -> ItemRecord:
+    return ItemRecord(
+        **{
+            "row": row,
+            "id": f"id-{row}",
+            "status": status,
+            "request": None if status == "invalid" else ImageRequest(prompt=f"a boat {row} für dich", seed=row),
+            "images": (_image(row),) if status in {"published", "unchanged"} else (),
+            "message": None if status == "published" else "what happened",
+            "credits_used": 168_000.0,
+            "carried": {"sku": f"{row:03}"},
+            **changes,
+        }
+    )
+
+
+def _head(bucket: ImageBucket, path: str) -> Any:
+    return bucket.get_client().head_object(Bucket=bucket.bucket_name, Key=f"{bucket.prefix}/{path}")
+
+
+async def _lines(bucket: ImageBucket, path: str = f"manifests/{RUN}/manifest.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (await bucket.read_path(path)).splitlines()]
+
+
+async def _columns(bucket: ImageBucket, path: str = f"manifests/{RUN}/manifest.parquet") -> Any:
+    return parquet.read_table(io.BytesIO(await bucket.read_path(path)))
+
+
+def _line(row: int) -> bytes:
+    record = {"manifest": 1, **_record(row).model_dump(mode="json"), "run": RUN}
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+async def _write(bucket: ImageBucket, folder: Path, *records: ItemRecord) -> ManifestWriter:
+    async with ManifestWriter(bucket, RUN, folder) as manifest:
+        for record in records:
+            manifest.append(record)
+    return manifest
+
+
+async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
+    with anyio.fail_after(60):
+        while not await condition():  # noqa: ASYNC110 - a server and another process tell nobody of their changes
+            await anyio.sleep(0.02)
+
+
+class TestAtTheEnd:
+    """What is in the bucket when the run is over."""
+
+    async def test_a_record_a_row_in_the_tables_order(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """Whatever the order in which rows end; the first picture's fields stand in the record itself."""
+        manifest = await _write(bucket, tmp_path, _record(3), _record(1, "failed"), _record(2))
+        lines = await _lines(bucket)
+        assert [line["row"] for line in lines] == [1, 2, 3]
+        expected = _record(3).model_dump(mode="json")
+        image = expected["images"][0]
+        flat = {name: image[name] for name in ("sha256", "width", "height", "key", "uri", "url")}
+        assert lines[2] == {"manifest": 1, **expected, "run": RUN, "seed": 3, **flat}
+        assert (lines[0]["status"], lines[0]["sha256"], lines[0]["seed"]) == ("failed", None, 1)
+        assert list(read_manifest(manifest.path)) == lines
+        assert manifest.uri == f"{bucket.uri}/manifests/{RUN}/manifest.jsonl"
+
+    async def test_the_latest_run_has_a_place_of_its_own(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """Copies of both forms, never served from a cache; the next run replaces them and nothing else."""
+        await _write(bucket, tmp_path, _record(1))
+        assert await bucket.read_path("manifests/latest.jsonl") == await bucket.read_path(
+            f"manifests/{RUN}/manifest.jsonl"
+        )
+        assert (await _columns(bucket, "manifests/latest.parquet")).equals(await _columns(bucket))
+        async with ManifestWriter(bucket, "run-2", tmp_path) as manifest:
+            manifest.append(_record(7))
+        assert [line["row"] for line in await _lines(bucket, "manifests/latest.jsonl")] == [7]
+        assert [line["row"] for line in await _lines(bucket)] == [1]
+        for name, kind in (("jsonl", "application/x-ndjson"), ("parquet", "application/vnd.apache.parquet")):
+            head = _head(bucket, f"manifests/latest.{name}")
+            assert (head["CacheControl"], head["ContentType"]) == ("no-cache", kind)
+
+    async def test_a_row_recorded_again_stands_once(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """A retried run goes on with its file, and the last record of a row counts."""
+        await _write(bucket, tmp_path, _record(1, "failed"), _record(2))
+        await _write(bucket, tmp_path, _record(1), _record(3))
+        assert [(line["row"], line["status"]) for line in await _lines(bucket)] == [
+            (1, "published"),
+            (2, "published"),
+            (3, "published"),
+        ]
+
+    async def test_nothing_else_is_left_in_the_folder(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """The local manifest alone, which is whole, whatever the bucket took."""
+        manifest = await _write(bucket, tmp_path / "new" / "folder", _record(1))
+        assert list(manifest.path.parent.iterdir()) == [manifest.path]
+        assert manifest.path == tmp_path / "new" / "folder" / f"{RUN}.jsonl"
+
+    async def test_an_empty_run_has_a_manifest(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """Without rows, with the columns."""
+        await _write(bucket, tmp_path)
+        assert await _lines(bucket) == []
+        columns = await _columns(bucket)
+        assert columns.num_rows == 0
+        assert {"id", "status", "prompt", "sha256"} <= set(columns.column_names)
+
+    async def test_without_pyarrow_there_are_json_lines(
+        self, bucket: ImageBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Parquet is an extra."""
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        await _write(bucket, tmp_path, _record(1))
+        assert len(await _lines(bucket, "manifests/latest.jsonl")) == 1
+        with pytest.raises(ValueError, match="There is no object"):
+            await bucket.read_path(f"manifests/{RUN}/manifest.parquet")
+
+    @pytest.mark.parametrize("run", ["", "../up", "a/b", ".hidden", "a\nb", "x" * 200])
+    def test_a_run_that_is_no_name_is_refused(self, tmp_path: Path, run: str) -> None:
+        """It becomes part of a key and of a file's name."""
+        with pytest.raises(ValueError, match="can't be part of a key"):
+            ManifestWriter(ImageBucket(bucket_name="images"), run, tmp_path)
+
+    async def test_text_that_no_file_can_hold_loses_a_character(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """A service's message may hold half a character; the record is written all the same."""
+        await _write(bucket, tmp_path, _record(1, "failed", message="half \ud83d of it"))
+        assert (await _lines(bucket))[0]["message"] == "half ? of it"
+        assert (await _columns(bucket))["message"].to_pylist() == ["half ? of it"]
+
+
+class TestColumns:
+    """The manifest as Parquet."""
+
+    async def test_a_column_a_field(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """Of record, request and first picture, each with its own type; the table's columns beside them."""
+        await _write(bucket, tmp_path, _record(1, possibly_billed=("fp-1", "fp-2")), _record(2, "invalid"))
+        table = await _columns(bucket)
+        types = {field.name: str(field.type) for field in table.schema}
+        wanted = {
+            "row": "int64",
+            "id": "string",
+            "status": "string",
+            "credits_used": "double",
+            "regenerated": "bool",
+            "possibly_billed": "list<element: string>",
+            "prompt": "string",
+            "seed": "int64",
+            "guidance_scale": "double",
+            "images": "string",
+            "sha256": "string",
+            "width": "int64",
+            "url": "string",
+            "run": "string",
+            "sku": "string",
+        }
+        assert {name: types.get(name) for name in wanted} == wanted
+        first, second = table.to_pylist()
+        assert (first["prompt"], first["seed"], first["width"], first["sku"]) == ("a boat 1 für dich", 1, 96, "001")
+        assert (first["run"], first["possibly_billed"], first["key"]) == (RUN, ["fp-1", "fp-2"], "team/1.jpg")
+        assert json.loads(first["images"])[0]["uri"] == "s3://images/team/1.jpg"
+        assert (second["status"], second["prompt"], second["seed"], second["sku"]) == ("invalid", None, None, "002")
+
+    async def test_every_runs_columns_have_the_same_types(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """Though a column may be empty in one of them: readers put many manifests together."""
+        await _write(bucket, tmp_path, _record(1))
+        first = (await _columns(bucket)).schema.remove_metadata()
+        await _write(bucket, tmp_path / "2", _record(1, "failed", error="AnswerLost", request=None))
+        assert (await _columns(bucket)).schema.remove_metadata() == first
+
+    async def test_carried_columns_join_with_the_table(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """Under their own names, in order, NULL where a row has none."""
+        await _write(
+            bucket,
+            tmp_path,
+            _record(1, carried={"sku": "007", "price": 1.5, "tags": ["a"], "mixed": 1}),
+            _record(2, carried={"price": 2, "live": True, "mixed": "x", "count": 2**60, "huge": 2**70}),
+            _record(3, "invalid", carried={"sku": None, "count": 1, "void": None}),
+        )
+        table = await _columns(bucket)
+        names = ["sku", "price", "tags", "mixed", "live", "count", "huge", "void"]
+        assert table.column_names[-8:] == names
+        assert [table[name].to_pylist() for name in names] == [
+            ["007", None, None],
+            [1.5, 2.0, None],
+            ['["a"]', None, None],
+            ["1", "x", None],
+            [None, True, None],
+            [None, 2**60, 1],
+            [None, str(2**70), None],
+            [None, None, None],
+        ]
+
+    async def test_a_taken_name_gets_a_prefix(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """Without regard to case, and never on top of another of the table's columns."""
+        carried = {"status": "s", "input_status": "i", "Key": "k", "note": "n", "NOTE": "N", "": "e"}
+        await _write(bucket, tmp_path, _record(1, carried=carried))
+        (row,) = (await _columns(bucket)).to_pylist()
+        assert row["status"] == "published"
+        assert {name: row[name] for name in list(row)[-6:]} == {
+            "input_input_status": "s",
+            "input_status": "i",
+            "input_Key": "k",
+            "note": "n",
+            "input_NOTE": "N",
+            "input_": "e",
+        }
+
+    async def test_a_parquet_manifest_is_no_table(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """The error names the form that is one, rather than publish its columns as carried ones."""
+        await _write(bucket, tmp_path, _record(1))
+        async with open_table(f"{bucket.uri}/manifests/latest.parquet", bucket=bucket) as table:
+            with pytest.raises(TableError, match=r"is a manifest in Parquet.* give the \.jsonl"):
+                list(table.rows())
+
+
+class TestAsASource:
+    """The manifest as the next run's table."""
+
+    async def test_the_table_comes_back(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """Number, id, request with the seed, carried columns, and why a row was invalid; from the bucket too."""
+        records = [_record(4, "skipped_budget"), _record(2, "failed"), _record(1), _record(3, "invalid")]
+        manifest = await _write(bucket, tmp_path, *records)
+        rows = [
+            Row(n, f"id-{n}", ImageRequest(prompt=f"a boat {n} für dich", seed=n), {"sku": f"{n:03}"})
+            for n in (1, 2, 4)
+        ]
+        invalid = Row(3, "id-3", None, {"sku": "003"}, "what happened")
+        assert list(read_table(manifest.path)) == [*rows[:2], invalid, rows[2]]
+        async with open_table(manifest.uri, bucket=bucket, only="unpublished") as table:
+            assert list(table.rows()) == list(table.rows()) == rows[1:]
+
+
+class GatedBucket(ImageBucket):
+    """A bucket that counts its uploads and lets them through when it is told to."""
+
+    _block_type_slug: ClassVar[str | None] = "gated-bucket"
+    _gate: anyio.Event = PrivateAttr(default_factory=anyio.Event)
+    _running: int = PrivateAttr(default=0)
+    _most: int = PrivateAttr(default=0)
+    _uploads: int = PrivateAttr(default=0)
+    _begun: anyio.Event = PrivateAttr(default_factory=anyio.Event)
+
+    async def put_file(self, path: str, file: Any, *, content_type: str, cache_control: str) -> None:
+        """Wait, then do as the bucket does."""
+        self._running += 1
+        self._uploads += 1
+        self._begun.set()
+        self._most = max(self._most, self._running)
+        await self._gate.wait()
+        await super().put_file(path, file, content_type=content_type, cache_control=cache_control)
+        self._running -= 1
+
+
+@pytest.fixture
+def gated(bucket: ImageBucket) -> GatedBucket:
+    """The bucket, with a gate."""
+    return GatedBucket(
+        **{name: getattr(bucket, name) for name in ImageBucket.model_fields if name != "block_type_slug"}
+    )
+
+
+class TestWhileItGrows:
+    """What is in the bucket while the run goes on."""
+
+    async def test_it_is_uploaded_now_and_then(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """In the background, what is there by then; not again while nothing is new."""
+        async with ManifestWriter(bucket, RUN, tmp_path, upload_every=0.05) as manifest:
+            manifest.append(_record(2))
+            await _until(lambda: self._has_uploaded(bucket, [2]))
+            first = _head(bucket, f"manifests/{RUN}/manifest.jsonl")
+            await anyio.sleep(0.2)
+            assert _head(bucket, f"manifests/{RUN}/manifest.jsonl")["LastModified"] == first["LastModified"]
+            assert first["CacheControl"] == "no-cache"
+            manifest.append(_record(1))
+            await _until(lambda: self._has_uploaded(bucket, [2, 1]))
+            with pytest.raises(ValueError, match="There is no object"):
+                await bucket.read_path("manifests/latest.jsonl")
+
+    async def test_nothing_is_uploaded_before_its_time(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """A short run uploads at its end, or when it is told to."""
+        async with ManifestWriter(bucket, RUN, tmp_path) as manifest:
+            manifest.append(_record(1))
+            await anyio.sleep(0.1)
+            assert await self._has_uploaded(bucket, [])
+            await manifest.flush()
+            assert await self._has_uploaded(bucket, [1])
+
+    async def test_the_work_never_waits_and_uploads_never_meet(self, gated: GatedBucket, tmp_path: Path) -> None:
+        """Records are taken while an upload hangs; the next upload waits for it and has them."""
+        async with ManifestWriter(gated, RUN, tmp_path, upload_every=0.01) as manifest:
+            manifest.append(_record(1))
+            try:
+                with anyio.fail_after(10):
+                    await gated._begun.wait()
+                for row in range(2, 50):
+                    manifest.append(_record(row))
+                waiting = asyncio.create_task(manifest.flush())
+                await anyio.sleep(0.1)
+                assert gated._uploads == 1
+                assert len(list(read_manifest(manifest.path))) == 49
+            finally:
+                gated._gate.set()
+            await waiting
+            assert len(await _lines(gated)) == 49
+        assert gated._most == 1
+
+    async def test_a_failed_upload_is_tried_again_at_its_turn(
+        self, bucket: ImageBucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The run goes on meanwhile, and the failure is told in the log."""
+        later = bucket.model_copy(update={"bucket_name": f"later-{bucket.prefix}"})
+        with caplog.at_level(logging.WARNING):
+            async with ManifestWriter(later, RUN, tmp_path, upload_every=0.05) as manifest:
+                manifest.append(_record(1))
+
+                async def told() -> bool:
+                    return bool(caplog.messages)
+
+                await _until(told)
+                assert "The manifest is not uploaded for now, and will be later." in caplog.messages[0]
+                manifest.append(_record(2))
+                await asyncio.to_thread(lambda: bucket.get_client().create_bucket(Bucket=later.bucket_name))
+                await _until(lambda: self._has_uploaded(later, [1, 2]))
+
+    async def test_the_last_failure_is_raised(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """With the place of the manifest that is whole."""
+        nowhere = bucket.model_copy(update={"bucket_name": "nowhere"})
+        with pytest.raises(BucketMissing, match=f"The whole manifest is in .*{RUN}.jsonl") as failure:
+            await _write(nowhere, tmp_path, _record(1))
+        assert failure.value.fatal
+        assert len(list(read_manifest(tmp_path / f"{RUN}.jsonl"))) == 1
+
+    async def test_the_runs_own_error_comes_first(
+        self, bucket: ImageBucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The manifest is closed all the same; where that fails too, the log has it."""
+        with pytest.raises(RuntimeError, match="the run broke"):
+            await self._break(bucket, tmp_path / "1")
+        assert [line["row"] for line in await _lines(bucket, "manifests/latest.jsonl")] == [1]
+        with pytest.raises(RuntimeError, match="the run broke"):
+            await self._break(bucket.model_copy(update={"bucket_name": "nowhere"}), tmp_path / "2")
+        assert "'nowhere' does not exist" in caplog.messages[-1]
+
+    @pytest.mark.parametrize("native", [False, True])
+    async def test_a_cancelled_run_closes_its_manifest(
+        self, bucket: ImageBucket, tmp_path: Path, *, native: bool
+    ) -> None:
+        """Whole and in order, then the cancellation goes on."""
+
+        async def work() -> None:
+            async with ManifestWriter(bucket, RUN, tmp_path) as manifest:
+                manifest.append(_record(2))
+                manifest.append(_record(1))
+                await anyio.sleep(60)
+
+        if native:
+            task = asyncio.create_task(work())
+            await anyio.sleep(0.1)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            assert task.cancelled()
+        else:
+            with anyio.move_on_after(0.1) as scope:
+                await work()
+            assert scope.cancelled_caught
+        assert [line["row"] for line in await _lines(bucket, "manifests/latest.jsonl")] == [1, 2]
+
+    async def _has_uploaded(self, bucket: ImageBucket, rows: list[int]) -> bool:
+        try:
+            return [line["row"] for line in await _lines(bucket)] == rows
+        except (ValueError, BucketMissing):
+            return not rows
+
+    async def _break(self, bucket: ImageBucket, folder: Path) -> None:
+        async with ManifestWriter(bucket, RUN, folder) as manifest:
+            manifest.append(_record(1))
+            raise RuntimeError("the run broke")
+
+
+_KILLED = """
+import asyncio, sys
+from pathlib import Path
+from flux_prefect.batch.manifest import ManifestWriter
+from flux_prefect.batch.records import mend
+from flux_prefect.batch.report import ItemRecord
+from flux_prefect.bucket import ImageBucket
+
+async def main(folder, uri):
+    async with ManifestWriter(ImageBucket.from_uri(uri), "0b9f5c8e-run", Path(folder), upload_every=0.02) as manifest:
+        for row in range(1, 1_000_000):
+            manifest.append(ItemRecord(row=row, id=str(row), status="failed", request=None, message="m" * 500))
+            await asyncio.sleep(0.0002)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+class TestKilled:
+    """What a run that was killed leaves."""
+
+    async def test_a_killed_writer_leaves_whole_records_in_both_places(
+        self, sandbox: RunningSandbox, bucket: ImageBucket, tmp_path: Path
+    ) -> None:
+        """After kill -9 the file and the object can be read, nothing else is left, and the run can go on."""
+        path = tmp_path / f"{RUN}.jsonl"
+        process = await anyio.open_process(
+            [sys.executable, "-c", _KILLED, str(tmp_path), bucket.uri],
+            env=os.environ | sandbox.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=None,
+            stderr=None,
+        )
+
+        async def is_under_way() -> bool:
+            assert process.returncode is None
+            with suppress(ValueError):
+                return len(await _lines(bucket)) >= 200
+            return False
+
+        async with process:
+            try:
+                await _until(is_under_way)
+            finally:
+                process.kill()
+        kept, uploaded = list(read_manifest(path)), await _lines(bucket)
+        assert [line["row"] for line in kept] == list(range(1, len(kept) + 1))
+        assert kept[: len(uploaded)] == uploaded
+        assert len(uploaded) >= 200
+        assert list(tmp_path.iterdir()) == [path]
+        await _write(bucket, tmp_path, _record(len(kept) + 1))
+        assert [line["row"] for line in await _lines(bucket)] == list(range(1, len(kept) + 2))
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+    @given(data=st.data())
+    def test_a_file_torn_anywhere_is_read_up_to_there(self, tmp_path: Path, data: st.DataObject) -> None:
+        """All records that are whole, and once it is mended others can follow."""
+        written = b"".join(map(_line, range(1, 5)))
+        place = data.draw(st.integers(0, len(written)))
+        path = tmp_path / f"{RUN}.jsonl"
+        path.write_bytes(written[:place])
+        whole = written[: place + 1].count(b"\n")  # a record is whole where its line break alone is missing
+        assert [record["row"] for record in read_manifest(path)] == list(range(1, whole + 1))
+
+        mend(path)
+        with path.open("ab") as file:
+            file.write(_line(9))
+        assert [record["row"] for record in read_manifest(path)] == [*range(1, whole + 1), 9]
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+    @given(content=st.binary(max_size=200))
+    def test_whatever_is_in_the_file_is_records_or_a_table_error(self, tmp_path: Path, content: bytes) -> None:
+        """Nothing else is raised."""
+        path = tmp_path / "manifest.jsonl"
+        path.write_bytes(content)
+        with suppress(TableError):
+            list(read_manifest(path))
+
+    async def test_a_full_disk_leaves_whole_records(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """The error names the folder; the record before is the last, and later ones fit when there is room again."""
+        kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+        async with ManifestWriter(bucket, RUN, tmp_path) as manifest:
+            manifest.append(_record(1))
+            try:
+                for room in (10, 0):
+                    size = manifest.path.stat().st_size
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, kept[1]))
+                    with pytest.raises(ManifestUnwritable, match=f"{RUN}.jsonl can't be written .*make room"):
+                        manifest.append(_record(2))
+                    assert manifest.path.stat().st_size == size
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+            manifest.append(_record(3))
+        assert [line["row"] for line in await _lines(bucket)] == [1, 3]
+
+    async def test_an_unwritable_folder_is_told_at_once(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """Before anything is paid for."""
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ManifestUnwritable, match="choose another"):
+            await _write(bucket, tmp_path / "file")
+
+
+class TestLongRuns:
+    """Ten thousand rows."""
+
+    async def test_memory_stays_flat(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """10,000 records cost the index and a batch of columns, a small part of what they hold themselves."""
+        await bucket.check()  # boto3's own descriptions of S3 are 12 MB
+        template = _record(1)
+        tracemalloc.start()
+        try:
+            async with ManifestWriter(bucket, RUN, tmp_path) as manifest:
+                for row in reversed(range(1, 10_001)):
+                    manifest.append(template.model_copy(update={"row": row, "id": f"id-{row}"}))
+                await manifest.flush()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 8e6
+        assert (await _columns(bucket))["row"].to_pylist() == list(range(1, 10_001))
+        assert sum(1 for _ in read_manifest(manifest.path)) == 10_000

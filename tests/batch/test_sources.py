@@ -1,0 +1,293 @@
+"""Where tables come from: real files, a real S3 server, real HTTP over loopback."""
+
+from __future__ import annotations
+
+import gzip
+import resource
+import tempfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+
+from flux_prefect.batch.sources import MAX_SOURCE_BYTES, Source, TableError, local_source, open_source
+from flux_prefect.batch.table import open_table
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.sandbox.launching import RunningSandbox
+
+TABLE = b"prompt\na\nb\n"
+SIGNED = "https://user:pass-word@files.example/prompts.csv?X-Amz-Signature=5ecret"
+
+
+class _Site(BaseHTTPRequestHandler):
+    """A small web site with tables and everything that can be wrong with them."""
+
+    def do_GET(self) -> None:
+        """Answer by path."""
+        path = self.path.partition("?")[0]
+        match path.strip("/").split("/")[0]:
+            case "status":
+                self._answer(b"", status=int(path.split("/")[2]))
+            case "moved":
+                self._answer(b"", {"Location": "/prompts.csv"}, status=302)
+            case "round":
+                self._answer(b"", {"Location": self.path}, status=302)
+            case "page":
+                self._answer(b"<!doctype html>", {"Content-Type": "text/html; charset=utf-8"})
+            case "cut":
+                self._answer(TABLE, {"Content-Length": "1000"})
+            case "packed":
+                self._answer(gzip.compress(b"prompt\n" + b"a" * 100_000), {"Content-Encoding": "gzip"})
+            case _:
+                self._answer(TABLE)
+
+    def _answer(self, content: bytes, headers: dict[str, str] | None = None, *, status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it so
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    """The site's root."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Site) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def _read(source: Source) -> bytes:
+    with source.open() as file:
+        return file.read()
+
+
+async def _fetch(
+    address: str,
+    *,
+    bucket: ImageBucket | None = None,
+    max_bytes: int = MAX_SOURCE_BYTES,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> bytes:
+    async with open_source(address, bucket=bucket, max_bytes=max_bytes, transport=transport) as source:
+        return _read(source)
+
+
+class TestFiles:
+    """Files on this machine."""
+
+    @pytest.mark.parametrize(
+        ("name", "form"),
+        [("a.csv", "csv"), ("a.JSONL", "jsonl"), ("a.ndjson", "jsonl"), ("a.b.parquet", "parquet")],
+    )
+    async def test_the_suffix_decides(self, tmp_path: Path, name: str, form: str) -> None:
+        """Capitals make no difference; the file is read where it is."""
+        (tmp_path / name).write_bytes(TABLE)
+        async with open_source(tmp_path / name) as source:
+            assert (source.format, source.name) == (form, str(tmp_path / name))
+            assert _read(source) == _read(source) == TABLE
+
+    async def test_a_missing_file_is_named(self) -> None:
+        """With the reason."""
+        with pytest.raises(TableError, match=r"source '/nowhere/a\.csv' can't be read: No such file"):
+            _read(local_source("/nowhere/a.csv"))
+
+    @pytest.mark.parametrize("address", ["ftp://host/a.csv", "gs://team/a.csv", "file:///tmp/a.csv"])
+    async def test_other_schemes_are_refused(self, address: str) -> None:
+        """With those that can be read."""
+        with pytest.raises(TableError, match="give a path, an s3:// or an https:// address"):
+            await _fetch(address)
+
+    @pytest.mark.parametrize(
+        "address", ["s3://team/a.xlsx", "https://host/a", "https://host/a?name=b.csv", "https://host", "s3://team"]
+    )
+    async def test_an_address_needs_a_suffix(self, address: str) -> None:
+        """It is refused before anything is sent; a query is no part of the name."""
+        with pytest.raises(TableError, match=r"neither \.csv nor \.jsonl nor \.parquet"):
+            await _fetch(address)
+
+
+class TestS3:
+    """Objects in a bucket."""
+
+    @pytest.mark.parametrize("key", ["prompts.csv", "deep/er/a b+c.csv", "odd?#%20é.csv"])
+    async def test_an_object_is_fetched(self, sandbox: RunningSandbox, bucket: ImageBucket, key: str) -> None:
+        """Through boto3's own chain of credentials; a key is taken as it is written."""
+        assert sandbox.environment["AWS_ENDPOINT_URL_S3"]
+        await bucket.write_path(key, TABLE)
+        assert await _fetch(f"{bucket.uri}/{key}") == TABLE
+        assert await _fetch(f"S3://{bucket.bucket_name}/{bucket.prefix}/{key}") == TABLE
+
+    async def test_the_blocks_keys_open_its_own_bucket(
+        self, bucket: ImageBucket, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A table beside the pictures needs no keys in the environment, and is found outside the prefix too."""
+        await bucket.write_path("prompts.csv", TABLE)
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        with pytest.raises(TableError, match="There are no S3 keys"):
+            await _fetch(f"{bucket.uri}/prompts.csv")
+        elsewhere = bucket.model_copy(update={"prefix": "elsewhere"})
+        assert await _fetch(f"{bucket.uri}/prompts.csv", bucket=elsewhere) == TABLE
+
+    async def test_a_missing_object_is_named(self, bucket: ImageBucket) -> None:
+        """With its address and what to check."""
+        with pytest.raises(TableError, match=f"source '{bucket.uri}/a.csv' can't be read: check bucket and key"):
+            await _fetch(f"{bucket.uri}/a.csv", bucket=bucket)
+
+    @pytest.mark.parametrize("address", ["s3://nowhere/a.csv", "s3:///a.csv", "s3://images//a.csv"])
+    async def test_an_impossible_address_is_refused(self, sandbox: RunningSandbox, address: str) -> None:
+        """A bucket that is not there, or a key that no table has."""
+        assert sandbox.url
+        with pytest.raises(TableError, match=f"source '{address}' (can't be read|is no object's address)"):
+            await _fetch(address)
+
+    async def test_wrong_keys_are_told(self, sandbox: RunningSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With what they must allow."""
+        assert sandbox.url
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        with pytest.raises(TableError, match="check the keys, and that they allow"):
+            await _fetch("s3://images/a.csv")
+
+    async def test_an_unreachable_server_is_told(self, bucket: ImageBucket) -> None:
+        """With the settings to check."""
+        lost = ImageBucket(**(bucket.model_dump(include={"bucket_name"}) | {"endpoint_url": "http://127.0.0.1:9"}))
+        with pytest.raises(TableError, match=r"can't be reached: .*Check endpoint_url"):
+            await _fetch("s3://images/a.csv", bucket=lost)
+
+    async def test_a_large_object_is_refused_before_it_comes(self, bucket: ImageBucket) -> None:
+        """With the most that is fetched, and a way out."""
+        await bucket.write_path("a.csv", TABLE)
+        with pytest.raises(TableError, match=rf"^source '{bucket.uri}/a\.csv' is larger than 10 bytes.*copy it here"):
+            await _fetch(f"{bucket.uri}/a.csv", bucket=bucket, max_bytes=10)
+        assert await _fetch(f"{bucket.uri}/a.csv", bucket=bucket, max_bytes=len(TABLE)) == TABLE
+
+
+class TestWeb:
+    """Addresses on the web."""
+
+    @pytest.mark.parametrize("path", ["/prompts.csv", "/prompts.csv?signature=abc", "/moved/a.csv"])
+    async def test_a_table_is_fetched(self, site: str, path: str) -> None:
+        """Redirects are followed."""
+        assert await _fetch(site + path) == TABLE
+
+    @pytest.mark.parametrize(
+        ("path", "complaint"),
+        [
+            ("/status/404/a.csv", r"does not exist \(HTTP 404\)"),
+            ("/status/410/a.csv", r"does not exist \(HTTP 410\)"),
+            ("/status/401/a.csv", r"may not be read \(HTTP 401\): .*login"),
+            ("/status/403/a.csv", r"may not be read \(HTTP 403\): .*Sign it anew"),
+            ("/status/500/a.csv", "answered with HTTP 500: try again later"),
+            ("/status/204/a.csv", "answered with HTTP 204"),
+            ("/round/a.csv", "redirects more than 5 times"),
+            ("/page/a.csv", "is a web page, not a table"),
+            ("/cut/a.csv", r"can't be fetched \(.*\): check the address and the network"),
+        ],
+    )
+    async def test_what_is_wrong_is_told(self, site: str, path: str, complaint: str) -> None:
+        """With the address and what to do."""
+        with pytest.raises(TableError, match=complaint) as refusal:
+            await _fetch(site + path)
+        assert f"source '{site}{path}'" in str(refusal.value)
+
+    async def test_a_silent_server_is_refused(self) -> None:
+        """Nobody listens there."""
+        with pytest.raises(TableError, match="can't be fetched"):
+            await _fetch("http://127.0.0.1:9/a.csv")
+
+    @pytest.mark.parametrize("address", ["https://[bad/a.csv", "https:///a.csv", "https://host:port/a.csv"])
+    async def test_a_broken_address_is_refused(self, address: str) -> None:
+        """Nothing is raised but a TableError."""
+        with pytest.raises(TableError, match="can't be fetched"):
+            await _fetch(address)
+
+    @pytest.mark.parametrize("path", ["/prompts.csv", "/packed/a.csv"])
+    async def test_a_large_table_is_refused(self, site: str, path: str) -> None:
+        """Counted as it is unpacked: a small answer may hold a large table."""
+        with pytest.raises(TableError, match="is larger than 8 bytes, the most that is fetched"):
+            await _fetch(site + path, max_bytes=8)
+        if path.startswith("/packed"):
+            with pytest.raises(TableError, match="is larger than 50,000 bytes"):
+                await _fetch(site + path, max_bytes=50_000)
+
+    async def test_plain_http_is_for_this_machine_alone(self) -> None:
+        """It is refused before anything is sent."""
+        with pytest.raises(TableError, match=r"leads to http://example\.com: only https is fetched"):
+            await _fetch("http://example.com/a.csv")
+
+    @pytest.mark.parametrize("target", ["http://example.com/a.csv", "http://127.0.0.1/a.csv"])
+    async def test_a_redirect_never_leaves_https(self, target: str) -> None:
+        """Nor into this machine, from outside."""
+        transport = httpx.MockTransport(lambda _: httpx.Response(302, headers={"Location": target}))
+        with pytest.raises(TableError, match=r"leads to http://.*: only https is fetched"):
+            await _fetch("https://files.example/a.csv", transport=transport)
+
+    async def test_a_stalled_answer_is_told(self) -> None:
+        """As a time-out, with a way out."""
+
+        def stall(request: httpx.Request) -> httpx.Response:
+            raise httpx.ReadTimeout("", request=request)
+
+        with pytest.raises(TableError, match="timed out: try again, or copy it here"):
+            await _fetch("https://files.example/a.csv", transport=httpx.MockTransport(stall))
+
+    async def test_what_opens_an_address_is_not_told(self) -> None:
+        """Neither a password nor a signature gets into the error; both are sent."""
+        seen: list[httpx.Request] = []
+
+        def refuse(request: httpx.Request) -> httpx.Response:
+            seen.append(request)
+            return httpx.Response(403)
+
+        with pytest.raises(TableError) as refusal:
+            await _fetch(SIGNED, transport=httpx.MockTransport(refuse))
+        assert "source 'https://files.example/prompts.csv' may not be read" in str(refusal.value)
+        assert seen[0].url.query == b"X-Amz-Signature=5ecret"
+        assert "Authorization" in seen[0].headers
+
+
+class TestFetched:
+    """What is fetched."""
+
+    async def test_it_leaves_no_file(self, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has no name at any time, so nothing is left however the process ends."""
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        async with open_source(f"{site}/a.csv") as source:
+            assert _read(source) == TABLE
+            assert list(tmp_path.iterdir()) == []
+
+    async def test_readers_do_not_disturb_each_other(self, site: str) -> None:
+        """Each has a place of its own, and can go back."""
+        async with open_source(f"{site}/a.csv") as source, open_source(f"{site}/a.csv") as other:
+            with source.open() as first, source.open() as second, other.open() as third:
+                assert (first.read(6), second.read(8), third.read()) == (TABLE[:6], TABLE[:8], TABLE)
+                assert (first.read(), second.read()) == (TABLE[6:], TABLE[8:])
+                assert first.seek(-2, 2) == len(TABLE) - 2
+                assert first.read() == TABLE[-2:]
+
+    async def test_a_table_is_fetched_once_and_read_twice(self, bucket: ImageBucket) -> None:
+        """Once the block is entered the object may go."""
+        await bucket.write_path("a.csv", TABLE)
+        async with open_table(f"{bucket.uri}/a.csv", bucket=bucket) as table:
+            await bucket.write_path("a.csv", b"gone")
+            assert len(list(table.rows())) == len(list(table.rows())) == 2
+
+    async def test_a_full_disk_is_told(self, site: str) -> None:
+        """With the setting to change."""
+        kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4, kept[1]))
+        try:
+            with pytest.raises(TableError, match=r"temporary folder \(.*\): make room, or set TMPDIR"):
+                await _fetch(f"{site}/a.csv")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, kept)
