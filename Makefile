@@ -28,9 +28,9 @@ format: $(READY) ## Format the code
 
 lock: .tools/uv ## Write the lock files anew from pyproject.toml
 	@$(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --extra dev \
-		--no-header --no-annotate --no-emit-index-url pyproject.toml --output-file requirements.txt
+		--no-header --no-annotate pyproject.toml --output-file requirements.txt
 	@echo uv | $(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes \
-		--no-header --no-annotate --no-emit-index-url - --output-file requirements-uv.txt
+		--no-header --no-annotate - --output-file requirements-uv.txt
 
 clean: ## Remove everything that was made here
 	rm -rf .venv .tools .demo .sandbox .mypy_cache .pytest_cache .ruff_cache .hypothesis
