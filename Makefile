@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format lock clean
+.PHONY: help demo test chaos lint format lock clean
 
 help: ## List what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -16,6 +16,9 @@ demo: $(READY) ## Publish a dozen pictures to a local S3 server, twice; ARGS=--s
 
 test: $(READY) ## Run the tests; ARGS are pytest's
 	@$(RUN) -m pytest $(ARGS)
+
+chaos: $(READY) ## Kill a batch of 200 pictures 200 times and look at what is left (some ten minutes)
+	@PYTHONPATH=. $(RUN) tests/chaos.py $(ARGS)
 
 lint: $(READY) ## Check style and types
 	@$(RUN) -m ruff check

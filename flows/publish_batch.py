@@ -95,6 +95,7 @@ async def publish_batch(
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
     spool = Spool()
     spool.prepare()
+    spool.sweep()
     HostLockManager().prepare()
     await destination.check()
     known = spool.find_experience(account.base_url)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -26,6 +27,8 @@ from flux_prefect.api.models import Generation, normalize_endpoint
 from flux_prefect.api.pictures import inspect_picture
 from flux_prefect.naming import EXTENSIONS
 from flux_prefect.settings import current_settings
+
+_WRITER = re.compile(r"\.(\d+)-[0-9a-f]{8}\.part$")
 
 
 class SpoolUnwritable(FluxError):
@@ -93,13 +96,21 @@ class Spool:
         try:
             for name in ("calls", "records", "endpoints", "pictures"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            proof = self.root / f".write-check-{uuid4().hex}"
+            proof = _own_part(self.root / "write-check")
             try:
                 proof.write_bytes(b"x")
             finally:
                 proof.unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def sweep(self) -> None:
+        """Remove the half-written files of this host's dead processes. For the start of a run; never raises."""
+        for part in self.root.rglob("*.part"):
+            writer = _WRITER.search(part.name)
+            if writer is not None and not _is_alive(int(writer[1])):
+                with suppress(OSError):
+                    part.unlink()
 
     # Paid calls
 
@@ -211,8 +222,23 @@ class Spool:
         return self.root / "records" / f"{fingerprint}.json"
 
 
+def _own_part(path: Path) -> Path:
+    """Where a file is written before it takes its name: apart from everybody else who writes the same."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{uuid4().hex[:8]}.part")
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
 def _write(path: Path, text: str, settle: Callable[[int], None] = lambda _: None) -> None:
-    part = path.with_name(f"{path.name}.{uuid4().hex}.part")  # its own, where two write one record
+    part = _own_part(path)
     try:
         with part.open("w", encoding="utf-8") as file:
             file.write(text)

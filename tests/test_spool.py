@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -231,6 +234,21 @@ class TestFolder:
     def test_what_is_in_it_is_for_its_user_alone(self, spool: Spool) -> None:
         """Prompts and pictures can't be read by others."""
         assert {path.stat().st_mode & 0o777 for path in spool.root.iterdir()} == {0o700}
+
+    def test_what_dead_processes_left_half_written_is_swept(self, spool: Spool) -> None:
+        """And nothing of a living one."""
+        spool.prepare()
+        with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+            dead.wait()
+        torn = spool.root / "records" / f"abc.json.{dead.pid}-0123abcd.part"
+        being_written = spool.root / "records" / f"abc.json.{os.getpid()}-0123abcd.part"
+        picture = spool.root / "pictures" / "abc-0.jpg.part"
+        for path in (torn, being_written, picture):
+            path.touch()
+        spool.sweep()
+        assert not torn.exists()
+        assert being_written.exists()
+        assert picture.exists()
 
     def test_preparing_twice_leaves_nothing_behind(self, spool: Spool) -> None:
         """The proof that it can be written is cleared away."""

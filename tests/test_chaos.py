@@ -1,0 +1,25 @@
+"""The short form of `make chaos`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_batch_survives_being_killed_again_and_again(prefect_server: str) -> None:
+    """Every picture is published whole; only calls in flight at a kill were paid for again; nothing is left behind."""
+    ended = subprocess.run(
+        [sys.executable, "tests/chaos.py", "--rows", "40", "--kills", "8"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": prefect_server},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
