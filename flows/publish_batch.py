@@ -183,9 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
     result = state.result(raise_on_failure=False)
     report = result.report if isinstance(result, BatchFailed) else result
     if isinstance(report, BatchReport):
-        if report.plan is not None:
+        if given.dry_run and report.plan is not None:
             Console().print(tabulate_plan(report.plan))
-        if report.items:
+        else:
             Console().print(tabulate(report))
         if given.report is not None:
             given.report.parent.mkdir(parents=True, exist_ok=True)

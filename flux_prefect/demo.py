@@ -127,7 +127,9 @@ def _publish(folder: Path, number: int, environment: dict[str, str], console: Co
     report = folder / f"report-{number}.json"
     shown = ["python", "-m", "flows.publish_batch", str(PROMPTS), "--bucket", BUCKET, "--max-in-flight", "4"]
     console.print(f"$ {' '.join(shown)}", style="bold", soft_wrap=True)
-    command = [sys.executable, *shown[1:], "--report", str(report), "--gallery", str(folder / "gallery")]
+    command = [sys.executable, *shown[1:], "--report", str(report)]
+    if number == 1:
+        command += ["--gallery", str(folder / "gallery")]
     status = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - our own command
     if status != 0:
         raise DemoFailed(f"The command above ended with exit status {status}.")
