@@ -57,6 +57,12 @@ def running_sandbox(home: Path) -> Iterator[RunningSandbox]:
         yield running
 
 
+@pytest.fixture(autouse=True)
+def own_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spool of each test's own."""
+    monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
+
+
 @pytest.fixture
 def sandbox(running_sandbox: RunningSandbox, monkeypatch: pytest.MonkeyPatch) -> RunningSandbox:
     """The sandbox with a clean ledger and no faults, and the environment that points to it."""

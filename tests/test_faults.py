@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,12 +196,6 @@ async def generate_and_download(request: ImageRequest, credentials: AimlApiCrede
     """The downloading task behind a generation; the flow run ends as the download does."""
     generation = await generate_image(request, credentials)
     return await download_image(generation, credentials)
-
-
-@pytest.fixture(autouse=True)
-def own_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spool of the test's own."""
-    monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
 
 
 @pytest.mark.parametrize("fault", GENERATION_FAULTS, ids=str)

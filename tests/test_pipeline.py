@@ -30,12 +30,6 @@ async def produce(request: ImageRequest, bucket: ImageBucket, credentials: AimlA
     return await produce_image(request, bucket, credentials)
 
 
-@pytest.fixture(autouse=True)
-def own_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spool and a result storage of the test's own."""
-    monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
-
-
 def forget_results(folder: Path) -> AbstractContextManager[Any]:
     """Run as on a machine whose Prefect has no results."""
     return temporary_settings({PREFECT_LOCAL_STORAGE_PATH: folder / uuid4().hex})

@@ -25,6 +25,7 @@ async def test_no_key_in_any_log_or_file(
     bucket: ImageBucket,
     credentials: AimlApiCredentials,
     home: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One more run with every kind of failure at the most talkative log level, then a search through everything.
@@ -51,7 +52,8 @@ async def test_no_key_in_any_log_or_file(
     database = get_current_settings().server.database.connection_url
     assert database is not None
     database_file = Path(database.get_secret_value().partition("///")[2])
-    files = [path for path in home.rglob("*") if path.is_file()]
+    folders = (home, tmp_path_factory.getbasetemp())  # the second holds the tests' own spools and Prefect homes
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     files.extend(database_file.parent.glob(f"{database_file.name}*"))  # its write-ahead log holds the newest
     assert f"{database_file.name}-wal" in {path.name for path in files}
     listed = bucket.get_client().get_paginator("list_objects_v2").paginate(Bucket="images")

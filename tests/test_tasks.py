@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import cast
 
 import pytest
@@ -15,12 +14,6 @@ from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
-
-
-@pytest.fixture(autouse=True)
-def own_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spool of the test's own."""
-    monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
 
 
 def test_map_and_submit_work_in_a_sync_flow(

@@ -12,8 +12,9 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from flux_prefect.api.models import CREDITS_PER_USD
 from flux_prefect.sandbox.schema import GenerationBody
-from flux_prefect.sandbox.settings import CREDITS_PER_USD, Envelope, ResponseShape
+from flux_prefect.sandbox.settings import Envelope, ResponseShape
 
 OUT_OF_CREDITS = "You've run out of credits. Please top up your balance or update your payment method to continue."
 

@@ -21,14 +21,13 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from flux_prefect.api.models import GENERATIONS_PATH, MAX_SEED, TextToImageModel
+from flux_prefect.api.models import CREDITS_PER_USD, GENERATIONS_PATH, MAX_SEED, TextToImageModel
 from flux_prefect.sandbox import answers
 from flux_prefect.sandbox.faults import Delivery, FinishedCall, PendingCall, Strike
 from flux_prefect.sandbox.ledger import Entry, LogPage
 from flux_prefect.sandbox.painting.painter import paint, paint_black
 from flux_prefect.sandbox.painting.prebuilt import stamp
 from flux_prefect.sandbox.schema import GenerationBody, explain
-from flux_prefect.sandbox.settings import CREDITS_PER_USD
 from flux_prefect.sandbox.state import State
 from flux_prefect.sandbox.steering import steering_routes
 

@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-CREDITS_PER_USD = 2_000_000
-"""The service's own rate."""
+from flux_prefect.api.models import CREDITS_PER_USD
 
 START_BALANCE = 10_000 * CREDITS_PER_USD
 """Credits of a new sandbox's account: ten thousand US dollars, so that no batch runs dry unasked."""

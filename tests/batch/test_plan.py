@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -18,12 +17,6 @@ from flux_prefect.spool import Spool
 from flux_prefect.steps import download, generate
 
 PRICE = 200_000
-
-
-@pytest.fixture(autouse=True)
-def own_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spool of the test's own."""
-    monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
 
 
 async def plan(

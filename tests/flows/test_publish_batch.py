@@ -31,12 +31,6 @@ from flux_prefect.spool import SpoolUnwritable
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def own_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spool of the test's own."""
-    monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
-
-
 @pytest.fixture
 def prompts() -> list[dict[str, Any]]:
     """Three good rows of a table; no other test has them."""
