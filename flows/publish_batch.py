@@ -33,7 +33,7 @@ from flux_prefect.batch.table import Only, open_table
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.locking import HostLockManager
+from flux_prefect.pipeline import check_ready
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.spool import Spool
@@ -93,11 +93,8 @@ async def publish_batch(
     logger = get_run_logger()
     destination = await ImageBucket.resolve(bucket)
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
+    await check_ready(destination)
     spool = Spool()
-    spool.prepare()
-    spool.sweep()
-    HostLockManager().prepare()
-    await destination.check()
     known = spool.find_experience(account.base_url)
     budget = Budget(
         prices=known.prices,

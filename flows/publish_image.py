@@ -21,11 +21,9 @@ from flux_prefect.batch.table import explain_invalid
 from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import describe_credits
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.locking import HostLockManager
-from flux_prefect.pipeline import Production, produce_image
+from flux_prefect.pipeline import Production, check_ready, produce_image
 from flux_prefect.seeds import with_seed
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
-from flux_prefect.spool import Spool
 
 
 @flow(name="publish-image", flow_run_name="publish {request.label}")
@@ -50,11 +48,7 @@ async def publish_image(
     logger = get_run_logger()
     destination = await ImageBucket.resolve(bucket)
     account = await AimlApiCredentials.resolve(credentials)
-    spool = Spool()
-    spool.prepare()
-    spool.sweep()
-    HostLockManager().prepare()
-    await destination.check()
+    await check_ready(destination)
     production = await produce_image(with_seed(request, str(flow_run.id), "image"), destination, account)
     for outcome in production.images:
         if outcome.image is not None:

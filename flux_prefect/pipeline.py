@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from typing import Any
 
 from flux_prefect.api.errors import Billed, ContentFlagged, FluxError, ImageGone
@@ -25,8 +24,6 @@ _logger = logging.getLogger(__name__)
 _LOCKS = HostLockManager()
 _GENERATE_AGAIN = generate_image.with_options(refresh_cache=True)
 _DOWNLOAD_AGAIN = download_image.with_options(refresh_cache=True)
-
-_Download = Callable[[int], Awaitable[ImageFile]]
 
 
 class UnforeseenError(FluxError):
@@ -112,6 +109,22 @@ class Production:
         return any(call.client_request_id == generation.client_request_id for call in self.calls)
 
 
+async def check_ready(bucket: ImageBucket) -> None:
+    """Prove that the spool, the locks and the bucket can be used, before anything is paid for. For the start of a run.
+
+    Also clears away what dead processes left half-written in the spool.
+
+    Raises:
+        SpoolUnwritable, PermissionError: the spool or the lock folder can't be used.
+        BucketError: the bucket or its keys are wrong.
+    """
+    spool = Spool()
+    spool.prepare()
+    spool.sweep()
+    _LOCKS.prepare()
+    await bucket.check()
+
+
 async def produce_image(request: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials) -> Production:
     """Have every picture of a request in the bucket, spending as little as possible.
 
@@ -158,32 +171,32 @@ async def _make_missing(production: Production, bucket: ImageBucket, credentials
     try:
         await bucket.check_once()  # a HEAD can't tell a missing bucket from a missing picture
         generation = await generate_image(production.request, credentials)
-        download = partial(download_image, generation, credentials)
-        download_again = partial(_DOWNLOAD_AGAIN, generation, credentials)
-        await _deliver(production, wanted, bucket, download, download_again)
+        await _deliver(production, generation, wanted, bucket, credentials)
         gone = [index for index in wanted if isinstance(production.outcomes[index].error, ImageGone)]
         if gone and not production.paid_for(generation):
             wanted = gone
             production.regenerated = True
             generation = await _GENERATE_AGAIN(production.request, credentials)
-            download = partial(download_image, generation, credentials)
-            download_again = partial(_DOWNLOAD_AGAIN, generation, credentials)
-            await _deliver(production, gone, bucket, download, download_again)
+            await _deliver(production, generation, gone, bucket, credentials)
     except Exception as error:  # noqa: BLE001 - of a generation, so of all its pictures
         for index in wanted:
             production.outcomes[index] = ImageOutcome(index, error=_typed(error))
 
 
 async def _deliver(
-    production: Production, indexes: list[int], bucket: ImageBucket, download: _Download, download_again: _Download
+    production: Production,
+    generation: Generation,
+    indexes: list[int],
+    bucket: ImageBucket,
+    credentials: AimlApiCredentials,
 ) -> None:
     async def fetch_again(index: int) -> ImageFile:
         production.refetched += 1
-        return await download_again(index)
+        return await _DOWNLOAD_AGAIN(generation, credentials, index)
 
     async def deliver(index: int) -> None:
         try:
-            file = await download(index)
+            file = await download_image(generation, credentials, index)
             if not file.is_whole():
                 file = await fetch_again(index)
             try:
