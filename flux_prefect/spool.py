@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -47,7 +48,11 @@ class PaidCall(BaseModel):
     endpoint: str = Field(description="The root URL of the service.")
     sent_at: datetime = Field(description="When the call was sent, UTC.")
     task_run_id: str | None = Field(description="The Prefect task run that sent it.")
+    sends: int = Field(
+        default=1, description="How often it was sent: all but the last time it was refused as one too many."
+    )
     billed: Billed = Field(default=Billed.UNKNOWN, description="What is known of its cost.")
+    credits_used: float | None = Field(default=None, description="What it cost, in credits, where that is known.")
     error: str | None = Field(
         default=None, description="How its answer was lost. None: still in flight, or its process died."
     )
@@ -127,7 +132,9 @@ class Spool:
 
     def leave_open(self, call: PaidCall, error: ServiceError) -> None:
         """Note how a call that was paid for, or may have been, came to nothing."""
-        lost = call.model_copy(update={"billed": error.billed, "error": error.message})
+        lost = call.model_copy(
+            update={"billed": error.billed, "credits_used": error.credits_used, "error": error.message}
+        )
         with suppress(OSError):  # the note from before the call still stands
             _write(self._call_path(call.fingerprint, call.client_request_id), lost.model_dump_json())
 
@@ -136,12 +143,18 @@ class Spool:
         with suppress(OSError):  # a note too many overstates what may have been paid; an error here would hide the end
             self._call_path(call.fingerprint, call.client_request_id).unlink()
 
-    def open_calls(self, fingerprint: str = "*") -> list[PaidCall]:
+    def open_calls(self, fingerprint: str | None = None) -> list[PaidCall]:
         """The calls without a known end, of one request or of all."""
+        start = "" if fingerprint is None else f"{fingerprint}."
+        try:
+            with os.scandir(self.root / "calls") as files:
+                names = sorted(file.name for file in files if file.name.startswith(start) and file.name[-5:] == ".json")
+        except FileNotFoundError:
+            return []
         calls = []
-        for path in sorted((self.root / "calls").glob(f"{fingerprint}.*.json")):
+        for name in names:
             with suppress(OSError, ValidationError):
-                calls.append(PaidCall.model_validate_json(path.read_bytes()))
+                calls.append(PaidCall.model_validate_json((self.root / "calls" / name).read_bytes()))
         return calls
 
     # Generations
@@ -237,18 +250,29 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _write(path: Path, text: str, settle: Callable[[int], None] = lambda _: None) -> None:
+def _write(path: Path, text: str, settle: Callable[[int], None] | None = None) -> None:
     part = _own_part(path)
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            settle(file.fileno())
+        with _open_new(part) as file:
+            file.write(text.encode())
+            if settle is not None:
+                file.flush()
+                settle(file.fileno())
         part.replace(path)
-    finally:
+    except BaseException:
         part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        raise
+    if settle is not None:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            settle(folder)  # the file's name outlives a power cut only with its folder
+        finally:
+            os.close(folder)
+
+
+def _open_new(path: Path) -> BinaryIO:
     try:
-        settle(folder)  # the file's name outlives a power cut only with its folder
-    finally:
-        os.close(folder)
+        return path.open("wb")
+    except FileNotFoundError:  # the first file of its kind; or somebody has tidied up
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path.open("wb")

@@ -68,6 +68,7 @@ async def generate(
     Raises:
         ServiceError: its `billed` says what it means for money.
         BudgetExhausted: nothing was sent, as it would pass the cap of the enclosing `spending_from`.
+        RunStopped: nothing was sent, as that budget was closed.
         SpoolUnwritable: nothing was sent.
     """
     call = PaidCall(
@@ -76,22 +77,25 @@ async def generate(
         endpoint=client.base_url,
         sent_at=datetime.now(timezone.utc),
         task_run_id=task_run_id,
+        sends=0,
     )
 
-    billed, credits_used = Billed.NO, None
+    sent, billed, credits_used = False, Billed.NO, None
 
     def note() -> None:
-        nonlocal call, billed
-        call = call.model_copy(update={"sent_at": datetime.now(timezone.utc)})  # now, after any wait for its turn
+        nonlocal call, sent, billed
+        if budget is not None:
+            budget.check_open()  # it may have been closed while the call waited for its turn
+        # Now, after any wait for its turn.
+        call = call.model_copy(update={"sent_at": datetime.now(timezone.utc), "sends": call.sends + 1})
         spool.open_call(call)
-        billed = Billed.UNKNOWN  # until there is an answer
+        sent, billed = True, Billed.UNKNOWN  # until there is an answer
 
     def take_note_back() -> None:
         nonlocal billed
         spool.close_call(call)
         billed = Billed.NO
 
-    spool.prepare()
     budget = current_budget()
     reservation = None if budget is None else await budget.reserve(request)
     try:
@@ -110,7 +114,8 @@ async def generate(
             spool.leave_open(call, error)
         raise
     finally:
-        _count(call, billed, credits_used)
+        if sent:
+            _count(call, billed, credits_used)
         if reservation is not None:
             reservation.settle(billed, credits_used)
     with anyio.CancelScope(shield=True):
@@ -136,7 +141,7 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
     """Bring one picture into the spool, checked. A whole file that is there already is not fetched again.
 
     Raises:
-        SpoolUnwritable: nothing was fetched.
+        ImageUnwritable: the spool can't take it; nothing was fetched.
         ContentFlagged: the service flagged the picture or delivered it black. Nothing else is done with it.
         UnexpectedFormat: it came in another format before, and lies in the spool as that.
         ImageGone: neither its URL nor the spool has it any more.
@@ -148,7 +153,6 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
             f"The service flagged picture {index} of {generation.request.label!r} as unsafe. It was paid for and is "
             "not published. Change the prompt or the seed, or raise safety_tolerance."
         )
-    spool.prepare()
     rejected = spool.rejected_path(generation, index)
     if rejected.exists():
         raise UnexpectedFormat(

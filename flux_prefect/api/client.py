@@ -10,7 +10,7 @@ import random
 import re
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -41,9 +41,11 @@ from flux_prefect.api.models import (
     Balance,
     Generation,
     ImageRequest,
+    LogEntry,
     OutputFormat,
     normalize_endpoint,
     parse_generation,
+    parse_log,
 )
 from flux_prefect.api.pacing import NoSlot, Pacer
 from flux_prefect.api.refusals import read_refusal
@@ -51,6 +53,10 @@ from flux_prefect.api.retrying import backoff
 
 BALANCE_PATH = "/v2/billing"
 OLD_BALANCE_PATH = "/v1/billing/balance"
+LOGS_PATH = "/v2/logs"
+
+LOG_PAGE_ROWS = 100
+"""Rows of the log that one request brings, the most that the service allows."""
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_PIXELS = 64_000_000
@@ -60,8 +66,9 @@ _KEY = re.compile(r"[\x21-\x7e]+")  # what a header can carry; the HTTP library 
 _ENVELOPE = 1024 * 1024  # bytes of an answer beside the pictures in it
 _REFUSAL = 64 * 1024  # bytes read of an error's body
 _REFUSAL_SECONDS = 10.0  # for that body, once the status is known
-_BALANCE_SECONDS = 60.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0  # seconds, where the service names none
+_LOG_PAGE = 16 * 1024 * 1024  # bytes; a row is documented with some 400, and may grow
+_ENQUIRY_SECONDS = 60.0  # for the balance, or a page of the log
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds, where the service names none
 
 _NEVER_SENT = (
     httpx.ConnectError,
@@ -150,11 +157,10 @@ class AimlApiClient:
         self._downloader = Downloader(
             endpoint=self.base_url,
             tls=_tls(),
-            timeout=httpx.Timeout(timeouts.connect, read=timeouts.download_read, pool=timeouts.download),
+            timeout=httpx.Timeout(timeouts.connect, read=timeouts.download_read),
             deadline=timeouts.download,
             max_bytes=max_bytes,
             max_pixels=max_pixels,
-            connections=pacer.max_in_flight,
             transport=download_transport,
         )
 
@@ -261,6 +267,37 @@ class AimlApiClient:
             )
         return Balance(credits=usd * CREDITS_PER_USD, usd=usd)
 
+    async def log_pages(self, start: datetime, end: datetime) -> AsyncIterator[list[LogEntry]]:
+        """The service's log of the requests made with this API key, the newest first, a page at a time.
+
+        Each row comes once, also where the log grows meanwhile: `offset` then brings rows again, and never skips one.
+        It ends with a page that is not full, or that brings nothing new. The caller bounds it: each page is one
+        request, and the service allows 200 a minute for the account.
+
+        A request may be logged some time after its answer: that a row is missing proves nothing.
+
+        Args:
+            start: from when, with a time zone.
+            end: until when, with a time zone; at most 92 days later.
+
+        Raises:
+            NotSent, AnswerLost, InvalidResponse, StatusError: as `generate`; never paid, and a 429 is not waited out.
+        """
+        window = httpx.QueryParams(start=_format_time(start), end=_format_time(end), limit=LOG_PAGE_ROWS)
+        seen: set[str | LogEntry] = set()
+        for offset in itertools.count(0, LOG_PAGE_ROWS):
+            page = parse_log(await self._get(f"{LOGS_PATH}?{window.set('offset', offset)}", most=_LOG_PAGE))
+            fresh = []
+            for entry in page:
+                key = entry.inference_id or entry
+                if key not in seen:
+                    seen.add(key)
+                    fresh.append(entry)
+            if fresh:
+                yield fresh
+            if not fresh or len(page) < LOG_PAGE_ROWS:
+                return
+
     async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedPicture:
         """Bring one picture into `destination`: the bytes as delivered, whole, checked, and on the disk.
 
@@ -299,17 +336,14 @@ class AimlApiClient:
                     call_id=call_id,
                 )
 
-    async def _get(self, path: str) -> dict[str, Any]:
-        with self._typed_errors(None, _BALANCE_SECONDS):
-            with anyio.fail_after(_BALANCE_SECONDS):
-                answer = await self._send("GET", path, most=_ENVELOPE)
+    async def _get(self, path: str, *, most: int = _ENVELOPE) -> Any:
+        with self._typed_errors(None, _ENQUIRY_SECONDS):
+            with anyio.fail_after(_ENQUIRY_SECONDS):
+                answer = await self._send("GET", path, most=most)
         refusal = self._read_refusal(answer, None)
         if refusal is not None:
             raise refusal
-        body = _read_json(answer.body)
-        if not isinstance(body, dict):
-            raise InvalidResponse(f"{path} answered with something else than a JSON object.", billed=Billed.NO)
-        return body
+        return _read_json(answer.body)
 
     async def _send(
         self,
@@ -430,8 +464,12 @@ def _read_json(body: bytes) -> Any:
         return body.decode("utf-8", errors="replace")
 
 
-def _read_amount(body: dict[str, Any], name: str, path: str) -> float:
-    amount = body.get(name)
+def _format_time(moment: datetime) -> str:
+    return moment.astimezone(timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+def _read_amount(body: Any, name: str, path: str) -> float:
+    amount = body.get(name) if isinstance(body, dict) else None
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not math.isfinite(amount):
         raise InvalidResponse(f"{path} answered without a number in {name}.", billed=Billed.NO)
     return float(amount)

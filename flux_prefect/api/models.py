@@ -10,10 +10,10 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from flux_prefect.api.errors import Billed, EmptyGeneration, InvalidResponse
 
@@ -31,6 +31,9 @@ OutputFormat = Literal["jpeg", "png"]
 AspectRatio = Literal["21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21"]
 
 Seed = Annotated[int, Field(ge=1, le=MAX_SEED)]
+
+_SUCCEEDED = {"succeeded": True, "success": True, "failed": False, "error": False}
+_TIME = TypeAdapter(datetime)
 
 
 class ImageRequest(BaseModel):
@@ -169,6 +172,28 @@ class Balance(BaseModel):
     usd: float = Field(description="US dollars.")
 
 
+class LogEntry(BaseModel):
+    """One row of the service's log: one request that reached it. What the row doesn't say is None."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    client_request_id: str | None = Field(default=None, description="Our id of the call. Never a match where empty.")
+    inference_id: str | None = Field(default=None, description="The service's id of the call.")
+    status: str | None = Field(default=None, description="How it ended, in the service's word.")
+    succeeded: bool | None = Field(default=None, description="What that word means. Empty: it is not a known one.")
+    credits: float | None = Field(default=None, description="What it cost, in credits (2,000,000 to the US dollar).")
+    created_at: datetime | None = Field(default=None, description="When it was made, by the service's clock, UTC.")
+
+    @property
+    def billed(self) -> Billed:
+        """What the row proves. A cost does whatever the status; a success without one may still be charged for."""
+        if self.credits:
+            return Billed.YES
+        if self.succeeded is False:
+            return Billed.NO
+        return Billed.YES if self.succeeded and self.credits is None else Billed.UNKNOWN
+
+
 def normalize_endpoint(endpoint: str) -> str:
     """The root URL in the one form that goes into fingerprints: no trailing slash, host in lower case."""
     scheme, separator, rest = endpoint.strip().partition("://")
@@ -252,6 +277,53 @@ def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword 
         client_request_id=client_request_id,
         created_at=created_at,
     )
+
+
+def parse_log(body: Any) -> list[LogEntry]:
+    """Read one page of the log, in the service's order, one entry a row. Fields that are missing or odd are None.
+
+    Raises:
+        InvalidResponse: the body holds no list of rows.
+    """
+    return [
+        LogEntry(
+            client_request_id=_read_text(row.get("client_request_id")),
+            inference_id=_read_text(row.get("inference_id")),
+            status=(status := _read_text(row.get("status"))),
+            succeeded=_SUCCEEDED.get((status or "").lower()),
+            credits=_read_log_cost(row.get("cost")),
+            created_at=_read_time(row.get("created", row.get("created_at"))),
+        )
+        for row in _read_rows(body)
+    ]
+
+
+def _read_rows(body: Any) -> list[dict[str, Any]]:
+    # {"data": [...], "pagination": {...}} is what the service documents. The endpoint is young, and the balance's has
+    # changed its shape before: a list under another likely name, or a bare one, says as much.
+    lists = [body.get(name) for name in ("data", "logs", "items")] if isinstance(body, dict) else [body]
+    rows = next((value for value in lists if isinstance(value, list)), None)
+    if rows is None or not all(isinstance(row, dict) for row in rows):
+        raise InvalidResponse(
+            f"The service's log came as {_kind(body)} without a list of requests in data.", billed=Billed.NO
+        )
+    return rows
+
+
+def _read_log_cost(cost: Any) -> float | None:
+    if not isinstance(cost, dict):
+        return None
+    credits_used, usd = _read_number(cost.get("credits")), _read_number(cost.get("usd"))
+    return usd * CREDITS_PER_USD if credits_used is None and usd is not None else credits_used
+
+
+def _read_time(value: Any) -> datetime | None:
+    try:
+        time = _TIME.validate_python(value)
+        # "A value without a UTC offset is read as UTC", says the service of the times that it takes.
+        return time.replace(tzinfo=timezone.utc) if time.tzinfo is None else time.astimezone(timezone.utc)
+    except (ValidationError, OverflowError):
+        return None
 
 
 def _digest(text: str) -> str:

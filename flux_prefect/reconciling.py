@@ -1,0 +1,179 @@
+"""Asking the service's own log what became of calls whose answers were lost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import anyio.to_thread
+
+from flux_prefect.api.client import LOG_PAGE_ROWS, AimlApiClient
+from flux_prefect.api.errors import AnswerLost, Billed, ServiceError
+from flux_prefect.api.models import LogEntry
+from flux_prefect.budget import describe_credits
+from flux_prefect.spool import PaidCall, Spool
+
+MAX_PAGES = 50
+"""Pages of the log that one `reconcile` reads, 5,000 rows: a quarter of what the service allows in a minute."""
+
+_MARGIN = timedelta(minutes=15)
+"""Around `sent_at`: clocks that differ, the waits between sends, and logs that note when a call was over instead."""
+
+
+@dataclass(frozen=True)
+class Reconciliation:
+    """What the log said of calls of unknown outcome, by our ids of the calls.
+
+    Attributes:
+        billed: paid for, with the answer lost: the credits that each cost, None where the log doesn't name them.
+        not_billed: known to have failed, which costs nothing.
+        kept: paid for, and the answer is in the spool after all: its process died before it closed the call.
+        unknown: not in what was read of the log, or not decided there yet.
+        reason: why the log was not read to its end, where calls stay unknown for it.
+    """
+
+    billed: dict[str, float | None] = field(default_factory=dict)
+    not_billed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    reason: str | None = None
+
+    def summary(self) -> str:
+        """All of it in one line for a log."""
+        spent = describe_credits(sum(cost for cost in self.billed.values() if cost is not None))
+        parts = [
+            f"{count} {what}"
+            for count, what in (
+                (len(self.billed), f"billed and lost ({spent})"),
+                (len(self.not_billed), "not billed"),
+                (len(self.kept), "in the spool after all"),
+                (len(self.unknown), "still unknown"),
+            )
+            if count
+        ]
+        found = "Calls of unknown outcome: " + (", ".join(parts) or "none")
+        return f"{found}. {self.reason}" if self.reason else f"{found}."
+
+
+async def reconcile(client: AimlApiClient, spool: Spool, *, calls: Iterable[PaidCall]) -> Reconciliation:
+    """Settle calls of unknown outcome by the service's log, as far as it proves anything.
+
+    - A row with a cost, or a success: billed. The call stays in the spool as billed for certain, with its credits.
+    - As many failed rows as the call was sent: not billed, as the service charges no failed request. The call is
+      closed.
+    - Anything else stays unknown. The service logs and charges after it has answered, so neither a missing row nor a
+      success without a cost proves anything; ask again later. The log is that of the API key: of calls sent with
+      another one it says nothing.
+
+    Asking again repeats nothing that is settled. Costs no money, and one request for each 100 rows that the log has of
+    the 15 minutes around each call, at most `MAX_PAGES`. Never raises for a log that can't be read: what was read of it
+    counts, and `reason` tells the rest.
+
+    Args:
+        client: of the endpoint and the API key that sent the calls. Calls of other endpoints are passed over.
+        spool: where the calls are noted.
+        calls: which ones to ask for, as `Spool.open_calls` gave them. None of them may be in flight still: the caller
+            knows. Those that are known to be billed are passed over.
+    """
+    asked = {
+        call.client_request_id: call
+        for call in calls
+        if call.billed is Billed.UNKNOWN and call.endpoint == client.base_url
+    }
+    kept = [name for name, call in asked.items() if await _is_kept(call, spool)]
+    rows, reason = await _look_up([call for name, call in asked.items() if name not in kept], client)
+
+    # Read anew: what somebody else has settled meanwhile must not come back.
+    noted = {call.client_request_id for call in spool.open_calls() if call.billed is Billed.UNKNOWN}
+    billed: dict[str, float | None] = {}
+    not_billed, unknown = [], []
+    for name, call in asked.items():
+        if name not in noted:
+            continue
+        if name in kept:
+            spool.close_call(call)
+            continue
+        outcome = _judge(call, rows[name])
+        if outcome is Billed.YES:
+            billed[name] = _cost(rows[name])
+            spool.leave_open(call, _billed_for(call, billed[name]))
+        elif outcome is Billed.NO:
+            not_billed.append(name)
+            spool.close_call(call)
+        else:
+            unknown.append(name)
+    return Reconciliation(
+        billed=billed,
+        not_billed=tuple(not_billed),
+        kept=tuple(name for name in kept if name in noted),
+        unknown=tuple(unknown),
+        reason=reason if unknown else None,
+    )
+
+
+async def _is_kept(call: PaidCall, spool: Spool) -> bool:
+    if call.error is not None:
+        return False
+    # In a thread, as a record can hold a whole picture.
+    record = await anyio.to_thread.run_sync(spool.find_generation, call.fingerprint)
+    return record is not None and record.client_request_id == call.client_request_id
+
+
+async def _look_up(
+    calls: Sequence[PaidCall], client: AimlApiClient
+) -> tuple[defaultdict[str, list[LogEntry]], str | None]:
+    """The log's rows of each call, and why it was not read to its end, if so."""
+    rows: defaultdict[str, list[LogEntry]] = defaultdict(list)
+    wanted = {call.client_request_id for call in calls}
+    pages = 0
+    try:
+        for start, end in _windows(calls):
+            async for page in client.log_pages(start, end):
+                for entry in page:
+                    if entry.client_request_id in wanted:
+                        rows[entry.client_request_id].append(entry)
+                pages += 1
+                if pages == MAX_PAGES:
+                    return rows, f"The log was read for {MAX_PAGES * LOG_PAGE_ROWS:,} rows and no further."
+    except ServiceError as error:
+        return rows, f"The log could not be read: {error.message}"
+    return rows, None
+
+
+def _windows(calls: Sequence[PaidCall]) -> list[tuple[datetime, datetime]]:
+    """The stretches of time that hold the calls, the newest first: days between two calls are not read through."""
+    windows: list[tuple[datetime, datetime]] = []
+    for sent_at in sorted((call.sent_at for call in calls), reverse=True):
+        start, end = sent_at - _MARGIN, sent_at + _MARGIN
+        if windows and end >= windows[-1][0]:
+            windows[-1] = (start, windows[-1][1])
+        else:
+            windows.append((start, end))
+    return windows
+
+
+def _judge(call: PaidCall, rows: Sequence[LogEntry]) -> Billed:
+    outcomes = [row.billed for row in rows]
+    if Billed.YES in outcomes:
+        return Billed.YES
+    # A call that was refused as one too many has a failed row for it under the same id, which says nothing of the
+    # send whose answer was lost.
+    return Billed.NO if outcomes.count(Billed.NO) >= call.sends and Billed.UNKNOWN not in outcomes else Billed.UNKNOWN
+
+
+def _cost(rows: Sequence[LogEntry]) -> float | None:
+    known = [row.credits for row in rows if row.billed is Billed.YES and row.credits is not None]
+    return sum(known) if known else None
+
+
+def _billed_for(call: PaidCall, cost: float | None) -> AnswerLost:
+    how = call.error or "Its process ended before the answer came."
+    price = "" if cost is None else f" with {describe_credits(cost)}"
+    return AnswerLost(
+        f"{how} The service's log shows it as billed{price}.",
+        client_request_id=call.client_request_id,
+        billed=Billed.YES,
+        credits_used=cost,
+    )
