@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
 from prefect import flow
@@ -28,7 +30,8 @@ from flux_prefect.batch.manifest import ManifestWriter
 from flux_prefect.batch.plan import add_outlook, check_balance, describe_plan, make_plan, tabulate_plan
 from flux_prefect.batch.progress import show_progress
 from flux_prefect.batch.report import BatchFailed, BatchReport, ItemRecord, tabulate
-from flux_prefect.batch.running import learn, run_batch
+from flux_prefect.batch.running import choose_density, learn, run_batch
+from flux_prefect.batch.stopping import sigterm_as_cancellation
 from flux_prefect.batch.table import Only, open_table
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget
@@ -58,6 +61,7 @@ async def publish_batch(
     max_credits: Annotated[float, Field(ge=0)] | None = None,
     max_images: Annotated[int, Field(ge=0)] | None = None,
     only: Only | None = None,
+    density: Literal["auto", "steps", "chunks"] = "auto",
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
     """Have the pictures of every row of a table in a bucket; what is there already costs nothing.
@@ -78,10 +82,12 @@ async def publish_batch(
         max_images: A hard cap on the pictures that this run pays for.
         only: Of a manifest as the source, the rows to take up again: failed, flagged, skipped_budget, or unpublished
             for failed and skipped_budget together.
+        density: steps shows three task runs a picture, for some hundreds of them; chunks shows one for a hundred rows,
+            for thousands. Pictures, records and costs are the same. auto: chunks from 300 rows with something to do on.
         dry_run: Make the plan and stop. Costs nothing.
 
     Returns:
-        A record for every row, their sums, and the plan. Of a dry run: the plan alone.
+        Counts, costs, where the record of every row is, and the plan. Of a dry run: the plan alone.
 
     Raises:
         TableError: the table can't be read as a whole.
@@ -102,9 +108,11 @@ async def publish_batch(
         max_credits=max_credits,
         max_images=max_images,
     )
-    async with account.open_client() as client:
-        async with open_table(source, only=only, bucket=destination) as table:
-            planned = await make_plan(table.rows(), destination, account.base_url, budget, run=str(flow_run.id))
+    async with AsyncExitStack() as cleanup:
+        client = await cleanup.enter_async_context(account.open_client())
+        table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
+        planned = await make_plan(table, destination, account.base_url, budget, run=str(flow_run.id))
+        cleanup.callback(planned.found.close)
         planned.plan = await add_outlook(planned.plan, client, known.seconds, max_in_flight)
         logger.info("Plan: %s", planned.plan.summary())
         await acreate_table_artifact(
@@ -113,20 +121,28 @@ async def publish_batch(
             description=planned.plan.summary(),
         )
         if dry_run:
-            return _end(BatchReport(items=(), seconds=0, plan=planned.plan), max_failed)
+            return _end(BatchReport(plan=planned.plan), max_failed)
         check_balance(planned.plan)
         pacer = shared_pacer(account.base_url, max_in_flight)
         if known.in_flight is not None:
             pacer.resume(known.in_flight)
-        async with ManifestWriter(destination, planned.run, spool.root / "manifests") as manifest:
-            with show_progress(len(planned.rows), logger) as tell:
+        with sigterm_as_cancellation():
+            async with ManifestWriter(destination, planned.run, spool.root / "manifests") as manifest:
+                with show_progress(planned.plan.rows, logger) as tell:
 
-                def keep(record: ItemRecord) -> None:
-                    manifest.append(record)
-                    tell(record)
+                    def keep(record: ItemRecord) -> None:
+                        manifest.append(record)
+                        tell(record)
 
-                report = await run_batch(planned, destination, account, budget, on_record=keep)
-    report = report.model_copy(update={"manifest": manifest.uri})
+                    report = await run_batch(
+                        planned,
+                        destination,
+                        account,
+                        budget,
+                        density=choose_density(planned.plan) if density == "auto" else density,
+                        on_record=keep,
+                    )
+    report = report.model_copy(update={"manifest": manifest.uri, "records": manifest.path})
     spool.keep_experience(account.base_url, learn(known, report, budget, pacer))
     logger.info("%s. Manifest: %s", report.summary(), report.manifest)
     return _end(report, max_failed)
@@ -134,9 +150,8 @@ async def publish_batch(
 
 def _end(report: BatchReport, max_failed: int) -> BatchReport:
     """The run's final state, so that its page shows the summary; whoever calls the flow gets what is inside."""
-    unsuccessful = len(report.unsuccessful)
-    if unsuccessful > max_failed:
-        told = f"{unsuccessful} of {len(report.items)} items without their pictures (max_failed {max_failed})"
+    if report.unsuccessful > max_failed:
+        told = f"{report.unsuccessful} of {report.rows} items without their pictures (max_failed {max_failed})"
         message = f"{told}: {report.summary()}"
         state: State[Any] = Failed(message=message, data=BatchFailed(message, report))
     else:
@@ -159,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
     parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the pictures paid for")
     parser.add_argument("--only", choices=get_args(Only), help="of a manifest, the rows to take up again")
+    parser.add_argument("--density", choices=["auto", "steps", "chunks"], default="auto", help="how many task runs")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; costs nothing")
     parser.add_argument("--gallery", type=Path, metavar="FOLDER", help="write a page with the pictures there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report there as JSON")
@@ -173,6 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
             max_credits=given.max_credits,
             max_images=given.max_images,
             only=given.only,
+            density=given.density,
             dry_run=given.dry_run,
             return_state=True,
         )
@@ -186,11 +203,16 @@ def main(arguments: list[str] | None = None) -> int:
             Console().print(tabulate(report))
         if given.report is not None:
             given.report.parent.mkdir(parents=True, exist_ok=True)
-            given.report.write_text(report.model_dump_json(indent=2), encoding="utf-8")
+            given.report.write_text(_to_json(report), encoding="utf-8")
         if given.gallery is not None:
             print(f"Gallery: {asyncio.run(_write_gallery(report, given.bucket, given.gallery))}")
     print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
     return 0 if state.is_completed() else FAILED
+
+
+def _to_json(report: BatchReport) -> str:
+    items = [item.model_dump(mode="json") for item in report.read()]
+    return json.dumps({**report.model_dump(mode="json"), "items": items}, indent=2, ensure_ascii=False)
 
 
 async def _write_gallery(report: BatchReport, bucket: str, folder: Path) -> Path:

@@ -18,6 +18,12 @@ class BudgetExhausted(FluxError):
     """The call was not sent, as its cost does not fit under the cap any more. The next run picks it up."""
 
 
+class RunStopped(FluxError):
+    """The call was not sent, as the run was told to end. The next run picks it up."""
+
+    fatal = True
+
+
 class Budget:
     """What may be spent, what is spent, and what calls in flight may still cost.
 
@@ -56,6 +62,7 @@ class Budget:
             math.inf if max_credits is None else max_credits, math.inf if max_images is None else max_images
         )
         self._open: set[Reservation] = set()
+        self._closed: str | None = None
         self._settled = anyio.Event()
 
     def price_of(self, request: ImageRequest) -> Amount:
@@ -67,13 +74,29 @@ class Budget:
         """Whether the request would fit if no other call were in flight."""
         return (self.spent + self.price_of(request)).fits(self._cap)
 
+    def close(self, reason: str) -> None:
+        """Admit no call any more; who is waiting to be admitted is told so. Calls in flight are settled as ever."""
+        self._closed = reason
+        self._wake()
+
+    def check_open(self) -> None:
+        """For the last moment before a call goes out.
+
+        Raises:
+            RunStopped: the budget was closed.
+        """
+        if self._closed is not None:
+            raise RunStopped(f"Not sent: {self._closed}. Run again: what is published by then costs nothing.")
+
     async def reserve(self, request: ImageRequest) -> Reservation:
         """Set the request's price aside, waiting for calls in flight while their money may come back.
 
         Raises:
             BudgetExhausted: it does not fit beside what is spent for certain.
+            RunStopped: the budget was closed.
         """
         while True:
+            self.check_open()
             price = self.price_of(request)
             if not (self.spent + price).fits(self._cap):
                 raise BudgetExhausted(
@@ -97,6 +120,9 @@ class Budget:
             self.observed[request.model] = max(each, self.observed.get(request.model, 0.0))
         elif billed is not Billed.NO:
             self.spent += reservation.price
+        self._wake()
+
+    def _wake(self) -> None:
         settled, self._settled = self._settled, anyio.Event()
         settled.set()
 

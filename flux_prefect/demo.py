@@ -165,7 +165,7 @@ def _compare(runs: list[Run]) -> Table:
 
 def _check(runs: list[Run]) -> None:
     first, second = runs
-    items = len(first.report.items)
+    items = first.report.rows
     if (first.report.count("published"), first.calls) != (items, items):
         raise DemoFailed(f"The first run should have published {items} pictures with {items} calls.")
     if (second.report.count("unchanged"), second.calls, second.downloads) != (items, 0, 0):

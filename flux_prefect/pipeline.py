@@ -7,7 +7,9 @@ import logging
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from prefect.tasks import Task
 
 from flux_prefect.api.errors import Billed, ContentFlagged, FluxError, ImageGone
 from flux_prefect.api.models import Generation, ImageRequest
@@ -18,6 +20,9 @@ from flux_prefect.locking import HostLockManager
 from flux_prefect.spool import ImageFile, PaidCall, Spool
 from flux_prefect.steps import CallOutcome, metered
 from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _logger = logging.getLogger(__name__)
 
@@ -90,6 +95,11 @@ class Production:
         return sum(call.billed is Billed.YES and call.credits_used is None for call in self.calls)
 
     @property
+    def unbilled_calls(self) -> int:
+        """How many calls of this run were refused or never left, and cost nothing."""
+        return sum(call.billed is Billed.NO for call in self.calls)
+
+    @property
     def images(self) -> list[ImageOutcome]:
         """The outcomes in the order of the pictures."""
         return [self.outcomes[index] for index in sorted(self.outcomes)]
@@ -125,7 +135,28 @@ async def check_ready(bucket: ImageBucket) -> None:
     await bucket.check()
 
 
-async def produce_image(request: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials) -> Production:
+class StepRunner(Protocol):
+    """How the pipeline runs a step: `run_as_task`, or `inline.run_inline`."""
+
+    def __call__(
+        self, task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **kwargs: _P.kwargs
+    ) -> Coroutine[Any, Any, _R]:
+        """What the task gives and raises."""
+        ...
+
+
+async def run_as_task(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    """Run a step as a task run of its own."""
+    return await task(*args, **kwargs)
+
+
+async def produce_image(
+    request: ImageRequest,
+    bucket: ImageBucket,
+    credentials: AimlApiCredentials,
+    *,
+    run: StepRunner = run_as_task,
+) -> Production:
     """Have every picture of a request in the bucket, spending as little as possible.
 
     One at a time on a host for one request, in whatever process: the second finds what the first published. What is
@@ -133,83 +164,96 @@ async def produce_image(request: ImageRequest, bucket: ImageBucket, credentials:
     is gone is fetched anew, each at most once. A missing bucket is found before anything is paid for. Failures of
     pictures are outcomes, not exceptions.
 
+    Args:
+        request: what to make.
+        bucket: where to publish it.
+        credentials: who pays.
+        run: how the steps are run. With `run_inline` there are no task runs; keys, records, locks and retries are the
+            same, so either finds what the other has kept.
+
     Raises:
         ValueError: the request has no seed (`seeds.with_seed` draws one).
     """
     production = Production(request, request.fingerprint(credentials.base_url))
     with metered() as production.calls:
         async with _LOCKS.hold(f"produce-{production.fingerprint}"), credentials.open_client():
-            await _find_all(production, bucket, credentials)
-            if production.missing:
-                await _make_missing(production, bucket, credentials)
+            await _Producer(production, bucket, credentials, run).produce()
             production.open_calls = Spool().open_calls(production.fingerprint)
     return production
 
 
-async def _find_all(production: Production, bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
-    async def look(index: int) -> PublishedImage | None:
-        try:
-            return await bucket.find(production.request, production.fingerprint, index)
-        except BucketUnavailable:
-            # Now it is worth a task run: its retries are Prefect's, for everybody to see.
-            return await find_published(production.request, bucket, credentials, index)
+@dataclass(frozen=True)
+class _Producer:
+    """The way of one request through its steps."""
 
-    async def find(index: int) -> None:
+    production: Production
+    bucket: ImageBucket
+    credentials: AimlApiCredentials
+    run: StepRunner
+
+    async def produce(self) -> None:
+        await _together(self._find(index) for index in range(self.production.request.num_images))
+        missing = self.production.missing
+        if missing:
+            await self._make(missing)
+
+    async def _find(self, index: int) -> None:
         try:
-            image = await look(index)
+            image = await self._look(index)
         except Exception as error:  # noqa: BLE001 - whatever it was, nothing is paid for this picture
-            production.outcomes[index] = ImageOutcome(index, error=_typed(error))
+            self._fail([index], error)
         else:
             if image is not None:
-                production.outcomes[index] = ImageOutcome(index, image=image)
+                self.production.outcomes[index] = ImageOutcome(index, image=image)
 
-    await _together(find(index) for index in range(production.request.num_images))
-
-
-async def _make_missing(production: Production, bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
-    wanted = production.missing
-    try:
-        await bucket.check_once()  # a HEAD can't tell a missing bucket from a missing picture
-        generation = await generate_image(production.request, credentials)
-        await _deliver(production, generation, wanted, bucket, credentials)
-        gone = [index for index in wanted if isinstance(production.outcomes[index].error, ImageGone)]
-        if gone and not production.paid_for(generation):
-            wanted = gone
-            production.regenerated = True
-            generation = await _GENERATE_AGAIN(production.request, credentials)
-            await _deliver(production, generation, gone, bucket, credentials)
-    except Exception as error:  # noqa: BLE001 - of a generation, so of all its pictures
-        for index in wanted:
-            production.outcomes[index] = ImageOutcome(index, error=_typed(error))
-
-
-async def _deliver(
-    production: Production,
-    generation: Generation,
-    indexes: list[int],
-    bucket: ImageBucket,
-    credentials: AimlApiCredentials,
-) -> None:
-    async def fetch_again(index: int) -> ImageFile:
-        production.refetched += 1
-        return await _DOWNLOAD_AGAIN(generation, credentials, index)
-
-    async def deliver(index: int) -> None:
+    async def _look(self, index: int) -> PublishedImage | None:
+        request = self.production.request
         try:
-            file = await download_image(generation, credentials, index)
+            return await self.bucket.find(request, self.production.fingerprint, index)
+        except BucketUnavailable:
+            # Now it is worth a task run: its retries are Prefect's, for everybody to see.
+            return await self.run(find_published, request, self.bucket, self.credentials, index)
+
+    async def _make(self, wanted: list[int]) -> None:
+        production = self.production
+        try:
+            await self.bucket.check_once()  # a HEAD can't tell a missing bucket from a missing picture
+            generation = await self.run(generate_image, production.request, self.credentials)
+            await self._deliver_all(generation, wanted)
+            gone = [index for index in wanted if isinstance(production.outcomes[index].error, ImageGone)]
+            if gone and not production.paid_for(generation):
+                wanted = gone
+                production.regenerated = True
+                generation = await self.run(_GENERATE_AGAIN, production.request, self.credentials)
+                await self._deliver_all(generation, gone)
+        except Exception as error:  # noqa: BLE001 - of a generation, so of all its pictures
+            self._fail(wanted, error)
+
+    async def _deliver_all(self, generation: Generation, indexes: list[int]) -> None:
+        await _together(self._deliver(generation, index) for index in indexes)
+
+    async def _deliver(self, generation: Generation, index: int) -> None:
+        try:
+            file = await self.run(download_image, generation, self.credentials, index)
             if not file.is_whole():
-                file = await fetch_again(index)
+                file = await self._fetch_again(generation, index)
             try:
-                image = await upload_to_s3(file, bucket)
+                image = await self.run(upload_to_s3, file, self.bucket)
             except PictureChanged:
                 file.path.unlink(missing_ok=True)
-                image = await upload_to_s3(await fetch_again(index), bucket)
+                image = await self.run(upload_to_s3, await self._fetch_again(generation, index), self.bucket)
         except Exception as error:  # noqa: BLE001 - whatever it was, the money of the others is told
-            production.outcomes[index] = ImageOutcome(index, error=_typed(error))
+            self._fail([index], error)
         else:
-            production.outcomes[index] = ImageOutcome(index, image=image)
+            self.production.outcomes[index] = ImageOutcome(index, image=image)
 
-    await _together(deliver(index) for index in indexes)
+    async def _fetch_again(self, generation: Generation, index: int) -> ImageFile:
+        self.production.refetched += 1
+        return await self.run(_DOWNLOAD_AGAIN, generation, self.credentials, index)
+
+    def _fail(self, indexes: list[int], error: Exception) -> None:
+        for index in indexes:
+            self.production.outcomes[index] = ImageOutcome(index, error=_typed(error))
 
 
 def _typed(error: Exception) -> FluxError:

@@ -59,6 +59,15 @@ class FluxSettings(BaseSettings):
         ),
     )
 
+    grace_seconds: float = Field(
+        default=25,
+        ge=0,
+        allow_inf_nan=False,
+        description=(
+            "Seconds that a cancelled batch waits for its paid calls. Prefect kills a cancelled run after 30 seconds."
+        ),
+    )
+
     @field_validator("spool", "locks")
     @classmethod
     def _absolute(cls, folder: Path) -> Path:

@@ -10,7 +10,6 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.tasks import Task
@@ -21,6 +20,7 @@ from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.caching import GENERATION, PICTURE
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.inline import current_step
 from flux_prefect.settings import current_settings
 from flux_prefect.spool import ImageFile, Spool
 
@@ -52,7 +52,6 @@ def is_worth_repeating(
 @task(
     name="find-published",
     task_run_name="find {request.label}",
-    tags={"flux"},
     cache_policy=NO_CACHE,
     retries=_SETTINGS.retries,
     retry_delay_seconds=_SETTINGS.retry_delay_seconds,
@@ -73,7 +72,6 @@ async def find_published(
 @task(
     name="generate-image",
     task_run_name="generate {request.label}",
-    tags={"flux", "flux-generate"},
     cache_policy=GENERATION,
     persist_result=True,
     result_serializer="json",
@@ -95,16 +93,14 @@ async def generate_image(request: ImageRequest, credentials: AimlApiCredentials)
     """
     logger = get_run_logger()
     spool = Spool()
-    run = TaskRunContext.get()
-    if run is None or not run.task.refresh_cache:
+    step = current_step()
+    if not step.refresh:
         kept = steps.recover(request, credentials.base_url, spool)
         if kept is not None:
             logger.info("Paid for on %s already: taken from the spool, nothing sent.", kept.created_at)
             return kept
     async with credentials.open_client() as client:
-        generation = await steps.generate(
-            request, client, spool, task_run_id=None if run is None else str(run.task_run.id)
-        )
+        generation = await steps.generate(request, client, spool, task_run_id=str(step.id))
     if request.seed is not None and generation.reported_seed not in {None, request.seed}:
         logger.warning(
             "The service reports seed %s for a request with seed %s: the picture may not come out the same again.",
@@ -117,7 +113,6 @@ async def generate_image(request: ImageRequest, credentials: AimlApiCredentials)
 @task(
     name="download-image",
     task_run_name="download {generation.request.label}",
-    tags={"flux"},
     cache_policy=PICTURE,
     persist_result=True,
     result_serializer="json",
@@ -143,7 +138,6 @@ async def download_image(generation: Generation, credentials: AimlApiCredentials
 @task(
     name="upload-to-s3",
     task_run_name="upload {file.generation.request.label}",
-    tags={"flux"},
     cache_policy=NO_CACHE,
     retries=_SETTINGS.retries,
     retry_delay_seconds=_SETTINGS.retry_delay_seconds,

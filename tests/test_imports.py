@@ -33,6 +33,8 @@ LAYERS = (
             "settings",
             "steps",
             "budget",
+            "inline",
+            "reconciling",
         )
     ),
     ("flux_prefect.collection",),

@@ -21,6 +21,7 @@ from flux_prefect.api.errors import (
     ContentFlagged,
     EmptyGeneration,
     ImageGone,
+    ImageUnwritable,
     InvalidResponse,
     NotAnImage,
     NotSent,
@@ -348,7 +349,6 @@ class TestCustody:
         """The whole record is returned, inline bytes with it, and its picture can be downloaded."""
 
         async def fill_disk(_: httpx.Request) -> httpx.Response:
-            (spool.root / "records").rmdir()
             (spool.root / "records").touch()
             return _answer(_inline())
 
@@ -558,9 +558,9 @@ class TestDownload:
         assert service.fetched == ["/0.jpg"]
 
     async def test_an_unwritable_spool_is_named(self, client: AimlApiClient, spool: Spool) -> None:
-        """The error names the folder and the setting."""
+        """The error names the folder, before anything is fetched, and stops a batch."""
         generation = await generate(REQUEST, client, spool)
-        with pytest.raises(SpoolUnwritable, match="FLUX_PREFECT_SPOOL"):
+        with pytest.raises(ImageUnwritable, match=r"spool folder /proc/flux/pictures"):
             await download(generation, 0, client, Spool(Path("/proc/flux")))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from contextlib import suppress
 
 import anyio
 import httpx
@@ -90,6 +91,8 @@ class AddressRules:
 
 
 async def _look_up(url: httpx.URL) -> list[_Address]:
+    with suppress(ValueError):
+        return [_parse(url.host)]  # an address needs no look-up
     port = url.port or {"http": 80, "https": 443}[url.scheme]
     found = await anyio.getaddrinfo(url.raw_host.decode("ascii").strip("[]"), port, type=socket.SOCK_STREAM)
     return [_parse(sockaddr[0]) for *_, sockaddr in found]

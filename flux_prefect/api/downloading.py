@@ -37,6 +37,9 @@ from flux_prefect.api.retrying import parse_retry_after
 MAX_REDIRECTS = 5
 
 _CHUNK = 64 * 1024
+_AT_ONCE = 16
+"""Downloads at once. The HTTP library's work for a request grows with the connections it holds; more bring no more
+bytes a second."""
 _GONE = {403, 404, 410}  # a signed URL that ran out is 403
 _PASSING = {408, 425, 429}
 
@@ -59,7 +62,6 @@ class Downloader:
         deadline: seconds for one picture in all.
         max_bytes: the most bytes of one picture.
         max_pixels: the most pixels of one picture.
-        connections: the most connections at once; more downloads wait for one.
         transport: takes the place of the network in tests.
     """
 
@@ -72,7 +74,6 @@ class Downloader:
         deadline: float,
         max_bytes: int,
         max_pixels: int,
-        connections: int,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._rules = AddressRules(endpoint)
@@ -81,7 +82,7 @@ class Downloader:
         self._deadline = deadline
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
-        self._limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        self._turns = anyio.Semaphore(_AT_ONCE)
         self._transport = transport
         self._clients: dict[str | None, httpx.AsyncClient] = {}
 
@@ -102,7 +103,8 @@ class Downloader:
             if inline:
                 part.write(self._decode(url))
             else:
-                await self._fetch(url, part)
+                async with self._turns:
+                    await self._fetch(url, part)
             picture = await anyio.to_thread.run_sync(self._settle, part, expected)
         except NotAnImage as error:
             error.retryable = not inline  # the same bytes would come again
@@ -205,7 +207,7 @@ class Downloader:
             self._clients[proxy] = httpx.AsyncClient(
                 verify=self._tls,
                 timeout=self._timeout,
-                limits=self._limits,
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=_AT_ONCE),
                 transport=self._transport,
                 proxy=proxy,
                 trust_env=False,

@@ -48,7 +48,7 @@ async def write_gallery(report: BatchReport, bucket: ImageBucket, folder: Path, 
 
     items = []
     async with anyio.create_task_group() as downloads:
-        for record in report.items:
+        for record in report.read():
             shown = [_Picture(image, _file_name(image)) for image in record.images]
             items.append(_Item(record, shown))
             for picture in shown:

@@ -28,9 +28,8 @@ from typing_extensions import Self
 from flux_prefect.api.errors import FluxError
 from flux_prefect.batch.columns import PICTURE_COLUMNS, write_columns
 from flux_prefect.batch.parquet import has_pyarrow
-from flux_prefect.batch.records import VERSION, mend, ordered_lines, read_records
+from flux_prefect.batch.records import VERSION, mend, ordered_lines
 from flux_prefect.batch.report import ItemRecord
-from flux_prefect.batch.sources import local_source
 from flux_prefect.batch.views import open_view
 from flux_prefect.bucket import BucketError, ImageBucket
 
@@ -106,7 +105,7 @@ class ManifestWriter:
         Raises:
             ManifestUnwritable: with the folder and the reason. The file ends with the record before.
         """
-        line = _to_line(record, self._run)
+        line = record_line(record, self._run)
         try:
             written = self._file.write(line)
         except OSError as error:
@@ -185,19 +184,8 @@ class ManifestWriter:
         )
 
 
-def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a manifest's file, in the table's order; of a row that was recorded again, the last.
-
-    A run that was killed leaves a readable file: a last line that was torn is passed over.
-
-    Raises:
-        TableError: the file is missing, no manifest, or broken before its last line.
-    """
-    with local_source(path).open() as file:
-        yield from read_records(file, str(path))
-
-
-def _to_line(record: ItemRecord, run: str) -> bytes:
+def record_line(record: ItemRecord, run: str) -> bytes:
+    """The line of a manifest for a record."""
     content: dict[str, Any] = {"manifest": VERSION, **record.model_dump(mode="json"), "run": run}
     picture = content["images"][0] if content["images"] else {}
     content |= {name: picture.get(name) for name in PICTURE_COLUMNS}

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from typing_extensions import TypeIs
 
-from flux_prefect.batch.sources import TableError
+from flux_prefect.batch.sources import TableError, local_source
 
 VERSION = 1
 """The form of the records, in each of them under `manifest`."""
@@ -35,6 +35,18 @@ def begins_with_record(file: BinaryIO) -> bool:
     """Whether a file is a manifest, by its first line that is not blank."""
     line = next((line for line in file if line.strip()), b"")
     return is_record(_load(line))
+
+
+def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a manifest's file, in the table's order; of a row that was recorded again, the last.
+
+    A run that was killed leaves a readable file: a last line that was torn is passed over.
+
+    Raises:
+        TableError: the file is missing, no manifest, or broken before its last line.
+    """
+    with local_source(path).open() as file:
+        yield from read_records(file, str(path))
 
 
 def read_records(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:

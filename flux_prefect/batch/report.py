@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,13 +16,18 @@ from rich.text import Text
 from flux_prefect.api.errors import Billed, FluxError
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.plan import Plan
+from flux_prefect.batch.records import read_manifest
 from flux_prefect.batch.table import Row
 from flux_prefect.bucket import PublishedImage
-from flux_prefect.budget import describe_credits
+from flux_prefect.budget import RunStopped, describe_credits
 from flux_prefect.pipeline import ImageOutcome, Production, Status
 
 ItemStatus = Literal["published", "unchanged", "flagged", "skipped_budget", "failed", "invalid"]
 
+UNSUCCESSFUL: tuple[ItemStatus, ...] = ("failed", "flagged", "invalid")
+"""The ends without pictures in the bucket that are nobody's choice."""
+
+_MOST_SHOWN = 100
 _WORST_FIRST = (Status.FAILED, Status.FLAGGED, Status.SKIPPED_BUDGET, Status.PUBLISHED, Status.UNCHANGED)
 
 
@@ -42,6 +50,7 @@ class ItemRecord(BaseModel):
     message: str | None = Field(default=None, description="What happened and what to do.")
     calls: int = Field(default=0, description="Calls sent by this run, unbilled ones among them.")
     billed_calls: int = Field(default=0, description="Calls of this run that were billed for certain.")
+    unbilled_calls: int = Field(default=0, description="Calls of this run that cost nothing for certain.")
     unpriced_calls: int = Field(default=0, description="Billed calls whose cost the service did not say.")
     credits_used: float = Field(default=0, description="What the service said that they cost, in credits.")
     regenerated: bool = Field(default=False, description="Paid for anew because a cached answer's URL had died.")
@@ -58,61 +67,132 @@ class ItemRecord(BaseModel):
 
 
 class BatchReport(BaseModel):
-    """What became of a batch: counts, costs, and a record for every row in the table's order."""
+    """What became of a batch: counts and costs, and where the record of every row is.
+
+    Every call of the run is in one of three sums: billed, not billed, or with an unknown outcome.
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    items: tuple[ItemRecord, ...] = Field(description="One record a row.")
-    seconds: float = Field(description="From the first row to the last.")
+    counts: dict[ItemStatus, int] = Field(default_factory=dict, description="How many items ended so.")
+    calls: int = Field(default=0, description="Calls sent by this run.")
+    billed_calls: int = Field(default=0, description="Calls of this run that were billed for certain.")
+    unbilled_calls: int = Field(default=0, description="Calls of this run that cost nothing for certain.")
+    unpriced_calls: int = Field(default=0, description="Billed calls whose cost the service did not say.")
+    credits_used: float = Field(default=0, description="What the service said that this run cost, in credits.")
+    billed_and_lost: tuple[str, ...] = Field(
+        default=(), description="Request ids of calls that were billed and brought nothing."
+    )
+    possibly_billed: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "Request ids of calls whose answer was lost, in this run or an earlier one of this host, and whose cost "
+            "is not known."
+        ),
+    )
+    seconds: float = Field(default=0, description="From the first row to the last.")
     plan: Plan | None = Field(default=None, description="What was known before the first call.")
-    manifest: str | None = Field(default=None, description="The s3:// address of the same records as JSON Lines.")
+    manifest: str | None = Field(default=None, description="The s3:// address of all records as JSON Lines.")
+    records: Path | None = Field(default=None, description="The file with all records on the host of the run.")
 
-    def count(self, status: ItemStatus) -> int:
-        """How many items ended so."""
-        return sum(item.status == status for item in self.items)
-
-    @property
-    def unsuccessful(self) -> list[ItemRecord]:
-        """The items without their pictures in the bucket: failed, flagged or invalid."""
-        return [item for item in self.items if item.status in {"failed", "flagged", "invalid"}]
+    def count(self, *statuses: ItemStatus) -> int:
+        """How many items ended in one of these ways."""
+        return sum(self.counts.get(status, 0) for status in statuses)
 
     @property
-    def billed_calls(self) -> int:
-        """Calls of this run that were billed for certain."""
-        return sum(item.billed_calls for item in self.items)
+    def rows(self) -> int:
+        """How many items there are."""
+        return sum(self.counts.values())
 
     @property
-    def credits_used(self) -> float:
-        """What the service said that this run cost, in credits."""
-        return sum(item.credits_used for item in self.items)
+    def unsuccessful(self) -> int:
+        """How many items are without their pictures in the bucket: failed, flagged or invalid."""
+        return self.count(*UNSUCCESSFUL)
 
     @property
-    def possibly_billed(self) -> list[str]:
-        """Request ids of calls that may have been billed: to be looked up in the service's log."""
-        return list(dict.fromkeys(call for item in self.items for call in item.possibly_billed))
+    def unknown_calls(self) -> int:
+        """Calls of this run whose outcome is unknown."""
+        return self.calls - self.billed_calls - self.unbilled_calls
+
+    def read(self, *statuses: ItemStatus) -> Iterator[ItemRecord]:
+        """The records in the table's order, or those that ended so; one at a time in memory.
+
+        For the host of the run. Elsewhere, and later, read the manifest.
+
+        Raises:
+            TableError: the file is gone.
+        """
+        if self.records is None:
+            return
+        for record in read_manifest(self.records):
+            if not statuses or record["status"] in statuses:
+                yield ItemRecord.model_validate(record)
+
+    @property
+    def items(self) -> list[ItemRecord]:
+        """All records, read anew: for batches of some hundreds. See `read`."""
+        return list(self.read())
 
     def summary(self) -> str:
         """One line: what was published, what was not, what it cost. Of a dry run: the plan."""
-        if self.plan is not None and not self.items:
+        if self.plan is not None and not self.counts:
             return f"dry run: {self.plan.summary()}"
-        counts = {
-            "published": self.count("published"),
-            "already there": self.count("unchanged"),
-            "left out for the cap": self.count("skipped_budget"),
-            "flagged": self.count("flagged"),
-            "failed": self.count("failed"),
-            "invalid": self.count("invalid"),
+        names: dict[ItemStatus, str] = {
+            "published": "published",
+            "unchanged": "already there",
+            "skipped_budget": "left out for the cap",
+            "flagged": "flagged",
+            "failed": "failed",
+            "invalid": "invalid",
         }
-        told = ", ".join(f"{number} {name}" for name, number in counts.items() if number or name == "published")
+        told = ", ".join(
+            f"{self.count(status)} {name}"
+            for status, name in names.items()
+            if self.count(status) or status == "published"
+        )
         billed = f"{self.billed_calls} {'call' if self.billed_calls == 1 else 'calls'} billed"
         line = f"{told}; {billed}, {describe_credits(self.credits_used)}"
-        if unpriced := sum(item.unpriced_calls for item in self.items):
-            line += f" and {unpriced} whose cost the service did not say"
-        if lost := len({call for item in self.items for call in item.billed_and_lost}):
-            line += f"; {lost} billed and lost"
-        if unknown := len(self.possibly_billed):
-            line += f"; {unknown} possibly billed"
+        if self.unpriced_calls:
+            line += f" and {self.unpriced_calls} whose cost the service did not say"
+        if self.unbilled_calls:
+            line += f"; {self.unbilled_calls} sent and not billed"
+        if self.billed_and_lost:
+            line += f"; {len(self.billed_and_lost)} billed and lost"
+        if self.possibly_billed:
+            line += f"; {len(self.possibly_billed)} possibly billed"
         return line
+
+
+class Tally:
+    """Adds up a batch's records as they come, and keeps none of them."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[ItemStatus] = Counter()
+        self._sums: Counter[str] = Counter()
+        self._credits = 0.0
+        self._lost: dict[str, None] = {}
+        self._unknown: dict[str, None] = {}
+
+    def add(self, record: ItemRecord) -> None:
+        """Count one record."""
+        self._counts[record.status] += 1
+        for name in ("calls", "billed_calls", "unbilled_calls", "unpriced_calls"):
+            self._sums[name] += getattr(record, name)
+        self._credits += record.credits_used
+        self._lost |= dict.fromkeys(record.billed_and_lost)
+        self._unknown |= dict.fromkeys(record.possibly_billed)
+
+    def report(self, *, seconds: float = 0.0, plan: Plan | None = None) -> BatchReport:
+        """What was added up so far."""
+        return BatchReport(
+            counts=dict(self._counts),
+            **self._sums,
+            credits_used=self._credits,
+            billed_and_lost=tuple(self._lost),
+            possibly_billed=tuple(self._unknown),
+            seconds=seconds,
+            plan=plan,
+        )
 
 
 class BatchFailed(FluxError):
@@ -128,13 +208,17 @@ class BatchFailed(FluxError):
 
 
 def tabulate(report: BatchReport) -> Table:
-    """The report as a table for a terminal: an item a line, sums at the foot."""
+    """The report as a table for a terminal: an item a line, sums at the foot.
+
+    Of a large batch only the items without their pictures, and of those the first hundred.
+    """
+    shown = report.read() if report.rows <= _MOST_SHOWN else report.read(*UNSUCCESSFUL)
     table = Table(show_footer=True, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("id", footer=f"{len(report.items)} items", overflow="fold")
+    table.add_column("id", footer=f"{report.rows:,} items", overflow="fold")
     table.add_column("status", footer=f"in {report.seconds:.1f} s")
     table.add_column("seed", justify="right")
-    table.add_column("where, or why not", overflow="fold")
-    for item in report.items:
+    table.add_column("where, or why not", overflow="fold", footer=_tell_hidden(report))
+    for item in itertools.islice(shown, _MOST_SHOWN):
         table.add_row(
             Text(item.id),
             item.status,
@@ -146,6 +230,11 @@ def tabulate(report: BatchReport) -> Table:
             ),
         )
     return table
+
+
+def _tell_hidden(report: BatchReport) -> str:
+    hidden = 0 if report.rows <= _MOST_SHOWN else report.rows - min(report.unsuccessful, _MOST_SHOWN)
+    return f"{hidden:,} more in the manifest" if hidden else ""
 
 
 def record_invalid(row: Row) -> ItemRecord:
@@ -182,14 +271,18 @@ def record_skipped(row: Row) -> ItemRecord:
 
 
 def record_stopped(row: Row, reason: FluxError) -> ItemRecord:
-    """The record of a row that was not tried, as an earlier one failed for a reason that all rows share."""
+    """The record of a row that was not tried: the run was told to end, or an earlier row failed for all of them."""
     return ItemRecord(
         row=row.number,
         id=row.id,
         status="failed",
         request=row.request,
         error=type(reason).__name__,
-        message=f"Not sent, as an earlier row failed for a reason that all rows share: {reason.message}",
+        message=(
+            reason.message
+            if isinstance(reason, RunStopped)
+            else f"Not sent, as an earlier row failed for a reason that all rows share: {reason.message}"
+        ),
         carried=row.carried,
     )
 
@@ -220,6 +313,7 @@ def record_production(row: Row, production: Production) -> ItemRecord:
         message=None if error is None else error.message,
         calls=len(production.calls),
         billed_calls=sum(call.billed is Billed.YES for call in production.calls),
+        unbilled_calls=production.unbilled_calls,
         unpriced_calls=production.unpriced_calls,
         credits_used=production.credits_used,
         regenerated=production.regenerated,

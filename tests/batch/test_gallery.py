@@ -9,10 +9,11 @@ from pathlib import Path
 from uuid import uuid4
 
 from PIL import Image
+from reports import make_report
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
 from flux_prefect.batch.gallery import write_gallery
-from flux_prefect.batch.report import BatchReport, ItemRecord
+from flux_prefect.batch.report import ItemRecord
 from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.spool import ImageFile
 
@@ -59,9 +60,7 @@ async def test_pictures_stand_beside_the_page_and_text_stays_text(bucket: ImageB
         for number, (request, image) in enumerate(zip(requests, images, strict=True), start=1)
     ]
     items.append(ItemRecord(row=3, id="bad", status="invalid", request=None, error="InvalidRow", message="<i>no</i>"))
-    page = await write_gallery(
-        BatchReport(items=tuple(items), seconds=1), nested, tmp_path / "gallery", title="Published & <done>"
-    )
+    page = await write_gallery(make_report(items, tmp_path), nested, tmp_path / "gallery", title="Published & <done>")
 
     text = page.read_text(encoding="utf-8")
     assert "<script>" not in text
@@ -73,14 +72,14 @@ async def test_pictures_stand_beside_the_page_and_text_stays_text(bucket: ImageB
     assert sorted(hashlib.sha256(content).hexdigest() for content in kept) == sorted(image.sha256 for image in images)
 
 
-def test_a_call_that_two_rows_share_is_counted_once() -> None:
+def test_a_call_that_two_rows_share_is_counted_once(tmp_path: Path) -> None:
     """Both rows tell of it; the sums do not."""
     request = ImageRequest(prompt="a fox", seed=1)
-    items = tuple(
+    items = [
         ItemRecord(row=row, id=str(row), status="published", request=request, possibly_billed=("fp-1",))
         for row in (1, 2)
-    )
-    report = BatchReport(items=items, seconds=1)
+    ]
+    report = make_report(items, tmp_path)
 
-    assert report.possibly_billed == ["fp-1"]
+    assert report.possibly_billed == ("fp-1",)
     assert report.summary().endswith("; 1 possibly billed")

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from pydantic import PrivateAttr
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.manifest import ManifestUnwritable, ManifestWriter, read_manifest
-from flux_prefect.batch.records import mend
+from flux_prefect.batch.manifest import ManifestUnwritable, ManifestWriter
+from flux_prefect.batch.records import mend, read_manifest
 from flux_prefect.batch.report import ItemRecord
 from flux_prefect.batch.table import Row, TableError, open_table, read_table
 from flux_prefect.bucket import BucketMissing, ImageBucket, PublishedImage

@@ -8,7 +8,7 @@ import pytest
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.plan import BalanceTooLow, Plan, PlannedBatch, check_balance, describe_plan, make_plan
-from flux_prefect.batch.table import read_table
+from flux_prefect.batch.table import Table
 from flux_prefect.bucket import ImageBucket, PublishingRun
 from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
@@ -23,7 +23,7 @@ async def plan(
     rows: list[ImageRequest | dict[str, object]], bucket: ImageBucket, credentials: AimlApiCredentials
 ) -> PlannedBatch:
     """A plan without caps."""
-    return await make_plan(read_table(rows), bucket, credentials.base_url, Budget(default_price=PRICE), run="run-1")
+    return await make_plan(Table(rows), bucket, credentials.base_url, Budget(default_price=PRICE), run="run-1")
 
 
 async def test_every_row_is_counted_once(
@@ -43,7 +43,9 @@ async def test_every_row_is_counted_once(
     assert (sums.published, sums.paid, sums.repeats, sums.invalid, sums.requests) == (1, 1, 1, 1, 1)
     assert sums.rows == 5
     assert sums.most_credits == PRICE
-    assert list(planned.found) == [published.fingerprint(credentials.base_url)]
+    (there,) = planned.found.get(published.fingerprint(credentials.base_url)) or ()
+    assert (there.sha256, there.created) == (file.sha256, False)
+    assert len(planned.found) == 1
     assert sandbox.control.summary() == before
 
 
@@ -52,7 +54,8 @@ async def test_seeds_are_drawn_once_for_plan_and_work(bucket: ImageBucket, crede
     rows: list[ImageRequest | dict[str, object]] = [{"id": "a", "prompt": "a fox"}, {"id": "b", "prompt": "a fox"}]
     first, second = [await plan(rows, bucket, credentials) for _ in range(2)]
 
-    assert [row.request for row in first.rows] == [row.request for row in second.rows]
+    assert [row.request for row in first.rows()] == [row.request for row in second.rows()]
+    assert [row.request for row in first.rows()] == [row.request for row in first.rows()]
     assert first.plan.repeats == 0
 
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 import io
 import pickle
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
+from reports import make_report
 from rich.console import Console
 
 from flux_prefect.api.errors import AnswerLost, Billed, ContentFlagged, ImageGone, OutOfCredits
@@ -149,11 +151,13 @@ class TestReport:
     """The sums."""
 
     @pytest.fixture
-    def report(self) -> BatchReport:
+    def report(self, tmp_path: Path) -> BatchReport:
         """One item of each kind."""
-        return BatchReport(
-            items=(
-                _record("published", 1, calls=2, billed_calls=1, credits_used=168_000, images=(_image(),)),
+        return make_report(
+            [
+                _record(
+                    "published", 1, calls=2, billed_calls=1, unbilled_calls=1, credits_used=168_000, images=(_image(),)
+                ),
                 _record("published", 2, calls=1, billed_calls=1, credits_used=168_000, images=(_image(),)),
                 _record("unchanged", 3, images=(_image(created=False),)),
                 _record(
@@ -176,7 +180,8 @@ class TestReport:
                     billed_and_lost=("fp-3",),
                 ),
                 _record("invalid", 7, error="InvalidRow", message="row 7: [red]seed[/red] is '0'"),
-            ),
+            ],
+            tmp_path,
             seconds=12.34,
         )
 
@@ -184,15 +189,22 @@ class TestReport:
         """The counts add up to the table."""
         counts = {status: report.count(status) for status in ("published", "unchanged", "flagged", "failed", "invalid")}
         assert counts == {"published": 2, "unchanged": 1, "flagged": 1, "failed": 2, "invalid": 1}
-        assert [item.row for item in report.unsuccessful] == [4, 5, 6, 7]
+        assert report.rows == 7
+        assert report.unsuccessful == 4
+        assert [item.row for item in report.read("failed", "flagged", "invalid")] == [4, 5, 6, 7]
         assert (report.billed_calls, report.credits_used) == (4, 504_000)
-        assert report.possibly_billed == ["fp-1", "fp-2"]
+        assert report.possibly_billed == ("fp-1", "fp-2")
+
+    def test_every_call_is_billed_or_not_or_unknown(self, report: BatchReport) -> None:
+        """The three sums add up to the calls."""
+        assert (report.calls, report.billed_calls, report.unbilled_calls, report.unknown_calls) == (7, 4, 1, 2)
+        assert report.billed_and_lost == ("fp-3",)
 
     def test_the_summary_is_one_line_with_everything_that_happened(self, report: BatchReport) -> None:
         """Pictures, money, and money that is in doubt."""
         assert report.summary() == (
             "2 published, 1 already there, 1 flagged, 2 failed, 1 invalid; "
-            "4 calls billed, 504,000 credits ($0.25); 1 billed and lost; 2 possibly billed"
+            "4 calls billed, 504,000 credits ($0.25); 1 sent and not billed; 1 billed and lost; 2 possibly billed"
         )
 
     @pytest.mark.parametrize(
@@ -206,15 +218,23 @@ class TestReport:
             ),
         ],
     )
-    def test_the_summary_leaves_out_what_did_not_happen(self, items: list[ItemRecord], summary: str) -> None:
+    def test_the_summary_leaves_out_what_did_not_happen(
+        self, items: list[ItemRecord], summary: str, tmp_path: Path
+    ) -> None:
         """Only what was published and billed is told at nought."""
-        assert BatchReport(items=tuple(items), seconds=0).summary() == summary
+        assert make_report(items, tmp_path).summary() == summary
 
     def test_a_report_survives_json(self, report: BatchReport) -> None:
-        """As Prefect stores it and others read it, with whatever a row carried."""
+        """As Prefect stores it and others read it."""
+        assert BatchReport.model_validate_json(report.model_dump_json()) == report
+
+    def test_records_are_read_as_they_were_written(self, tmp_path: Path) -> None:
+        """With whatever a row carried, in the table's order."""
         carried = {"tags": ["a", {"b": None}], "price": 1.5, "ünï": "🗝\n"}
-        whole = report.model_copy(update={"items": (*report.items, _record("unchanged", 8, carried=carried))})
-        assert BatchReport.model_validate_json(whole.model_dump_json()) == whole
+        records = [
+            _record(status, row, carried=carried, run="run-1") for row, status in ((2, "unchanged"), (1, "failed"))
+        ]
+        assert make_report(records, tmp_path).items == records[::-1]
 
     def test_a_failed_batch_keeps_its_report(self, report: BatchReport) -> None:
         """The exception that Prefect pickles with the run's state has all of it."""
@@ -232,11 +252,22 @@ class TestReport:
         for text in ("row 7: [red]seed[/red] is '0'", "7 items", "in 12.3 s", "flagged", "unsafe"):
             assert text in shown
 
-    def test_a_picture_that_failed_is_told_before_those_that_did_not(self) -> None:
+    def test_of_a_large_batch_the_table_has_what_went_wrong(self, tmp_path: Path) -> None:
+        """And says where the rest is."""
+        items = [_record("published", row, images=(_image(),)) for row in range(1, 150)]
+        items += [_record("failed", row, error="AnswerLost", message=f"lost {row}") for row in range(150, 260)]
+        screen = Console(file=io.StringIO(), width=160)
+        screen.print(tabulate(make_report(items, tmp_path)))
+        shown = screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+        assert shown.count("lost ") == 100
+        assert "0.jpg" not in shown
+        assert "159 more in the manifest" in shown
+
+    def test_a_picture_that_failed_is_told_before_those_that_did_not(self, tmp_path: Path) -> None:
         """A row with an error shows the error."""
         item = _record("failed", images=(_image(),), error="ImageGone", message="picture 1 is gone")
         screen = Console(file=io.StringIO(), width=160)
-        screen.print(tabulate(BatchReport(items=(item,), seconds=1)))
+        screen.print(tabulate(make_report([item], tmp_path)))
         assert "picture 1 is gone" in screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
