@@ -37,6 +37,7 @@ from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.pipeline import check_ready
+from flux_prefect.reconciling import reconcile
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.spool import Spool
@@ -142,7 +143,11 @@ async def publish_batch(
                         density=choose_density(planned.plan) if density == "auto" else density,
                         on_record=keep,
                     )
-    report = report.model_copy(update={"manifest": manifest.uri, "records": manifest.path})
+        report = report.model_copy(update={"manifest": manifest.uri, "records": manifest.path})
+        unsettled = [call for call in spool.open_calls() if call.client_request_id in report.possibly_billed]
+        if unsettled:
+            report = report.settle(await reconcile(client, spool, calls=unsettled))
+            logger.warning("%s", report.reconciled)
     spool.keep_experience(account.base_url, learn(known, report, budget, pacer))
     logger.info("%s. Manifest: %s", report.summary(), report.manifest)
     return _end(report, max_failed)

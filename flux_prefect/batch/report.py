@@ -21,6 +21,7 @@ from flux_prefect.batch.table import Row
 from flux_prefect.bucket import PublishedImage
 from flux_prefect.budget import RunStopped, describe_credits
 from flux_prefect.pipeline import ImageOutcome, Production, Status
+from flux_prefect.reconciling import Reconciliation
 
 ItemStatus = Literal["published", "unchanged", "flagged", "skipped_budget", "failed", "invalid"]
 
@@ -90,6 +91,9 @@ class BatchReport(BaseModel):
             "is not known."
         ),
     )
+    reconciled: str | None = Field(
+        default=None, description="What the service's log said of calls whose answers were lost; None where none were."
+    )
     seconds: float = Field(default=0, description="From the first row to the last.")
     plan: Plan | None = Field(default=None, description="What was known before the first call.")
     manifest: str | None = Field(default=None, description="The s3:// address of all records as JSON Lines.")
@@ -132,6 +136,20 @@ class BatchReport(BaseModel):
     def items(self) -> list[ItemRecord]:
         """All records, read anew: for batches of some hundreds. See `read`."""
         return list(self.read())
+
+    def settle(self, found: Reconciliation) -> BatchReport:
+        """The report with the calls of unknown outcome told as the service's log has them.
+
+        The records in the manifest stay as they were written.
+        """
+        known = {*found.billed, *found.not_billed, *found.kept}
+        return self.model_copy(
+            update={
+                "billed_and_lost": (*self.billed_and_lost, *found.billed),
+                "possibly_billed": tuple(call for call in self.possibly_billed if call not in known),
+                "reconciled": found.summary(),
+            }
+        )
 
     def summary(self) -> str:
         """One line: what was published, what was not, what it cost. Of a dry run: the plan."""

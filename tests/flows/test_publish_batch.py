@@ -209,6 +209,26 @@ class TestFromPython:
         assert (second.count("unchanged"), second.count("published")) == (published, 3 - published)
         assert sandbox.control.summary().billed_calls == 3
 
+    async def test_the_services_log_settles_calls_whose_answers_were_lost(
+        self,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+    ) -> None:
+        """A call that was paid for and lost is told as that, by its id, and no longer as one that may have been."""
+        sandbox.control.inject("reset_after_work", times=1, prompt_contains=prompts[0]["prompt"])
+        report = await publish_batch(prompts[:2], bucket, credentials)
+
+        assert report.count("published") == 2
+        assert (report.calls, report.billed_calls, report.unknown_calls) == (3, 2, 1)
+        lost = [row.client_request_id for row in sandbox.control.ledger().rows if row.billed]
+        assert len(lost) == 3
+        assert set(report.billed_and_lost) < set(lost)
+        assert (len(report.billed_and_lost), report.possibly_billed) == (1, ())
+        assert "1 billed and lost (168,000 credits ($0.08))" in str(report.reconciled)
+        assert report.summary().endswith("; 1 billed and lost")
+
     async def test_the_manifest_is_a_source_for_what_failed(
         self,
         prompts: list[dict[str, Any]],
