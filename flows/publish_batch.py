@@ -125,7 +125,7 @@ async def publish_batch(
             return _end(BatchReport(plan=planned.plan), max_failed)
         check_balance(planned.plan)
         pacer = shared_pacer(account.base_url, max_in_flight)
-        if known.in_flight is not None:
+        if known.in_flight is not None and pacer.ceiling is None:
             pacer.resume(known.in_flight)
         with sigterm_as_cancellation():
             async with ManifestWriter(destination, planned.run, spool.root / "manifests") as manifest:

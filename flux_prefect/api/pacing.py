@@ -1,8 +1,22 @@
 """The in-flight limit that learns: how many paid calls one process may have open at once.
 
-A service that refuses calls for being too many says so by 429, or by 503 with a time to come back. A `Pacer`
-then halves its limit, stops everybody until that time, and grows the limit again by one after each full window
-of calls that the service took.
+A service that refuses calls for being too many says so by 429, or by 503 with a time to come back. Nobody tells
+how many it would take, so a `Pacer` finds out by these rules:
+
+- It starts with all of `max_in_flight`, or where `resume` says. Only refusals make it slower.
+- A refusal stops everybody until the time that it names, and halves the limit. The calls that were in flight then
+  are one burst: those of them that are refused as well do not halve the limit again, they lower it to what the
+  service still holds, never under 1. Fifty calls of which all but seven are refused leave a limit of 7, not of 25.
+- What the service held when it refused is its ceiling, and is remembered. No ceiling is shown where it held less
+  than the halved limit: then there were few calls, or it takes none at all, and the reason is another one.
+- Below the ceiling the limit grows by one with each accepted call: that much was held before, so it is back at the
+  ceiling after about one call's time.
+- At the ceiling it waits for 16 full windows (a window: as many accepted calls as the limit, while the limit is in
+  full use) and for 16 times the pause of the last refusal, then probes with one call more. A full window with it
+  proves that the service has grown, and the ceiling is forgotten. A refused probe doubles the 16, up to 64: what
+  looking for more costs in pauses is a sixteenth of the time at first and a sixty-fourth in the end, at a ceiling of
+  7 one call in 450 is refused, and a service that takes 10 seconds a call is still asked again every 11 minutes.
+- Where no ceiling is known, the limit grows by one after each window of accepted calls.
 
 One pacer serves all threads and event loops of a process.
 """
@@ -10,9 +24,9 @@ One pacer serves all threads and event loops of a process.
 from __future__ import annotations
 
 import asyncio
-import bisect
 import concurrent.futures
 import functools
+import heapq
 import itertools
 import logging
 import math
@@ -25,6 +39,8 @@ from dataclasses import dataclass, field
 from flux_prefect.api.models import normalize_endpoint
 
 logger = logging.getLogger(__name__)
+
+_SOONEST_PROBE, _LATEST_PROBE = 16, 64  # full windows, and pauses, before a probe: at first, after refused ones
 
 
 class NoSlot(TimeoutError):
@@ -47,14 +63,92 @@ class Turn:
     asked_at: float
     refused_at: float | None = None
     holds_slot: bool = field(default=False, init=False)
+    was_refused: bool = field(default=False, init=False)  # in the slot that it holds
     round: int = field(default=0, init=False)
     bell: concurrent.futures.Future[None] | None = field(default=None, init=False, repr=False)
+    looks_at: float = field(default=-math.inf, init=False, repr=False)  # when it wakes though nobody rings
 
     def ring(self) -> None:
         """Wake whoever waits with this turn, on its own event loop."""
         bell, self.bell = self.bell, None
         if bell is not None and bell.set_running_or_notify_cancel():
             bell.set_result(None)
+
+
+class _LearningLimit:
+    """The rules of the module's docstring as plain arithmetic, with no clock and no lock of its own.
+
+    Attributes:
+        limit: calls that may be open at once now.
+        most: its upper bound.
+        ceiling: what the service held when it last refused, None where that is not known.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.limit = self.most = most
+        self.ceiling: int | None = None
+        self._restraint = _SOONEST_PROBE  # full windows, and pauses, before the next probe
+        self._taken = 0  # accepted calls since the limit changed
+        self._no_probe_before = -math.inf
+
+    def begin(self, limit: int) -> None:
+        """Take a limit for what the service holds."""
+        self.limit = min(limit, self.most)
+        self.ceiling = limit
+        self._restraint = _SOONEST_PROBE
+        self._taken = 0
+
+    def bound(self, most: int) -> None:
+        """Change the upper bound. A limit that no refusal has touched goes with it."""
+        unhurt = self.limit == self.most and self.ceiling is None
+        self.most = most
+        self.limit = most if unhurt else min(self.limit, most)
+
+    def refuse(self, held: int, now: float, pause: float) -> None:
+        """The first refusal of a burst.
+
+        Args:
+            held: calls in flight that are not refused.
+            now: when it came, in seconds on the clock that `accept` reads too.
+            pause: seconds for which everybody stops.
+        """
+        self._restraint = min(2 * self._restraint, _LATEST_PROBE) if self._is_probing() else _SOONEST_PROBE
+        self._no_probe_before = now + self._restraint * pause
+        self._taken = 0
+        self.limit = max(1, self.limit // 2)
+        self._see_ceiling(held)
+
+    def refuse_more(self, held: int) -> None:
+        """A further refusal of the same burst, with so many calls still in flight and not refused."""
+        self.limit = max(1, min(self.limit, held))
+        self._see_ceiling(held)
+
+    def accept(self, in_flight: int, now: float) -> None:
+        """A call was taken; with it, so many are in flight."""
+        if self.ceiling is None:
+            self._taken += 1
+            if self._taken >= self.limit:
+                self._grow()
+        elif self.limit < self.ceiling:
+            self._grow()
+        elif in_flight >= self.limit:  # calls that leave room prove nothing of what is beyond
+            self._taken += 1
+            if self._is_probing():
+                if self._taken >= self.limit:
+                    self.ceiling = None
+                    self._grow()
+            elif self._taken >= self._restraint * self.limit and now >= self._no_probe_before:
+                self._grow()
+
+    def _is_probing(self) -> bool:
+        return self.ceiling is not None and self.limit > self.ceiling
+
+    def _see_ceiling(self, held: int) -> None:
+        self.ceiling = held if held >= self.limit else None
+
+    def _grow(self) -> None:
+        self._taken = 0
+        self.limit = min(self.limit + 1, self.most)
 
 
 class Pacer:
@@ -76,13 +170,13 @@ class Pacer:
     def __init__(self, max_in_flight: int) -> None:
         _check_limit(max_in_flight)
         self._lock = threading.Lock()  # held for microseconds, never over an await
-        self._max_in_flight = max_in_flight
-        self._limit = max_in_flight
+        self._learning = _LearningLimit(max_in_flight)
         self._in_flight = 0
-        self._line: list[Turn] = []
+        self._refused_in_flight = 0  # refused, and about to give their slots back
+        self._waiting: dict[int, Turn] = {}  # by ticket
+        self._line: list[int] = []  # a heap of their tickets; those of withdrawn turns are passed over when it is read
         self._tickets = itertools.count()
-        self._round = 0  # one more with each halving
-        self._accepted = 0  # in this round, towards a full window
+        self._round = 0  # one more with each burst of refusals
         self._paused_until = -math.inf
         self._refusing_since: float | None = None
 
@@ -92,7 +186,15 @@ class Pacer:
     @property
     def limit(self) -> int:
         """How many calls may be open at once now, 1 to `max_in_flight`."""
-        return self._limit
+        return self._learning.limit
+
+    @property
+    def ceiling(self) -> int | None:
+        """How many calls the service held when it last refused one; what `limit` settles at.
+
+        None where no refusal has shown it, and once the service has proved to take more.
+        """
+        return self._learning.ceiling
 
     @property
     def in_flight(self) -> int:
@@ -102,22 +204,21 @@ class Pacer:
     @property
     def max_in_flight(self) -> int:
         """The limit's upper bound."""
-        return self._max_in_flight
+        return self._learning.most
 
     @max_in_flight.setter
     def max_in_flight(self, most: int) -> None:
         _check_limit(most)
         with self._lock:
-            unhurt = self._limit == self._max_in_flight
-            self._max_in_flight = most
-            self._limit = most if unhurt else min(self._limit, most)
+            self._learning.bound(most)
             self._admit()
 
     def resume(self, limit: int) -> None:
-        """Begin with a limit that an earlier process has learnt; it grows again from there as calls are accepted."""
+        """Begin with what an earlier process has learnt, as the limit and as the ceiling."""
         _check_limit(limit)
         with self._lock:
-            self._limit = min(limit, self._max_in_flight)
+            self._learning.begin(limit)
+            self._admit()
 
     def turn(self, patience: float) -> Turn:
         """A place at the end of the line.
@@ -150,7 +251,8 @@ class Pacer:
         """The service refused a call for being one too many: halve the limit and pause everybody.
 
         Calls that were in flight when the limit was halved do not halve it again: they belong to the
-        same burst. Their pause still counts where it is the longer one.
+        same burst. They lower it to what the service still holds, and their pause counts where it is the longer one.
+        Costs a look at every waiting call.
 
         Args:
             turn: the call, while it holds its slot.
@@ -162,67 +264,78 @@ class Pacer:
                 self._refusing_since = now
             if turn.refused_at is None:
                 turn.refused_at = now
+            if not turn.was_refused:
+                turn.was_refused = True
+                self._refused_in_flight += 1
+            held = self._in_flight - self._refused_in_flight
+            self._paused_until = max(self._paused_until, now + pause)
+            wait = self._paused_until - now
             new_burst = turn.round == self._round
             if new_burst:
                 self._round += 1
-                self._accepted = 0
-                self._limit = max(1, self._limit // 2)
-            self._paused_until = max(self._paused_until, now + pause)
-            for waiting in self._line:  # each has to reckon anew how long to wait
-                waiting.ring()
-            limit, wait = self._limit, self._paused_until - now
+                self._learning.refuse(held, now, wait)
+            else:
+                self._learning.refuse_more(held)
+            for waiting in self._waiting.values():
+                if self._time_to_look_again(waiting, now) < waiting.looks_at:
+                    waiting.ring()
+            limit = self._learning.limit
         if new_burst:
             logger.warning("the service asked to slow down; at most %d calls at once, the next in %.1f s", limit, wait)
 
     def accepted(self, turn: Turn) -> None:
-        """The service took a call: after a full window of them (`limit`), the limit grows by one."""
+        """The service took a call, which still holds its slot: the limit may grow."""
         with self._lock:
             if turn.round != self._round:
                 return  # sent before the last halving: it says nothing of the limit since
             self._refusing_since = None
-            if self._limit >= self._max_in_flight:
-                return
-            self._accepted += 1
-            if self._accepted >= self._limit:
-                self._accepted = 0
-                self._limit += 1
-                self._admit()
+            self._learning.accept(self._in_flight, time.monotonic())
+            self._admit()
 
     async def _enter(self, turn: Turn) -> None:
         with self._lock:
-            bisect.insort(self._line, turn, key=lambda other: other.ticket)
+            heapq.heappush(self._line, turn.ticket)
+            self._waiting[turn.ticket] = turn
         try:
             while True:
                 with self._lock:
                     self._admit()
                     if turn.holds_slot:
                         return
-                    timeout = self._time_to_look_again(turn)
+                    timeout = self._time_to_wait(turn)
                     bell = turn.bell = concurrent.futures.Future()
                 await asyncio.wait([asyncio.wrap_future(bell)], timeout=timeout)
         except BaseException:
             self._withdraw(turn)
             raise
 
-    def _time_to_look_again(self, turn: Turn) -> float | None:
+    def _time_to_wait(self, turn: Turn) -> float | None:
         now = time.monotonic()
+        turn.looks_at = self._time_to_look_again(turn, now)
+        if turn.looks_at <= now:
+            raise NoSlot("the service refuses calls for longer than this call can wait")
+        return None if turn.looks_at == math.inf else turn.looks_at - now
+
+    def _time_to_look_again(self, turn: Turn, now: float) -> float:
+        """When a waiting call has to wake by itself. Not later than now where no waiting helps."""
         end = math.inf
         if turn.refused_at is not None:
             end = turn.refused_at + turn.patience
         elif self._refusing_since is not None:
             end = max(turn.asked_at, self._refusing_since) + turn.patience
-        if max(now, self._paused_until) >= end:
-            raise NoSlot("the service refuses calls for longer than this call can wait")
-        if now < self._paused_until:
-            end = self._paused_until
-        return None if end == math.inf else end - now
+        if self._paused_until >= end:
+            return -math.inf
+        return self._paused_until if now < self._paused_until else end
 
     def _admit(self) -> None:
         if time.monotonic() < self._paused_until:
             return
-        while self._line and self._in_flight < self._limit:
-            turn = self._line.pop(0)
+        while self._line and self._in_flight < self._learning.limit:
+            turn = self._waiting.pop(heapq.heappop(self._line), None)
+            if turn is None:
+                continue
             turn.holds_slot = True
+            turn.was_refused = False
             turn.round = self._round
             self._in_flight += 1
             turn.ring()
@@ -237,11 +350,12 @@ class Pacer:
                 self._take_back(turn)
             else:
                 turn.bell = None
-                self._line.remove(turn)
+                self._waiting.pop(turn.ticket, None)
 
     def _take_back(self, turn: Turn) -> None:
         turn.holds_slot = False
         self._in_flight -= 1
+        self._refused_in_flight -= turn.was_refused
         self._admit()
 
 

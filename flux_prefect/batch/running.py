@@ -199,7 +199,13 @@ class _Batch:
         if not self._budget.has_room(request) and recover(request, self._credentials.base_url, self._spool) is None:
             return record_skipped(row)
         try:
-            production = await produce_image(request, self._bucket, self._credentials, run=run)
+            production = await produce_image(
+                request,
+                self._bucket,
+                self._credentials,
+                run=run,
+                seen_missing_at=self._planned.seen_missing_at(request.fingerprint(self._credentials.base_url)),
+            )
         except Exception as error:  # noqa: BLE001 - whatever it was, the other rows go on
             return record_failed(row, request, error)
         if production.error is not None and production.error.fatal:
@@ -223,8 +229,8 @@ def _allow_open_files(needed: int) -> None:
 
 def learn(known: Experience, report: BatchReport, budget: Budget, pacer: Pacer) -> Experience:
     """What the next batch at this endpoint can begin with: prices, pace and in-flight limit as this one found them."""
-    # A limit that no refusal has lowered was only asked for, not learnt.
-    in_flight = pacer.limit if pacer.limit < pacer.max_in_flight else None
+    # The limit itself may be halved just now; and one that no refusal has lowered was only asked for, not learnt.
+    in_flight = pacer.ceiling or (pacer.limit if pacer.limit < pacer.max_in_flight else None)
     seconds = known.seconds
     if report.billed_calls:
         seconds = report.seconds * min(pacer.limit, report.billed_calls) / report.billed_calls

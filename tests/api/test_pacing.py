@@ -4,7 +4,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 import pytest
@@ -31,6 +32,37 @@ async def _refuse(pacer: Pacer, pause: float = 0.0) -> None:
     turn = pacer.turn(FOREVER)
     async with pacer.slot(turn):
         pacer.refused(turn, pause)
+
+
+@asynccontextmanager
+async def _hold(pacer: Pacer, calls: int) -> AsyncIterator[list[Turn]]:
+    """Slots for so many calls at once."""
+    turns = [pacer.turn(FOREVER) for _ in range(calls)]
+    async with AsyncExitStack() as slots:
+        for turn in turns:
+            await slots.enter_async_context(pacer.slot(turn))
+        yield turns
+
+
+async def _burst(pacer: Pacer, *, sent: int, held: int, pause: float = 0.0) -> None:
+    """So many calls at once, of which the service takes only the first ones."""
+    async with _hold(pacer, held), AsyncExitStack() as all_refused:
+        refused = []
+        for turn in [pacer.turn(FOREVER) for _ in range(sent - held)]:
+            slot = await all_refused.enter_async_context(AsyncExitStack())
+            await slot.enter_async_context(pacer.slot(turn))
+            refused.append((turn, slot))
+        for turn, slot in refused:
+            pacer.refused(turn, pause)
+            await slot.aclose()
+
+
+async def _windows(pacer: Pacer, windows: int) -> None:
+    """So many times as many calls at once as are allowed, all of them taken."""
+    for _ in range(windows):
+        async with _hold(pacer, pacer.limit) as turns:
+            for turn in turns:
+                pacer.accepted(turn)
 
 
 async def test_never_more_calls_at_once_than_the_limit() -> None:
@@ -75,20 +107,179 @@ async def test_who_asked_first_goes_first_also_after_a_refusal() -> None:
     assert order == ["a", "b", "a", "c"]
 
 
+async def test_all_calls_may_go_at_once_until_one_is_refused() -> None:
+    """Nobody has to earn what the setting allows."""
+    pacer = Pacer(50)
+    with anyio.fail_after(1):
+        async with _hold(pacer, 50):
+            assert pacer.in_flight == 50
+
+
 async def test_one_burst_of_refusals_halves_the_limit_once() -> None:
     """Calls that were in flight at the halving belong to the same burst; the next burst halves again."""
     pacer = Pacer(8)
-    burst = [pacer.turn(FOREVER) for _ in range(8)]
-
-    async def refused(turn: Turn) -> None:
-        async with pacer.slot(turn):
-            await _until(lambda: pacer.in_flight == 8 or pacer.limit < 8)
-            pacer.refused(turn, 0.0)
-
-    await asyncio.gather(*(refused(turn) for turn in burst))
+    await _burst(pacer, sent=8, held=6)
     assert pacer.limit == 4
     await _refuse(pacer)
     assert pacer.limit == 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "held", "limit", "ceiling"),
+    [
+        (8, 7, 4, 7),
+        (8, 4, 4, 4),
+        (8, 3, 3, 3),
+        (8, 1, 1, 1),
+        (50, 7, 7, 7),
+        (8, 0, 1, None),  # a service that takes nothing tells nothing of how much it takes
+        (2, 1, 4, None),  # nor does one that refuses while few calls are out
+    ],
+)
+async def test_a_burst_leaves_what_the_service_holds(sent: int, held: int, limit: int, ceiling: int | None) -> None:
+    """At most half of what it was, and what was not refused is remembered as the ceiling."""
+    pacer = Pacer(max(sent, 8))
+    await _burst(pacer, sent=sent, held=held)
+    assert (pacer.limit, pacer.ceiling) == (limit, ceiling)
+
+
+async def test_below_the_ceiling_the_limit_grows_with_every_accepted_call() -> None:
+    """So much was held before; at the ceiling this ends."""
+    pacer = Pacer(16)
+    await _burst(pacer, sent=16, held=11)
+    seen = [pacer.limit]
+    for _ in range(5):
+        await _accept(pacer, 1)
+        seen.append(pacer.limit)
+    assert seen == [8, 9, 10, 11, 11, 11]
+
+
+async def test_beyond_the_ceiling_one_more_is_tried_after_sixteen_full_windows() -> None:
+    """A full window with it proves that the service has grown: from there each window is worth one more."""
+    pacer = Pacer(50)
+    await _burst(pacer, sent=50, held=7)
+    await _windows(pacer, 15)
+    assert pacer.limit == 7
+    await _windows(pacer, 1)
+    assert (pacer.limit, pacer.ceiling) == (8, 7)
+    await _windows(pacer, 1)
+    assert (pacer.limit, pacer.ceiling) == (9, None)
+    await _windows(pacer, 3)
+    assert pacer.limit == 12
+
+
+async def test_each_refused_try_doubles_the_windows_before_the_next() -> None:
+    """Up to 64; each halves the limit too, which is back at the ceiling as soon as calls are accepted."""
+    pacer = Pacer(50)
+    await _burst(pacer, sent=50, held=7)
+    for windows in (16, 32, 64, 64):
+        await _windows(pacer, windows - 1)
+        assert pacer.limit == 7
+        await _windows(pacer, 1)
+        assert pacer.limit == 8
+        await _burst(pacer, sent=8, held=7)
+        assert (pacer.limit, pacer.ceiling) == (4, 7)
+        await _accept(pacer, 3)
+        assert pacer.limit == 7
+
+
+async def test_a_service_that_has_grown_is_tried_again_soon() -> None:
+    """What was refused at the old ceiling does not tell on the new one."""
+    pacer = Pacer(50)
+    await _burst(pacer, sent=50, held=7)
+    await _windows(pacer, 16)
+    await _burst(pacer, sent=8, held=7)
+    await _accept(pacer, 3)
+    await _windows(pacer, 32 + 1)
+    assert (pacer.limit, pacer.ceiling) == (9, None)
+    await _burst(pacer, sent=9, held=8)
+    await _accept(pacer, 4)
+    assert (pacer.limit, pacer.ceiling) == (8, 8)
+    await _windows(pacer, 16)
+    assert pacer.limit == 9
+
+
+async def test_calls_that_leave_room_prove_nothing_beyond_the_ceiling() -> None:
+    """One call at a time, however often, does not show that eight would be taken."""
+    pacer = Pacer(50)
+    await _burst(pacer, sent=50, held=7)
+    await _accept(pacer, 500)
+    assert pacer.limit == 7
+
+
+async def test_looking_for_more_costs_at_most_a_sixteenth_of_the_time() -> None:
+    """A refused call would stop everybody for a pause, so sixteen pauses pass before the next is risked."""
+    pacer = Pacer(50)
+    await _burst(pacer, sent=50, held=7, pause=0.05)
+    refused_at = time.monotonic()
+    while pacer.limit == 7:
+        await _windows(pacer, 1)
+        await asyncio.sleep(0.001)
+    assert 16 * 0.05 <= time.monotonic() - refused_at < 5
+
+
+@pytest.mark.parametrize("grown", [7, 12])
+async def test_a_limit_that_nobody_told_is_found(grown: int) -> None:
+    """Of fifty at once the service takes seven: few are refused, and where it takes more later, that is found too."""
+    pacer = Pacer(50)
+    room = 7
+    inside = done = refused = 0
+
+    async def call() -> None:
+        nonlocal inside, done, refused
+        turn = pacer.turn(FOREVER)
+        while True:
+            async with pacer.slot(turn):
+                if inside < room:
+                    inside += 1
+                    await asyncio.sleep(0.002)
+                    inside -= 1
+                    done += 1
+                    pacer.accepted(turn)
+                    return
+                await asyncio.sleep(0.0005)
+                refused += 1
+                pacer.refused(turn, 0.0)
+
+    with anyio.fail_after(20):
+        await asyncio.gather(*(call() for _ in range(1000)))
+        room = grown
+        await asyncio.gather(*(call() for _ in range(1000)))
+    assert done == 2000
+    assert refused < 0.05 * (done + refused)
+    assert pacer.ceiling == grown
+
+
+async def test_what_an_earlier_process_learnt_is_where_it_begins() -> None:
+    """As the limit and as the ceiling, beyond which it goes with the same care."""
+    pacer = Pacer(50)
+    pacer.resume(7)
+    await _windows(pacer, 15)
+    assert (pacer.limit, pacer.ceiling) == (7, 7)
+    await _windows(pacer, 1)
+    assert pacer.limit == 8
+
+
+async def test_what_was_learnt_stays_under_the_setting() -> None:
+    """A setting that is lower holds; where it is raised, what was learnt is reached quickly, and not passed."""
+    pacer = Pacer(4)
+    pacer.resume(7)
+    assert pacer.limit == 4
+    pacer.max_in_flight = 50
+    assert pacer.limit == 4
+    await _accept(pacer, 10)
+    assert pacer.limit == 7
+
+
+async def test_a_raised_setting_does_not_forget_a_ceiling() -> None:
+    """Also where the limit stands at the setting, as it tries one call more."""
+    pacer = Pacer(8)
+    await _burst(pacer, sent=8, held=7)
+    await _accept(pacer, 3)
+    await _windows(pacer, 16)
+    assert pacer.limit == 8
+    pacer.max_in_flight = 50
+    assert pacer.limit == 8
 
 
 async def test_the_limit_never_falls_below_one() -> None:
@@ -101,8 +292,8 @@ async def test_the_limit_never_falls_below_one() -> None:
     assert pacer.limit == 2
 
 
-async def test_the_limit_grows_by_one_after_a_full_window_and_not_over_its_maximum() -> None:
-    """From two: two calls to three, three more to four, and there it stays."""
+async def test_with_no_ceiling_known_the_limit_grows_by_one_after_a_full_window() -> None:
+    """From two: two calls to three, three more to four, and there it stays, as that is its maximum."""
     pacer = Pacer(4)
     await _refuse(pacer)
     seen = []
@@ -114,12 +305,12 @@ async def test_the_limit_grows_by_one_after_a_full_window_and_not_over_its_maxim
 
 async def test_success_of_calls_sent_before_the_halving_does_not_raise_the_limit() -> None:
     """They were taken under the old load, so they prove nothing of the new limit."""
-    pacer = Pacer(2)
-    early = pacer.turn(FOREVER)
-    async with pacer.slot(early):
+    pacer = Pacer(8)
+    async with _hold(pacer, 7) as early:
         await _refuse(pacer)
-        pacer.accepted(early)
-    assert pacer.limit == 1
+        for turn in early:
+            pacer.accepted(turn)
+    assert (pacer.limit, pacer.ceiling) == (4, 7)
 
 
 async def test_a_refusal_stops_everybody_until_its_pause_is_over() -> None:
@@ -250,6 +441,31 @@ async def test_a_slot_given_to_a_waiter_that_is_being_cancelled_goes_to_the_next
         assert await second == "sent"
     with pytest.raises(asyncio.CancelledError):
         await first
+    assert pacer.in_flight == 0
+
+
+async def test_a_call_cancelled_in_the_line_may_wait_again_in_its_place() -> None:
+    """Its ticket holds, and gives it one slot, not two."""
+    pacer = Pacer(1)
+    order: list[str] = []
+
+    async def call(name: str, turn: Turn) -> None:
+        async with pacer.slot(turn):
+            order.append(name)
+            await asyncio.sleep(0.001)
+
+    first, second = pacer.turn(FOREVER), pacer.turn(FOREVER)
+    async with _hold(pacer, 1):
+        waiting = [asyncio.create_task(call("second", second)), asyncio.create_task(call("first", first))]
+        await asyncio.sleep(0.01)
+        waiting[1].cancel()
+        await asyncio.wait(waiting[1:])
+        waiting.append(asyncio.create_task(call("first", first)))
+        await asyncio.sleep(0.01)
+    with anyio.fail_after(1):
+        await asyncio.gather(waiting[0], waiting[2])
+        await _accept(pacer, 1)
+    assert order == ["first", "second"]
     assert pacer.in_flight == 0
 
 
