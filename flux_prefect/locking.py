@@ -207,10 +207,11 @@ def _remove(lock: FileLock) -> None:
 
 def _make_private(directory: Path) -> None:
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not directory.is_dir():
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = directory.stat().st_uid
     except OSError as error:
         raise _unusable(directory, error) from error
-    owner = directory.stat().st_uid
     if owner != os.getuid():
         raise PermissionError(
             f"The lock folder {directory} belongs to user {owner}: set FLUX_PREFECT_LOCKS to a folder of your own."

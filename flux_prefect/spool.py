@@ -209,13 +209,10 @@ class Spool:
         """The picture's file, inspected anew, where it is here and whole. Reads and decodes it: call it in a thread."""
         path = self.picture_path(generation, index)
         try:
-            content = path.read_bytes()
             picture = inspect_picture(path, generation.request.output_format, max_pixels=MAX_PIXELS)
         except (OSError, DownloadError):
             return None
-        return DownloadedPicture(
-            **picture.model_dump(), path=path, sha256=hashlib.sha256(content).hexdigest(), size=len(content)
-        )
+        return DownloadedPicture(**picture.model_dump(), path=path)
 
     def _unwritable(self, error: OSError) -> SpoolUnwritable:
         return SpoolUnwritable(

@@ -159,7 +159,9 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
             f"Picture {index} of {generation.request.label!r} came in another format than output_format asks for. It "
             f"was paid for and is kept as {rejected}; it is not published. Remove that file to fetch it again."
         )
-    picture = await anyio.to_thread.run_sync(spool.find_picture, generation, index)
+    picture = None
+    if spool.picture_path(generation, index).exists():
+        picture = await anyio.to_thread.run_sync(spool.find_picture, generation, index)
     if picture is None:
         picture = await client.download(
             _url(generation, image, spool),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import os
 import urllib.parse
 import urllib.request
@@ -37,7 +36,8 @@ from flux_prefect.api.retrying import parse_retry_after
 MAX_REDIRECTS = 5
 
 _CHUNK = 64 * 1024
-_AT_ONCE = 16
+_BUFFER = 1024 * 1024  # a picture's usual size: written at once then, in the thread that flushes it
+_AT_ONCE = 8
 """Downloads at once. The HTTP library's work for a request grows with the connections it holds; more bring no more
 bytes a second."""
 _GONE = {403, 404, 410}  # a signed URL that ran out is 403
@@ -48,8 +48,6 @@ class DownloadedPicture(Picture):
     """A picture in our custody, as it was delivered."""
 
     path: Path = Field(description="The file.")
-    sha256: str = Field(description="Of the file's bytes, hex.")
-    size: int = Field(gt=0, description="Bytes.")
 
 
 class Downloader:
@@ -85,6 +83,7 @@ class Downloader:
         self._turns = anyio.Semaphore(_AT_ONCE)
         self._transport = transport
         self._clients: dict[str | None, httpx.AsyncClient] = {}
+        self._proxies: dict[tuple[str, str], str | None] = {}
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -122,8 +121,7 @@ class Downloader:
             raise UnexpectedFormat(
                 f"{error.message} It was paid for, so it is kept as {kept}; it is not published."
             ) from error
-        path = part.publish()
-        return DownloadedPicture(**picture.model_dump(), path=path, sha256=part.sha256, size=part.size)
+        return DownloadedPicture(**picture.model_dump(), path=part.publish())
 
     def _decode(self, url: str) -> bytes:
         head, _, content = url[5:].partition(",")
@@ -194,13 +192,12 @@ class Downloader:
         )
 
     def _proxy_for(self, url: httpx.URL) -> str | None:
-        # Asked of the environment for each URL, so that it is known for certain whether the address
-        # that a connection reached is the picture's host or a proxy.
-        if self._transport is not None or urllib.request.proxy_bypass(url.host):
-            return None
-        proxies = urllib.request.getproxies()
-        proxy = proxies.get(url.scheme) or proxies.get("all")
-        return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+        # Asked of the environment here, so that it is known for certain whether the address that a connection
+        # reached is the picture's host or a proxy.
+        place = url.scheme, url.host
+        if place not in self._proxies:
+            self._proxies[place] = None if self._transport is not None else _find_proxy(url)
+        return self._proxies[place]
 
     def _client(self, proxy: str | None) -> httpx.AsyncClient:
         if proxy not in self._clients:
@@ -221,21 +218,15 @@ class _PartFile:
 
     def __init__(self, destination: Path) -> None:
         self._destination = destination
-        self._digest = hashlib.sha256()
         self.path = destination.with_name(f"{destination.name}.part")
         self.size = 0
         with self._disk():
             destination.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("wb")
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
+            self._file = self.path.open("wb", buffering=_BUFFER)
 
     def write(self, chunk: bytes) -> None:
         with self._disk():
             self._file.write(chunk)
-        self._digest.update(chunk)
         self.size += len(chunk)
 
     def flush(self) -> None:
@@ -286,6 +277,14 @@ def _check_status(response: httpx.Response) -> None:
             retry_after=parse_retry_after(response.headers.get("retry-after"), datetime.now(timezone.utc)),
         )
     raise DownloadError(f"{host} answered {status} instead of the picture, and will so again.")
+
+
+def _find_proxy(url: httpx.URL) -> str | None:
+    if urllib.request.proxy_bypass(url.host):
+        return None
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
 def _is_base64(head: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -38,13 +39,15 @@ class Picture(BaseModel):
     content_type: str = Field(description="The MIME type of the bytes.")
     width: int = Field(gt=0, description="Pixels.")
     height: int = Field(gt=0, description="Pixels.")
+    sha256: str = Field(description="Of the bytes, hex.")
+    size: int = Field(gt=0, description="Bytes.")
     black: bool = Field(
         description="Every pixel is black: how the service delivers a picture that its safety filter stopped."
     )
 
 
 def inspect_picture(path: Path, expected: OutputFormat, *, max_pixels: int) -> Picture:
-    """Prove that a file is a whole picture of the expected format, and measure it.
+    """Prove that a file is a whole picture of the expected format, and measure it. One reading for all of it.
 
     The file is decoded to its end, so a cut one is found; its bytes are never changed. Takes some ten
     milliseconds for a picture of one megapixel and, for a moment, memory for the file and its pixels: call it in a
@@ -78,7 +81,15 @@ def inspect_picture(path: Path, expected: OutputFormat, *, max_pixels: int) -> P
         raise UnexpectedFormat(
             f"The picture delivered is {found.upper()} where output_format asked for {expected.upper()}."
         )
-    return Picture(format=expected, content_type=f"image/{expected}", width=width, height=height, black=black)
+    return Picture(
+        format=expected,
+        content_type=f"image/{expected}",
+        width=width,
+        height=height,
+        sha256=hashlib.sha256(data).hexdigest(),
+        size=len(data),
+        black=black,
+    )
 
 
 def _measure(data: bytes, found: _KnownFormat, max_pixels: int) -> tuple[int, int, bool]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import threading
@@ -51,12 +52,28 @@ def _insert(png: bytes, chunk: bytes) -> bytes:
 
 def test_a_whole_jpeg_is_measured(inspect: Inspect, jpeg: bytes) -> None:
     """Format, type and size are those of the bytes."""
-    assert inspect(jpeg, "jpeg") == Picture(format="jpeg", content_type="image/jpeg", width=96, height=64, black=False)
+    assert inspect(jpeg, "jpeg") == Picture(
+        format="jpeg",
+        content_type="image/jpeg",
+        width=96,
+        height=64,
+        sha256=hashlib.sha256(jpeg).hexdigest(),
+        size=len(jpeg),
+        black=False,
+    )
 
 
 def test_a_whole_png_is_measured(inspect: Inspect, png: bytes) -> None:
     """Format, type and size are those of the bytes."""
-    assert inspect(png, "png") == Picture(format="png", content_type="image/png", width=96, height=64, black=False)
+    assert inspect(png, "png") == Picture(
+        format="png",
+        content_type="image/png",
+        width=96,
+        height=64,
+        sha256=hashlib.sha256(png).hexdigest(),
+        size=len(png),
+        black=False,
+    )
 
 
 @pytest.mark.parametrize(
