@@ -186,7 +186,7 @@ class TestAgainstTheStandIn:
         name = await lose(request_, client, spool)
         headers = {"Authorization": f"Bearer {sandbox.environment['AIMLAPI_KEY']}"}
         async with httpx.AsyncClient(base_url=sandbox.url, headers=headers, trust_env=False) as http:
-            await asyncio.gather(*(http.get("/v2/logs", params={"limit": "1"}) for _ in range(200)))
+            await asyncio.gather(*(http.get("/v2/logs", params={"period": "1h"}) for _ in range(200)))
         found = await reconcile(client, spool, calls=spool.open_calls())
         assert (found.billed, found.unknown) == ({}, (name,))
         assert found.reason is not None

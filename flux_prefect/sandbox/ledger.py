@@ -128,11 +128,14 @@ class LogPage:
     offset: int
 
 
+# What was charged has succeeded for the service, whatever its caller got of it.
 _LOG = """
-SELECT *, json_extract(request, '$.model') AS model FROM calls
-WHERE request IS NOT NULL AND at >= :start AND at < :end
-  AND (:model IS NULL OR json_extract(request, '$.model') = :model)
-  AND (:succeeded IS NULL OR (coalesce(status, 0) BETWEEN 200 AND 299) = :succeeded)
+SELECT *, count(*) OVER () AS total FROM (
+  SELECT *, json_extract(request, '$.model') AS model,
+    (credits > 0 OR coalesce(status, 0) BETWEEN 200 AND 299) AS succeeded
+  FROM calls WHERE request IS NOT NULL AND at >= :start AND at < :end
+)
+WHERE (:model IS NULL OR model = :model) AND (:succeeded IS NULL OR succeeded = :succeeded)
 ORDER BY number DESC LIMIT :limit OFFSET :offset
 """
 
@@ -220,9 +223,13 @@ class Ledger:
         """Every call, in order."""
         return [Call.model_validate(_call(row)) for row in self._db.execute("SELECT * FROM calls ORDER BY number")]
 
-    def log(self, page: LogPage) -> list[dict[str, Any]]:
-        """The calls that the service's own log would show, the newest first."""
-        return [dict(row) for row in self._db.execute(_LOG, asdict(page))]
+    def log(self, page: LogPage) -> tuple[list[dict[str, Any]], int]:
+        """A page of the calls that the service's own log would show, the newest first, and the number of all."""
+        rows = [dict(row) for row in self._db.execute(_LOG, asdict(page))]
+        if rows:
+            return rows, rows[0]["total"]
+        whole = self._db.execute(_LOG, {**asdict(page), "limit": 1, "offset": 0}).fetchone()
+        return [], whole["total"] if whole else 0
 
     def saved_settings(self) -> str | None:
         """The JSON that `save_settings` kept."""

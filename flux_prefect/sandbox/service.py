@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import anyio
 import anyio.to_thread
-from pydantic import AwareDatetime, BaseModel, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError, model_validator
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -35,6 +35,7 @@ _CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FILE_NAME = re.compile(r"(?P<token>[0-9a-f]{32})-(?P<index>[0-3])\.(?P<extension>jpg|png)")
 _EXTENSIONS = {"jpeg": "jpg", "png": "png"}
 _LOG_CALLS_PER_MINUTE = 200
+_LOG_DAYS = 92
 
 
 def create_app(state: State) -> Starlette:
@@ -56,20 +57,33 @@ def create_app(state: State) -> Starlette:
 
 
 class _LogQuery(BaseModel):
-    period: Annotated[str, Field(pattern=r"^\d{1,4}[mhd]$")] = "30d"
+    """What can be asked of the log: a period, or a start and an end."""
+
+    period: Annotated[str, Field(pattern=r"^\d{1,4}[mhd]$")] | None = None
     start: AwareDatetime | None = None
     end: AwareDatetime | None = None
     model: str | None = None
-    status: Literal["success", "error"] | None = None
+    status: Literal["succeeded", "failed"] | None = None
     limit: int = Field(default=50, ge=1, le=100)
     offset: int = Field(default=0, ge=0, le=10**12)
 
+    @model_validator(mode="after")
+    def _one_window(self) -> _LogQuery:
+        if (self.period is None) == (self.start is None) or (self.start is None) != (self.end is None):
+            raise ValueError("give either period, or start and end")
+        start, end = self.window()
+        if end - start > _LOG_DAYS * 86_400:
+            raise ValueError(f"a window has at most {_LOG_DAYS} days")
+        return self
+
     def window(self) -> tuple[float, float]:
         """From when to when, as seconds since 1970."""
-        unit = {"m": "minutes", "h": "hours", "d": "days"}[self.period[-1]]
-        end = self.end.timestamp() if self.end else time.time() + 1
-        length = timedelta(**{unit: int(self.period[:-1])}).total_seconds()
-        return self.start.timestamp() if self.start else end - length, end
+        if self.start is not None and self.end is not None:
+            return self.start.timestamp(), self.end.timestamp()
+        period = self.period or "1d"
+        unit = {"m": "minutes", "h": "hours", "d": "days"}[period[-1]]
+        end = time.time() + 1
+        return end - timedelta(**{unit: int(period[:-1])}).total_seconds(), end
 
 
 class _ImageService:
@@ -239,12 +253,14 @@ class _ImageService:
             start=start,
             end=end,
             model=query.model,
-            succeeded=None if query.status is None else query.status == "success",
+            succeeded=None if query.status is None else query.status == "succeeded",
             limit=query.limit,
             offset=query.offset,
         )
-        rows = [_log_row(row) for row in self._state.ledger.log(page)]
-        return JSONResponse({"data": rows, "limit": query.limit, "offset": query.offset})
+        rows, total = self._state.ledger.log(page)
+        more = query.offset + len(rows) < total
+        pagination = {"limit": query.limit, "offset": query.offset, "total": total, "has_more": more}
+        return JSONResponse({"data": [_log_row(row) for row in rows], "pagination": pagination})
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models. Needs no key, as at the service."""
@@ -314,12 +330,11 @@ def _status(answer: ASGIApp) -> int | None:
 
 
 def _log_row(row: dict[str, Any]) -> dict[str, Any]:
-    succeeded = row["status"] is not None and row["status"] < 300  # noqa: PLR2004 - the 2xx
     return {
         "inference_id": row["inference_id"],
         "client_request_id": row["client_request_id"],
         "model": row["model"],
-        "status": "success" if succeeded else "error",
+        "status": "succeeded" if row["succeeded"] else "failed",
         "cost": {"usd": row["credits"] / CREDITS_PER_USD, "credits": row["credits"]},
-        "created_at": datetime.fromtimestamp(row["at"], timezone.utc).isoformat(),
+        "created": datetime.fromtimestamp(row["at"], timezone.utc).isoformat(),
     }

@@ -274,17 +274,41 @@ def test_the_log_shows_calls_and_costs_and_no_urls(client: PlainClient, sandbox:
     client.post(headers={"X-Client-Request-Id": "second"})
 
     def log(**query: str) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = client.http.get("/v2/logs", params=query).raise_for_status().json()["data"]
+        window = {} if "start" in query else {"period": "1h"}
+        body: dict[str, Any] = client.http.get("/v2/logs", params={**window, **query}).raise_for_status().json()
+        pages.append(body["pagination"])
+        rows: list[dict[str, Any]] = body["data"]
         return rows
 
+    pages: list[dict[str, Any]] = []
+
     assert [row["client_request_id"] for row in log()] == ["second", "first"]
+    assert [row["client_request_id"] for row in log(limit="1")] == ["second"]
+    assert pages[-1] == {"limit": 1, "offset": 0, "total": 2, "has_more": True}
     assert [row["client_request_id"] for row in log(limit="1", offset="1")] == ["first"]
-    assert log(status="success")[0]["cost"] == {"usd": 0.084, "credits": PRICE}
-    assert log(status="error")[0]["cost"]["credits"] == 0
+    assert pages[-1] == {"limit": 1, "offset": 1, "total": 2, "has_more": False}
+    assert log(offset="2") == []
+    assert pages[-1]["total"] == 2
+    assert log(status="succeeded")[0]["cost"] == {"usd": 0.084, "credits": PRICE}
+    assert log(status="failed")[0]["cost"]["credits"] == 0
     assert log(model="flux/kontext-pro/text-to-image") == []
     assert log(start="2020-01-01T00:00:00Z", end="2020-01-02T00:00:00Z") == []
-    assert "http" not in client.http.get("/v2/logs").text
-    assert client.http.get("/v2/logs", params={"limit": "101"}).status_code == 400
+    assert "http" not in client.http.get("/v2/logs", params={"period": "1h"}).text
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {},
+        {"period": "1h", "limit": "101"},
+        {"start": "2020-01-01T00:00:00Z"},
+        {"period": "1h", "start": "2020-01-01T00:00:00Z", "end": "2020-01-02T00:00:00Z"},
+        {"period": "93d"},
+    ],
+)
+def test_the_log_wants_one_window_of_at_most_92_days(client: PlainClient, query: dict[str, str]) -> None:
+    """As the service's document says; all else is refused."""
+    assert client.http.get("/v2/logs", params=query).status_code == 400
 
 
 def test_models_need_no_key(sandbox: RunningSandbox) -> None:
