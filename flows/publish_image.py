@@ -49,6 +49,7 @@ async def publish_image(
     destination = await ImageBucket.resolve(bucket)
     account = await AimlApiCredentials.resolve(credentials)
     await check_ready(destination)
+    await account.check()
     production = await produce_image(with_seed(request, str(flow_run.id), "image"), destination, account)
     for outcome in production.images:
         if outcome.image is not None:

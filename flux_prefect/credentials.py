@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import ClassVar
 
 import httpx
 from prefect.blocks.abstract import CredentialsBlock
 from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client as get_prefect_client
+from prefect.concurrency.asyncio import concurrency
+from prefect.exceptions import ObjectNotFound
 from pydantic import ConfigDict, Field, HttpUrl, SecretStr, field_validator
 
 from flux_prefect.api.client import AimlApiClient, Timeouts
+from flux_prefect.api.errors import NotSent
 from flux_prefect.api.models import normalize_endpoint
 from flux_prefect.api.pacing import shared_pacer
+
+_logger = logging.getLogger(__name__)
 
 DEFAULT_BASE_URL = "https://api.aimlapi.com"
 
@@ -65,6 +73,13 @@ class AimlApiCredentials(CredentialsBlock):
         ge=1,
         le=1000,
         description="Most paid calls at once, per process. Lowered and raised again with the service's refusals.",
+    )
+    concurrency_limit: str | None = Field(
+        default=None,
+        description=(
+            "A Prefect global concurrency limit. Every paid call takes one of its slots, over all workers; a tenth of "
+            "a second each."
+        ),
     )
     connect_timeout: float = Field(default=10, gt=0, description="Seconds to wait for a connection.")
     read_timeout: float = Field(
@@ -138,7 +153,25 @@ class AimlApiCredentials(CredentialsBlock):
                 download_read=min(_DOWNLOAD_STALL, self.download_timeout),
             ),
             pacer=shared_pacer(self.base_url, self.max_in_flight),
+            gate=nullcontext if self.concurrency_limit is None else partial(_take_slot, self.concurrency_limit),
         )
+
+    async def check(self) -> None:
+        """Prove that the concurrency limit is there, where one is named: Prefect itself passes over a missing one.
+
+        Raises:
+            ValueError: it is missing; with the command that makes it.
+        """
+        if self.concurrency_limit is None:
+            return
+        async with get_prefect_client() as prefect:
+            try:
+                await prefect.read_global_concurrency_limit_by_name(self.concurrency_limit)
+            except ObjectNotFound as error:
+                raise ValueError(
+                    f"concurrency_limit {self.concurrency_limit!r} does not exist: make it with `prefect gcl create "
+                    f"{self.concurrency_limit} --limit {self.max_in_flight}`, or leave the field empty."
+                ) from error
 
     @asynccontextmanager
     async def open_client(self) -> AsyncIterator[AimlApiClient]:
@@ -157,3 +190,22 @@ class AimlApiCredentials(CredentialsBlock):
                 yield client
             finally:
                 _open_client.reset(token)
+
+
+@asynccontextmanager
+async def _take_slot(limit: str) -> AsyncIterator[None]:
+    slot = concurrency(limit)
+    try:
+        await slot.__aenter__()
+    except Exception as error:
+        raise NotSent(
+            f"No slot of the concurrency limit {limit!r} could be taken ({error}): nothing was sent. "
+            "Check that Prefect's server can be reached."
+        ) from error
+    try:
+        yield
+    finally:
+        try:
+            await slot.__aexit__(None, None, None)
+        except Exception:  # the call is over, and its answer counts
+            _logger.exception("A slot of the concurrency limit %r was not given back; its lease runs out", limit)

@@ -11,7 +11,7 @@ import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -118,6 +118,8 @@ class AimlApiClient:
         timeouts: how long to wait for what.
         max_bytes: the most bytes of one picture.
         max_pixels: the most pixels of one picture.
+        gate: entered around each time that a paid call goes out, while it holds its slot of the pacer: a limit over
+            several processes. What it raises stops the call.
         transport: takes the place of the network to the service, for tests.
         download_transport: takes the place of the network to the pictures' hosts, for tests.
 
@@ -134,6 +136,7 @@ class AimlApiClient:
         timeouts: Timeouts | None = None,
         max_bytes: int = MAX_BYTES,
         max_pixels: int = MAX_PIXELS,
+        gate: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
         transport: httpx.AsyncBaseTransport | None = None,
         download_transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -142,6 +145,7 @@ class AimlApiClient:
             raise ValueError("api_key is empty, or holds a space or a character outside of ASCII: copy it anew")
         self.base_url = _check_base_url(base_url)
         self._pacer = pacer
+        self._gate = gate
         self._timeouts = timeouts = timeouts or Timeouts()
         self._max_bytes = max_bytes
         self._api = httpx.AsyncClient(
@@ -223,9 +227,10 @@ class AimlApiClient:
         for attempt in itertools.count():
             try:
                 async with self._pacer.slot(turn):
-                    if before_send is not None:
-                        before_send()
-                    answer = await self._post(request, call_id)
+                    async with self._gate():
+                        if before_send is not None:
+                            before_send()
+                        answer = await self._post(request, call_id)
                     refusal = self._read_refusal(answer, call_id)
                     if not _asks_to_slow_down(refusal):
                         if answer.status < 500:  # noqa: PLR2004 - a failure of the service proves no capacity
