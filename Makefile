@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint format lock clean
+.PHONY: help demo test chaos bench lint format lock clean
 
 help: ## List what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,6 +19,9 @@ test: $(READY) ## Run the tests; ARGS are pytest's
 
 chaos: $(READY) ## Kill a batch of 200 pictures 200 times and look at what is left (some ten minutes)
 	@PYTHONPATH=. $(RUN) tests/chaos.py $(ARGS)
+
+bench: $(READY) ## Measure what the project costs (ten to fifteen minutes); ARGS=--help
+	@$(RUN) -m tests.benchmarks $(ARGS)
 
 lint: $(READY) ## Check style and types
 	@$(RUN) -m ruff check
