@@ -26,12 +26,16 @@ from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 
 from flows.publish_batch import publish_batch
+from flux_prefect.batch.running import Density
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox
 
 BUCKET = "s3://images/chaos"
 PASSING = ("server_error", "overloaded", "reset_before_work", "cut_download", "reset_download", "download_503")
 """Faults that cost nothing, so that every second payment is the kills' own."""
+
+DENSITIES: tuple[Density, ...] = ("steps", "chunks")
+"""What one of them has begun the other goes on with."""
 
 
 @dataclass(frozen=True)
@@ -65,33 +69,44 @@ class Outcome:
 
 
 def run_chaos(folder: Path, *, rows: int, kills: int, max_in_flight: int, seed: int, console: Console) -> Outcome:
-    """Kill and restart until the batch is done. Needs a Prefect API in the environment."""
+    """Kill and restart until there were enough kills; a table that is done before makes room for the next.
+
+    Needs a Prefect API in the environment.
+    """
     chance = random.Random(seed)  # noqa: S311 - chooses moments
-    table = folder / "prompts.jsonl"
-    lines = [json.dumps({"id": f"row-{n}", "prompt": f"chaos {seed} {n}", "seed": n + 1}) for n in range(rows)]
-    table.write_text("\n".join(lines), encoding="utf-8")
     os.environ["FLUX_PREFECT_SPOOL"] = str(folder / "spool")
+    tables = [_write_table(folder, rows, f"{seed} 1")]
     done = in_flight = 0
-    with start_sandbox(folder / "sandbox", latency=0.3, fast_bytes=20_000) as sandbox:
+    with start_sandbox(folder / "sandbox", latency=0.5, fast_bytes=20_000) as sandbox:
         os.environ.update(sandbox.environment)
+        sandbox.control.settings(fast=True)
         while done < kills:
             sandbox.control.inject(chance.choice(PASSING), times=chance.randint(1, 3))
-            child = _start(table, max_in_flight)
-            if _ended_within(child, chance.uniform(1.0, 4.0)):
-                break  # the batch was done before the kills were
+            child = _start(tables[-1], max_in_flight, chance.choice(DENSITIES))
+            if _ended_within(child, chance.uniform(0.5, 4.0)):
+                tables.append(_write_table(folder, rows, f"{seed} {len(tables) + 1}"))
+                continue
             in_flight += sandbox.control.summary().in_flight
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             done += 1
             console.print(f"kill {done}: {sandbox.control.summary().billed_calls} billed so far")
         sandbox.control.clear_faults()
-        status = os.waitpid(_start(table, max_in_flight), 0)[1]
-        if status != 0:
-            raise AssertionError(f"the last run, which nobody killed, ended with status {status}")
-        return _settle(sandbox, folder / "spool", rows, done, in_flight)
+        for density in DENSITIES:  # the second finds everything there
+            status = os.waitpid(_start(tables[-1], max_in_flight, density), 0)[1]
+            if status != 0:
+                raise AssertionError(f"a last run, which nobody killed, ended with status {status}")
+        return _settle(sandbox, folder / "spool", rows * len(tables), done, in_flight)
 
 
-def _start(table: Path, max_in_flight: int) -> int:
+def _write_table(folder: Path, rows: int, name: str) -> Path:
+    table = folder / f"prompts {name}.jsonl"
+    lines = [json.dumps({"id": f"row-{n}", "prompt": f"chaos {name} {n}", "seed": n + 1}) for n in range(rows)]
+    table.write_text("\n".join(lines), encoding="utf-8")
+    return table
+
+
+def _start(table: Path, max_in_flight: int, density: Density) -> int:
     """A process of its own that runs the batch, forked so that it need not import everything again."""
     child = os.fork()
     if child:
@@ -101,10 +116,10 @@ def _start(table: Path, max_in_flight: int) -> int:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        state: Any = asyncio.run(
-            publish_batch(str(table), BUCKET, max_in_flight=max_in_flight, return_state=True)  # type: ignore[arg-type] # Prefect types it as an awaitable
-        )
-        status = 0 if state.is_completed() else 1
+        batch: Any = publish_batch(
+            str(table), BUCKET, max_in_flight=max_in_flight, density=density, return_state=True
+        )  # Prefect types what is really a coroutine as the state
+        status = 0 if asyncio.run(batch).is_completed() else 1
     os._exit(status)
 
 
@@ -146,7 +161,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/chaos.py", description="Kill a batch until it is done.")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--max-in-flight", type=int, default=8)
+    parser.add_argument("--max-in-flight", type=int, default=4)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     given = parser.parse_args()
     console = Console(highlight=False)
