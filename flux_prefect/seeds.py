@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import date
 
 from flux_prefect.api.models import MAX_SEED, ImageRequest
 
@@ -15,6 +16,11 @@ def draw_seed(run: str, place: str) -> int:
     """
     digest = hashlib.sha256(json.dumps([run, place]).encode("ascii")).digest()
     return int.from_bytes(digest[:8], "big") % MAX_SEED + 1
+
+
+def draw_day_seed(day: date, place: str) -> int:
+    """A seed from 1 to 4,294,967,295, the same in every run for one day and place; each day has others."""
+    return draw_seed(day.isoformat(), place)
 
 
 def with_seed(request: ImageRequest, run: str, place: str) -> ImageRequest:

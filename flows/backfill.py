@@ -1,0 +1,252 @@
+"""Publish the pictures of a range of days.
+
+From a shell: `python -m flows.backfill products.csv --bucket s3://name/prefix --start 2026-03-01 --end 2026-03-05`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import date, timedelta
+from typing import Annotated, Any, Literal, cast
+
+from prefect import flow
+from prefect.artifacts import acreate_table_artifact
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Cancelled, Completed, Failed
+from pydantic import BaseModel, ConfigDict, Field
+from rich import box
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from flows.publish_daily import add_daily_arguments, publish_daily, read_pictures
+from flux_prefect.api.errors import FluxError
+from flux_prefect.batch.plan import BalanceTooLow
+from flux_prefect.batch.report import BatchFailed, BatchReport
+from flux_prefect.batch.table import TableError
+from flux_prefect.batch.templates import USUAL_PICTURES, PictureSettings
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.budget import Budget, describe_credits
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.settings import current_settings
+from flux_prefect.shell import FAILED, run_to_state
+from flux_prefect.spool import Spool
+
+Order = Literal["oldest first", "newest first"]
+
+
+class DayOutcome(BaseModel):
+    """What became of one day."""
+
+    model_config = ConfigDict(frozen=True)
+
+    day: date = Field(description="The day.")
+    state: str = Field(description="How its run ended, in Prefect's word.")
+    message: str = Field(description="What the run's page says.")
+    report: BatchReport | None = Field(description="The batch's report; None where it never began.")
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run of the day is not Completed."""
+        return self.state != "Completed"
+
+
+class BackfillReport(BaseModel):
+    """What became of a range of days, in the order in which they were run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    days: tuple[DayOutcome, ...] = Field(description="A day each.")
+
+    @property
+    def failed(self) -> list[date]:
+        """The days whose runs failed."""
+        return [outcome.day for outcome in self.days if outcome.failed]
+
+    @property
+    def credits_used(self) -> float:
+        """What the service said that all of it cost, in credits."""
+        return sum(outcome.report.credits_used for outcome in self.days if outcome.report is not None)
+
+    def summary(self) -> str:
+        """One line: how many days, what they cost, and which failed."""
+        line = f"{len(self.days) - len(self.failed)} of {len(self.days)} days published"
+        line += f", {describe_credits(self.credits_used)}"
+        return f"{line}; failed: {', '.join(map(str, self.failed))}" if self.failed else line
+
+
+class BackfillFailed(FluxError):
+    """Days failed; the others are published.
+
+    Attributes:
+        report: the whole report.
+    """
+
+    def __init__(self, message: str, report: BackfillReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@flow(name="backfill", flow_run_name="backfill {start} to {end}")
+async def backfill(
+    source: str | list[dict[str, Any]],
+    bucket: ImageBucket | str,
+    start: date,
+    end: date,
+    order: Order = "oldest first",
+    max_days: Annotated[int, Field(ge=1, le=3660)] = 31,
+    template: str | None = None,
+    pictures: PictureSettings = USUAL_PICTURES,
+    credentials: AimlApiCredentials | str | None = None,
+    max_in_flight: Annotated[int, Field(ge=1, le=1000)] = 8,
+    max_failed: Annotated[int, Field(ge=0)] = 0,
+    max_credits: Annotated[float, Field(ge=0)] | None = None,
+    dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
+) -> BackfillReport:
+    """Have the pictures of every day from start to end in a bucket, one subrun a day, one day after the other.
+
+    The pictures are those that publish_daily makes of each day; what it has published costs nothing, whatever the
+    order. A day that fails does not stop the others.
+
+    Args:
+        source: A table of prompt templates, as publish_daily has it.
+        bucket: s3://name/prefix, or a saved Image Bucket block or its name.
+        start: The first day.
+        end: The last day, itself included.
+        order: Which end to begin with: what does not fit under the cap is missing at the other.
+        max_days: How many days there may be, so that a slip in a date is not paid for.
+        template: The prompt of rows whose own is empty.
+        pictures: What a row leaves open.
+        credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
+        max_in_flight: Most paid calls at once.
+        max_failed: How many items of a day may end without their pictures before the day counts as failed.
+        max_credits: A hard cap on what all days spend together, in credits (2,000,000 to the US dollar). What does not
+            fit is left for the next run and is no failure.
+        dry_run: Plan every day and pay for nothing.
+
+    Returns:
+        What became of each day.
+
+    Raises:
+        ValueError: end lies before start, or there are more than max_days.
+        BackfillFailed: days failed. Its `report` is the whole report.
+    """
+    days = _list_days(start, end, max_days, order)
+    account = await AimlApiCredentials.resolve(credentials)
+    outcomes: list[DayOutcome] = []
+    left = max_credits
+    for day in days:
+        state = cast(
+            "State[Any]",
+            await publish_daily(
+                source,
+                bucket,
+                template=template,
+                day=day,
+                pictures=pictures,
+                credentials=credentials,
+                max_in_flight=max_in_flight,
+                max_failed=max_failed,
+                max_credits=left,
+                dry_run=dry_run,
+                return_state=True,
+            ),
+        )
+        if state.is_cancelled():
+            return cast("BackfillReport", Cancelled(message=f"Cancelled at {day}. {state.message or ''}".strip()))
+        result = await state.aresult(raise_on_failure=False)
+        report = result.report if isinstance(result, BatchFailed) else result
+        told = report if isinstance(report, BatchReport) else None
+        outcomes.append(DayOutcome(day=day, state=state.name or "", message=state.message or "", report=told))
+        if left is not None:
+            left = 0.0 if _may_have_spent_all(result) else max(0.0, left - _spent_at_most(told, account.base_url))
+    ended = BackfillReport(days=tuple(outcomes))
+    await acreate_table_artifact(
+        [{"day": str(each.day), "state": each.state, "told": each.message} for each in ended.days],
+        key="flux-backfill",
+        description=ended.summary(),
+    )
+    get_run_logger().info("%s", ended.summary())
+    if ended.failed:
+        error = BackfillFailed(ended.summary(), ended)
+        return cast("BackfillReport", Failed(message=error.message, data=error))
+    return cast("BackfillReport", Completed(message=ended.summary(), data=ended))
+
+
+def _list_days(start: date, end: date, max_days: int, order: Order) -> list[date]:
+    count = (end - start).days + 1
+    if count < 1:
+        raise ValueError(f"end {end} lies before start {start}: swap them")
+    if count > max_days:
+        raise ValueError(f"{start} to {end} are {count:,} days and max_days is {max_days}: correct a date, or raise it")
+    days = [start + timedelta(days=number) for number in range(count)]
+    return days if order == "oldest first" else days[::-1]
+
+
+def _may_have_spent_all(result: Any) -> bool:
+    """Whether a day ended without its report, and not for what is known before the first call."""
+    return not isinstance(result, (BatchReport, BatchFailed, TableError, BalanceTooLow))
+
+
+def _spent_at_most(report: BatchReport | None, endpoint: str) -> float:
+    """What a day cost, with every call whose cost nobody has told counted at its price. In credits."""
+    if report is None:
+        return 0.0
+    spent = report.credits_used
+    if report.unknown_calls or report.unpriced_calls:
+        budget = Budget(
+            prices=Spool().find_experience(endpoint).prices, default_price=current_settings().credits_per_image
+        )
+        for item in report.read():
+            untold = item.calls - item.billed_calls - item.unbilled_calls + item.unpriced_calls
+            if item.request is not None and untold:
+                spent += untold * budget.price_of(item.request).credits
+    return spent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status, 0 only where the run is Completed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.backfill", description="Publish the pictures of a range of days."
+    )
+    add_daily_arguments(parser)
+    for name, told in {"start": "the first day", "end": "the last day, itself included"}.items():
+        parser.add_argument(f"--{name}", type=date.fromisoformat, required=True, metavar="YYYY-MM-DD", help=told)
+    parser.add_argument("--newest-first", action="store_true", help="begin with the last day")
+    parser.add_argument("--max-days", type=int, default=31, metavar="N", help="days there may be (default 31)")
+    given = parser.parse_args(arguments)
+    state = run_to_state(
+        backfill(
+            given.source,
+            given.bucket,
+            given.start,
+            given.end,
+            order="newest first" if given.newest_first else "oldest first",
+            max_days=given.max_days,
+            template=given.template,
+            pictures=read_pictures(parser, given),
+            credentials=given.credentials,
+            max_in_flight=given.max_in_flight,
+            max_failed=given.max_failed,
+            max_credits=given.max_credits,
+            dry_run=given.dry_run,
+            return_state=True,
+        )
+    )
+    result = state.result(raise_on_failure=False)
+    report = result.report if isinstance(result, BackfillFailed) else result
+    if isinstance(report, BackfillReport):
+        grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("day", "state", "what happened"):
+            grid.add_column(column, overflow="fold")
+        for outcome in report.days:
+            grid.add_row(str(outcome.day), outcome.state, Text(outcome.message))
+        Console().print(grid)
+    print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
+    return 0 if state.is_completed() else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

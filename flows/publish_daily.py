@@ -1,0 +1,190 @@
+"""Publish a day's pictures of a table of prompt templates.
+
+From a shell: `python -m flows.publish_daily products.csv --bucket s3://name/prefix --day 2026-03-01`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, cast
+from zoneinfo import ZoneInfo
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from pydantic import AfterValidator, Field, ValidationError
+from rich.console import Console
+
+from flows.publish_batch import publish_batch
+from flux_prefect.batch.plan import tabulate_plan
+from flux_prefect.batch.report import BatchFailed, BatchReport, tabulate
+from flux_prefect.batch.table import explain_invalid
+from flux_prefect.batch.templates import USUAL_PICTURES, PictureSettings, render_table
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
+
+
+def _known_timezone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"timezone {name!r} is not known: write it as Europe/Berlin or UTC") from error
+    return name
+
+
+Timezone = Annotated[str, AfterValidator(_known_timezone)]
+
+
+def scheduled_day(timezone: str) -> date:
+    """The day for which the current run was scheduled, however late or often it is tried; today outside of a run."""
+    scheduled: date = flow_run.scheduled_start_time.astimezone(ZoneInfo(timezone)).date()
+    return scheduled
+
+
+def _name_run() -> str:
+    given = flow_run.parameters
+    return f"publish {given['day'] or scheduled_day(given['timezone'])}"
+
+
+@flow(name="publish-daily", flow_run_name=_name_run)
+async def publish_daily(
+    source: str | list[dict[str, Any]],
+    bucket: ImageBucket | str,
+    template: str | None = None,
+    day: date | None = None,
+    timezone: Timezone = "UTC",
+    pictures: PictureSettings = USUAL_PICTURES,
+    credentials: AimlApiCredentials | str | None = None,
+    max_in_flight: Annotated[int, Field(ge=1, le=1000)] = 8,
+    max_failed: Annotated[int, Field(ge=0)] = 0,
+    max_credits: Annotated[float, Field(ge=0)] | None = None,
+    max_images: Annotated[int, Field(ge=0)] | None = None,
+    dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
+) -> BatchReport:
+    """Have a day's pictures of a table in a bucket; a day that is published already costs nothing.
+
+    Prompts are Jinja2 templates: `a {{ colour }} {{ name }} on a {{ day | weekday }} in {{ day | season }}`. Known are
+    the row's columns, `row["a column with spaces"]` and `day`. Seeds follow from the day and the row's id, so the same
+    day is always the same pictures, and another day other ones. All rows are rendered before anything is paid for;
+    one that can't be stops the run.
+
+    Args:
+        source: A .csv, .jsonl or .parquet file (a path, s3://… or https://…), or a list of rows. Its columns are the
+            templates' variables; those named prompt (itself a template), seed, aspect_ratio and so on fill the request.
+            Give rows a stable id. A .csv or .parquet file needs the column prompt, whose cells may be empty.
+        bucket: s3://name/prefix, or a saved Image Bucket block or its name.
+        template: The prompt of rows whose own is empty.
+        day: The day to publish. Empty: the one that the run is scheduled for.
+        timezone: Where that day begins and ends, such as Europe/Berlin.
+        pictures: What a row leaves open.
+        credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
+        max_in_flight: Most paid calls at once.
+        max_failed: How many items may end without their pictures before the run counts as Failed.
+        max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar).
+        max_images: A hard cap on the pictures that this run pays for.
+        dry_run: Render and plan, and stop. Costs nothing.
+
+    Returns:
+        The report of the batch, as publish_batch has it.
+
+    Raises:
+        TableError: the table can't be read as a whole.
+        TemplateFailed: rows can't be rendered: each with its number and the variable that it lacks.
+        BatchFailed: more than max_failed items ended without their pictures. Its `report` is the whole report.
+    """
+    chosen = day or scheduled_day(timezone)
+    with tempfile.TemporaryDirectory(prefix="flux-daily-") as folder:
+        rendered = Path(folder, f"{chosen}.jsonl")
+        count = await render_table(
+            source, chosen, rendered, template=template, pictures=pictures, bucket=await ImageBucket.resolve(bucket)
+        )
+        get_run_logger().info("Rendered %d rows for %s", count, chosen)
+        state: State[Any] = await publish_batch.with_options(flow_run_name=f"pictures of {chosen}")(
+            str(rendered),
+            bucket,
+            credentials,
+            max_in_flight=max_in_flight,
+            max_failed=max_failed,
+            max_credits=max_credits,
+            max_images=max_images,
+            dry_run=dry_run,
+            return_state=True,
+        )
+    return cast("BatchReport", await _end_as(state))
+
+
+async def _end_as(state: State[Any]) -> State[Any]:
+    """A state as the subrun's, so that this run's page shows its summary; whoever calls the flow gets what is inside.
+
+    The subrun's state itself would count as one of several to be summed up.
+    """
+    result = await state.aresult(raise_on_failure=False)
+    return State(type=state.type, name=state.name, message=state.message, data=result)
+
+
+def add_daily_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command lines of one day and of many share."""
+    parser.add_argument("source", help="a .csv, .jsonl or .parquet file with a column 'prompt'; a path, s3:// or https")
+    add_connection_arguments(parser)
+    parser.add_argument("--template", metavar="TEXT", help="the prompt of rows whose own is empty")
+    for name, field in PictureSettings.model_fields.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"where a row leaves it open: {field.description}")
+    parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
+    parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate a day (default 0)")
+    parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
+    parser.add_argument("--dry-run", action="store_true", help="render and plan, and stop; costs nothing")
+
+
+def read_pictures(parser: argparse.ArgumentParser, given: argparse.Namespace) -> PictureSettings:
+    """The picture settings of a command line; a wrong one ends it as every wrong argument does."""
+    values = {name: getattr(given, name) for name in PictureSettings.model_fields}
+    try:
+        return PictureSettings.model_validate({name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        parser.error(explain_invalid(error))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status, 0 only where the run is Completed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.publish_daily", description="Publish a day's pictures of a table of prompt templates."
+    )
+    add_daily_arguments(parser)
+    parser.add_argument("--day", type=date.fromisoformat, metavar="YYYY-MM-DD", help="the day (default: today)")
+    parser.add_argument("--timezone", default="UTC", metavar="NAME", help="where today is (default UTC)")
+    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the pictures paid for")
+    given = parser.parse_args(arguments)
+    state = run_to_state(
+        publish_daily(
+            given.source,
+            given.bucket,
+            template=given.template,
+            day=given.day,
+            timezone=given.timezone,
+            pictures=read_pictures(parser, given),
+            credentials=given.credentials,
+            max_in_flight=given.max_in_flight,
+            max_failed=given.max_failed,
+            max_credits=given.max_credits,
+            max_images=given.max_images,
+            dry_run=given.dry_run,
+            return_state=True,
+        )
+    )
+    result = state.result(raise_on_failure=False)
+    report = result.report if isinstance(result, BatchFailed) else result
+    if isinstance(report, BatchReport):
+        shown = tabulate_plan(report.plan) if given.dry_run and report.plan is not None else tabulate(report)
+        Console().print(shown)
+    print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
+    return 0 if state.is_completed() else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""Publish prompts in many variants, with a contact sheet of each prompt.
+
+From a shell: `python -m flows.sweep_seeds "a fox in snow" --bucket s3://name/prefix --seeds 1-4 --aspect-ratios 1:1`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args
+
+import anyio
+import anyio.to_thread
+from prefect import flow
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Completed
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+
+from flows.publish_batch import publish_batch
+from flux_prefect.api.models import AspectRatio, ImageRequest, OutputFormat, SafetyTolerance, Seed, TextToImageModel
+from flux_prefect.batch.contact_sheets import Cell, ContactSheet
+from flux_prefect.batch.plan import tabulate_plan
+from flux_prefect.batch.report import BatchFailed, BatchReport, ItemRecord, tabulate
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.budget import Budget, describe_credits
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.settings import current_settings
+from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
+from flux_prefect.spool import Spool
+
+Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
+Guidance = Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)]
+
+_MARKDOWN = re.compile(r"([!-/:-@\[-`{-~])")  # all of ASCII's punctuation, any of which may be escaped
+
+
+class TooManyCombinations(ValueError):
+    """The lists multiply to more than allowed. Nothing was sent."""
+
+
+class SweepReport(BaseModel):
+    """What became of a sweep."""
+
+    model_config = ConfigDict(frozen=True)
+
+    batch: BatchReport = Field(description="The report of all pictures.")
+    sheets: dict[str, str] = Field(description="The s3:// address of the contact sheet of each prompt.")
+
+
+def _name_run() -> str:
+    given = flow_run.parameters
+    lists = (given[name] for name in ("prompts", "seeds", "aspect_ratios", "guidance_scales"))
+    return f"sweep {' × '.join(str(max(1, len(values))) for values in lists)}"  # noqa: RUF001 - as people write it
+
+
+@flow(name="sweep-seeds", flow_run_name=_name_run)
+async def sweep_seeds(
+    prompts: Annotated[list[Prompt], Field(min_length=1)],
+    bucket: ImageBucket | str,
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [1, 2, 3, 4],  # noqa: B006 - never changed; the form's default
+    aspect_ratios: Annotated[list[AspectRatio], Field(min_length=1)] = ["1:1"],  # noqa: B006 - as above
+    guidance_scales: list[Guidance] = [],  # noqa: B006 - as above
+    max_combinations: Annotated[int, Field(ge=1, le=1000)] = 64,
+    output_format: OutputFormat = "jpeg",
+    safety_tolerance: SafetyTolerance = "2",
+    model: TextToImageModel = "flux/kontext-max/text-to-image",
+    credentials: AimlApiCredentials | str | None = None,
+    max_in_flight: Annotated[int, Field(ge=1, le=1000)] = 8,
+    max_credits: Annotated[float, Field(ge=0)] | None = None,
+    dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
+) -> SweepReport:
+    """Have every prompt with every seed, aspect ratio and guidance in a bucket, and a contact sheet of each prompt.
+
+    How many pictures that is, and what they cost at most, is told and checked before the first is paid for. What is
+    there already costs nothing, so a sweep can be widened list by list. A picture that fails leaves its place on the
+    sheet empty, with its status, and the run Failed.
+
+    Args:
+        prompts: What the pictures show; a contact sheet each.
+        bucket: s3://name/prefix, or a saved Image Bucket block or its name. The sheets go to contact-sheets/ in it.
+        seeds: The seeds to compare, 1 to 4,294,967,295.
+        aspect_ratios: The shapes to compare.
+        guidance_scales: The values of guidance_scale to compare, 1 to 20. Empty: the service's own.
+        max_combinations: How many pictures there may be, so that long lists are not paid for by mistake.
+        output_format: The pictures' file format.
+        safety_tolerance: 1 is the strictest, 5 and 6 are the most permissive.
+        model: The text-to-image model of the service.
+        credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
+        max_in_flight: Most paid calls at once.
+        max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar).
+        dry_run: Make the plan and stop. Costs nothing.
+
+    Returns:
+        The batch's report and where each prompt's sheet is. Of a dry run: the plan alone.
+
+    Raises:
+        TooManyCombinations: there are more than max_combinations: with their number and what they would cost.
+        BatchFailed: pictures failed. Its `report` is the whole report; the sheets are there all the same.
+    """
+    guidances: list[float | None] = [*guidance_scales] or [None]
+    requests = [
+        ImageRequest(
+            prompt=prompt,
+            seed=seed,
+            aspect_ratio=aspect_ratio,
+            guidance_scale=guidance,
+            output_format=output_format,
+            safety_tolerance=safety_tolerance,
+            model=model,
+        )
+        for prompt, aspect_ratio, guidance, seed in itertools.product(
+            dict.fromkeys(prompts),
+            dict.fromkeys(aspect_ratios),
+            dict.fromkeys(guidances),
+            dict.fromkeys(seeds),
+        )
+    ]
+    account = await AimlApiCredentials.resolve(credentials)
+    _check_number(requests, max_combinations, account.base_url)
+    destination = await ImageBucket.resolve(bucket)
+    with tempfile.TemporaryDirectory(prefix="flux-sweep-") as folder:
+        table = Path(folder, "sweep.jsonl")
+        await anyio.Path(table).write_text("".join(f"{json.dumps(request.payload())}\n" for request in requests))
+        state: State[Any] = await publish_batch.with_options(flow_run_name=f"{len(requests)} variants")(
+            str(table),
+            bucket,
+            credentials,
+            max_in_flight=max_in_flight,
+            max_credits=max_credits,
+            dry_run=dry_run,
+            return_state=True,
+        )
+    result = await state.aresult(raise_on_failure=False)
+    batch = result.report if isinstance(result, BatchFailed) else result
+    sheets: dict[str, str] = {}
+    if isinstance(batch, BatchReport) and not dry_run:
+        for prompt, items in itertools.groupby(batch.read(), key=_prompt_of):
+            sheets[prompt] = await _publish_sheet(prompt, list(items), destination, columns=len(set(seeds)))
+            get_run_logger().info("Contact sheet: %s", sheets[prompt])
+    if not isinstance(result, BatchReport):
+        return cast("SweepReport", State(type=state.type, name=state.name, message=state.message, data=result))
+    return cast("SweepReport", Completed(message=state.message, data=SweepReport(batch=result, sheets=sheets)))
+
+
+def _check_number(requests: Sequence[ImageRequest], most: int, endpoint: str) -> None:
+    if len(requests) > most:
+        budget = Budget(
+            prices=Spool().find_experience(endpoint).prices, default_price=current_settings().credits_per_image
+        )
+        cost = describe_credits(sum(budget.price_of(request).credits for request in requests))
+        raise TooManyCombinations(
+            f"The lists make {len(requests):,} pictures, at most {cost}, and max_combinations is {most}: "
+            "shorten a list, or raise it. Nothing was sent."
+        )
+
+
+def _prompt_of(item: ItemRecord) -> str:
+    return "" if item.request is None else item.request.prompt
+
+
+async def _publish_sheet(prompt: str, items: Sequence[ItemRecord], bucket: ImageBucket, columns: int) -> str:
+    """Put a prompt's contact sheet into the bucket and show it in the run; returns its address.
+
+    The key follows from what is on the sheet, so a repeated sweep replaces its own sheet and no other.
+    """
+    sheet = ContactSheet(prompt, len(items), columns)
+    for item in items:
+        content = await bucket.read_image(item.images[0]) if item.images else None
+        await anyio.to_thread.run_sync(sheet.add, Cell(_label(item), content))
+    places = "\n".join(json.dumps(item.request.payload(), sort_keys=True) for item in items if item.request is not None)
+    digest = hashlib.sha256(places.encode()).hexdigest()[:32]
+    path = f"contact-sheets/{digest}.jpg"
+    await bucket.put_file(
+        path,
+        io.BytesIO(await anyio.to_thread.run_sync(sheet.to_jpeg)),
+        content_type="image/jpeg",
+        cache_control="no-cache",  # a picture that failed may be on it next time
+    )
+    uri = f"{bucket.uri}/{path}"
+    text = _MARKDOWN.sub(r"\\\1", " ".join(prompt.split()))
+    preview = await anyio.to_thread.run_sync(sheet.to_data_uri)
+    await acreate_markdown_artifact(
+        f"{text}\n\n![contact sheet]({preview})\n\n`{uri}`\n",
+        key=f"flux-contact-sheet-{digest[:12]}",
+        description=f"{len(items)} variants: {uri}",
+    )
+    return uri
+
+
+def _label(item: ItemRecord) -> str:
+    request = item.request
+    if request is None:
+        return item.status
+    told = f"seed {request.seed} · {request.aspect_ratio}"
+    if request.guidance_scale is not None:
+        told += f" · guidance {request.guidance_scale:g}"
+    return told if item.images else f"{item.status}: {told}"
+
+
+def _seeds(text: str) -> Iterator[int]:
+    first, _, last = text.partition("-")
+    yield from range(int(first), int(last or first) + 1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status, 0 only where the run is Completed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.sweep_seeds", description="Publish prompts in many variants, with contact sheets."
+    )
+    parser.add_argument("prompts", nargs="+", help="what the pictures show; a contact sheet each")
+    add_connection_arguments(parser)
+    parser.add_argument("--seeds", nargs="+", default=["1-4"], metavar="N", help="seeds, or ranges of them (1-4)")
+    parser.add_argument("--aspect-ratios", nargs="+", choices=get_args(AspectRatio), default=["1:1"], metavar="W:H")
+    parser.add_argument("--guidance-scales", nargs="*", type=float, default=[], metavar="N", help="1 to 20")
+    parser.add_argument("--max-combinations", type=int, default=64, metavar="N", help="pictures allowed (default 64)")
+    parser.add_argument("--output-format", choices=get_args(OutputFormat), default="jpeg")
+    parser.add_argument("--safety-tolerance", choices=get_args(SafetyTolerance), default="2")
+    parser.add_argument("--model", choices=get_args(TextToImageModel), default=get_args(TextToImageModel)[0])
+    parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
+    parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; costs nothing")
+    given = parser.parse_args(arguments)
+    try:
+        seeds = [seed for text in given.seeds for seed in _seeds(text)]
+    except ValueError:
+        parser.error(f"--seeds {' '.join(given.seeds)}: write numbers and ranges, such as 7 20-29")
+    state = run_to_state(
+        sweep_seeds(
+            given.prompts,
+            given.bucket,
+            seeds=seeds,
+            aspect_ratios=given.aspect_ratios,
+            guidance_scales=given.guidance_scales,
+            max_combinations=given.max_combinations,
+            output_format=given.output_format,
+            safety_tolerance=given.safety_tolerance,
+            model=given.model,
+            credentials=given.credentials,
+            max_in_flight=given.max_in_flight,
+            max_credits=given.max_credits,
+            dry_run=given.dry_run,
+            return_state=True,
+        )
+    )
+    result = state.result(raise_on_failure=False)
+    report = result.batch if isinstance(result, SweepReport) else getattr(result, "report", None)
+    if isinstance(report, BatchReport):
+        shown = tabulate_plan(report.plan) if given.dry_run and report.plan is not None else tabulate(report)
+        Console().print(shown)
+    if isinstance(result, SweepReport):
+        for prompt, uri in result.sheets.items():
+            print(f"{uri}  {' '.join(prompt.split())[:60]}")
+    print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
+    return 0 if state.is_completed() else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

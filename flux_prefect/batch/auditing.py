@@ -1,0 +1,170 @@
+"""A manifest against its bucket: what is there as it was written down, and how what is not comes back.
+
+Only what the manifest says is looked for; objects that it does not name are left alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from contextlib import closing
+from typing import Literal
+from uuid import uuid4
+
+import anyio.to_thread
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
+from pydantic import BaseModel, ConfigDict, Field
+
+from flux_prefect.api.errors import FluxError
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket import BucketError, ImageBucket, PublishedImage
+from flux_prefect.spool import ImageFile, Spool
+
+Finding = Literal["ok", "missing", "wrong_checksum", "missing_sidecar", "unreadable"]
+
+_CHUNK = 1024 * 1024
+_NOT_FOUND = 404
+
+
+class Inspection(BaseModel):
+    """What stands under one picture's key."""
+
+    model_config = ConfigDict(frozen=True)
+
+    finding: Finding = Field(
+        description=(
+            "ok, missing, wrong_checksum where other bytes or something else stands there, missing_sidecar where the "
+            "picture is there without its record, unreadable where the bucket does not say."
+        )
+    )
+    message: str = Field(default="", description="What differs.")
+
+
+class CannotMend(FluxError):
+    """A picture can't be brought back; the message says why."""
+
+
+async def inspect_published(bucket: ImageBucket, image: PublishedImage, *, deep: bool) -> Inspection:
+    """Compare a picture and its record in the bucket with what a manifest says of them.
+
+    Two HEADs: the size, the digest that was stored with the picture, and the one that the server keeps, where it
+    gives it. Takes a thread. Never raises for what the bucket answers.
+
+    Args:
+        bucket: whose keys are used; the picture's own key is looked at, wherever the block would put it now.
+        image: as the manifest has it.
+        deep: read the picture's bytes as well, once, in memory of a megabyte. The traffic may cost.
+    """
+    if image.bucket != bucket.bucket_name:
+        return Inspection(finding="unreadable", message=f"it is in the bucket {image.bucket!r}, which was not given")
+    return await anyio.to_thread.run_sync(_inspect, bucket, image, deep)
+
+
+async def find_in_spool(bucket: ImageBucket, image: PublishedImage) -> ImageFile:
+    """The picture's very bytes from this host's spool, read and checked, ready to be published under its key.
+
+    Raises:
+        CannotMend: there are none that fit.
+    """
+    spool = Spool()
+    generation = spool.find_generation(image.fingerprint)
+    if generation is None:
+        raise CannotMend("this host's spool has no record of it")
+    check_key(bucket, generation.request, image)
+    picture = await anyio.to_thread.run_sync(spool.find_picture, generation, image.index)
+    if picture is None:
+        raise CannotMend("its file is not in this host's spool")
+    if picture.sha256 != image.sha256:
+        raise CannotMend("this host's spool has other bytes of it")
+    return ImageFile(**picture.model_dump(), index=image.index, generation=generation)
+
+
+def check_key(bucket: ImageBucket, request: ImageRequest, image: PublishedImage) -> None:
+    """Prove that the block would publish a picture to the very key that the manifest has.
+
+    Raises:
+        CannotMend: it would go elsewhere.
+    """
+    if bucket.key_of(request, image.fingerprint, image.index) != image.key:
+        raise CannotMend("prefix or key_template of the bucket are not those that it was published with")
+
+
+async def set_aside(bucket: ImageBucket, image: PublishedImage) -> str:
+    """Free a picture's key: copy what stands there to `replaced/` below the prefix, then remove it.
+
+    Returns:
+        The copy's key.
+
+    Raises:
+        BucketError: the bucket did not do it. Unless the copy is whole, the object stays where it is.
+    """
+    return await anyio.to_thread.run_sync(_set_aside, bucket, image)
+
+
+def _inspect(bucket: ImageBucket, image: PublishedImage, deep: bool) -> Inspection:  # noqa: FBT001 - run_sync's way
+    try:
+        difference = _compare(bucket, image)
+        if difference is None and deep:
+            difference = _compare_bytes(bucket, image)
+    except FlexibleChecksumError:
+        difference = "its bytes are not those of the server's own checksum"
+    except (ClientError, BotoCoreError) as error:
+        return _explain(error, "missing")
+    if difference is not None:
+        return Inspection(finding="wrong_checksum", message=difference)
+    try:
+        bucket.get_client().head_object(Bucket=bucket.bucket_name, Key=image.sidecar_key)
+    except (ClientError, BotoCoreError) as error:
+        return _explain(error, "missing_sidecar")
+    return Inspection(finding="ok")
+
+
+def _explain(error: ClientError | BotoCoreError, absent: Finding) -> Inspection:
+    # A 404 is never of the bucket itself: that was proven to be there before.
+    if (
+        isinstance(error, ClientError)
+        and error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == _NOT_FOUND
+    ):
+        return Inspection(finding=absent)
+    return Inspection(finding="unreadable", message=str(error))
+
+
+def _compare(bucket: ImageBucket, image: PublishedImage) -> str | None:
+    found = bucket.get_client().head_object(Bucket=bucket.bucket_name, Key=image.key, ChecksumMode="ENABLED")
+    stored = found["Metadata"].get("flux-sha256")
+    if stored is None:
+        return "something that was not published as a picture stands under its key"
+    if stored != image.sha256:
+        return f"it was published with the SHA-256 {stored[:16]}…, not {image.sha256[:16]}…"
+    if found["ContentLength"] != image.size:
+        return f"it has {found['ContentLength']:,} bytes, not {image.size:,}"
+    kept = found.get("ChecksumSHA256", "")
+    # One with a hyphen is of an object put in parts, and no digest of its bytes.
+    if kept and "-" not in kept and base64.b64decode(kept).hex() != image.sha256:
+        return "the server's own SHA-256 of it is another"
+    return None
+
+
+def _compare_bytes(bucket: ImageBucket, image: PublishedImage) -> str | None:
+    digest = hashlib.sha256()
+    with closing(bucket.get_client().get_object(Bucket=bucket.bucket_name, Key=image.key)["Body"]) as body:
+        for piece in body.iter_chunks(_CHUNK):
+            digest.update(piece)
+    return None if digest.hexdigest() == image.sha256 else "its bytes have another SHA-256"
+
+
+def _set_aside(bucket: ImageBucket, image: PublishedImage) -> str:
+    client = bucket.get_client()
+    name = f"{image.fingerprint}-{image.index}-{uuid4().hex}"
+    copy = f"{bucket.prefix}/replaced/{name}".lstrip("/")
+    try:
+        client.copy_object(
+            Bucket=bucket.bucket_name, Key=copy, CopySource={"Bucket": bucket.bucket_name, "Key": image.key}
+        )
+        client.delete_object(Bucket=bucket.bucket_name, Key=image.key)
+    except (ClientError, BotoCoreError) as error:
+        raise BucketError(
+            f"{image.uri} can't be set aside ({error}): check that the keys allow s3:GetObject, s3:PutObject and "
+            "s3:DeleteObject."
+        ) from error
+    return copy

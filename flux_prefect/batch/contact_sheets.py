@@ -1,0 +1,110 @@
+"""One picture of many pictures, each with a label, to compare them at a glance."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+from functools import cache
+
+from PIL import Image, ImageDraw, ImageFont
+
+MAX_DATA_URI = 200 * 1024
+"""The longest `data:` URI of a preview, in characters."""
+
+_LARGE, _SMALL = 256, 128  # pixels of a cell's longer side
+_MOST_LARGE = 64
+_WIDEST = 2048
+_GAP, _LABEL, _TITLE = 8, 18, 34
+_PAPER, _INK, _FAINT, _EMPTY = (250, 250, 248), (28, 28, 30), (110, 110, 116), (226, 226, 222)
+_PREVIEWS = ((1024, 80), (1024, 60), (768, 60), (512, 60), (384, 50), (256, 40), (128, 30), (64, 30))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place on a sheet.
+
+    Attributes:
+        label: what stands below the picture.
+        picture: the file's bytes; None where there is no picture, and the label says why.
+    """
+
+    label: str
+    picture: bytes | None
+
+
+class ContactSheet:
+    """A sheet that is filled a picture at a time, from left to right.
+
+    Memory: the sheet's own pixels, at most some 60 MB for a thousand pictures. Not for several threads at once.
+
+    Args:
+        title: what stands above, in one line.
+        cells: how many pictures there will be.
+        columns: how many in a row, where there is room for so many.
+    """
+
+    def __init__(self, title: str, cells: int, columns: int) -> None:
+        self._side = _LARGE if cells <= _MOST_LARGE else _SMALL
+        self._columns = max(1, min(columns, cells, (_WIDEST - _GAP) // (self._side + _GAP)))
+        rows = math.ceil(cells / self._columns)
+        width = max(_GAP + self._columns * (self._side + _GAP), 2 * _LARGE)
+        self._image = Image.new("RGB", (width, _TITLE + rows * (self._side + _LABEL + _GAP) + _GAP), _PAPER)
+        self._draw = ImageDraw.Draw(self._image)
+        self._write((_GAP, _GAP), title, 17, _INK, width - 2 * _GAP)
+        self._filled = 0
+
+    def add(self, cell: Cell) -> None:
+        """Fill the next place. Some ten milliseconds for a picture of a megapixel: call it in a thread.
+
+        Raises:
+            OSError: the bytes are no picture.
+        """
+        row, column = divmod(self._filled, self._columns)
+        left, top = _GAP + column * (self._side + _GAP), _TITLE + row * (self._side + _LABEL + _GAP)
+        if cell.picture is None:
+            self._draw.rectangle((left, top, left + self._side - 1, top + self._side - 1), fill=_EMPTY)
+        else:
+            with Image.open(io.BytesIO(cell.picture)) as picture:
+                picture.draft("RGB", (self._side, self._side))  # a JPEG is decoded at an eighth of its size
+                picture.thumbnail((self._side, self._side))
+                room = (self._side - picture.width) // 2, (self._side - picture.height) // 2
+                self._image.paste(picture.convert("RGB"), (left + room[0], top + room[1]))
+        self._write((left, top + self._side + 2), cell.label, 12, _FAINT, self._side)
+        self._filled += 1
+
+    def to_jpeg(self) -> bytes:
+        """The sheet as a file."""
+        return _encode(self._image, 88)
+
+    def to_data_uri(self) -> str:
+        """A preview for markdown, at most `MAX_DATA_URI` characters long."""
+        for side, quality in _PREVIEWS:
+            preview = self._image.copy()
+            preview.thumbnail((side, 4 * side))
+            uri = f"data:image/jpeg;base64,{base64.b64encode(_encode(preview, quality)).decode('ascii')}"
+            if len(uri) <= MAX_DATA_URI:
+                break
+        return uri
+
+    def _write(self, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int], room: int) -> None:
+        font = _font(size)
+        # A line's worth is measured, not all 4,000 characters of a prompt.
+        line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[:400]).split())
+        shown = line
+        while shown and font.getlength(shown) > room:
+            line = line[: -max(1, len(line) // 20)].rstrip()
+            shown = f"{line}…"
+        self._draw.text(place, shown, font=font, fill=colour)
+
+
+def _encode(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
