@@ -85,7 +85,8 @@ class Experience(BaseModel):
 class Spool:
     """The folder in which this host keeps what was paid for.
 
-    Every write is atomic: a crash leaves the old file or the new one. Records of answers outlive a power cut as well.
+    Every write is atomic: a crash leaves the old file or the new one. Records of answers outlive a power cut as well;
+    one that comes while such a record is written leaves the call noted as perhaps paid for.
     Nothing secret is in it: no key, no header.
     """
 
@@ -252,10 +253,10 @@ def _write(path: Path, text: str, settle: Callable[[int], None] | None = None) -
     try:
         with _open_new(part) as file:
             file.write(text.encode())
+            file.flush()
+            part.replace(path)  # a kill from here on has the whole file; a power cut not before it is settled
             if settle is not None:
-                file.flush()
                 settle(file.fileno())
-        part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

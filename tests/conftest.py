@@ -31,6 +31,8 @@ from collections.abc import Iterator  # noqa: E402 - the environment comes first
 from uuid import uuid4  # noqa: E402
 
 import pytest  # noqa: E402
+from leaks import API_KEY, S3_SECRET_KEY, database_files, find_leaks  # noqa: E402
+from nursery import Nursery  # noqa: E402
 from prefect.settings import get_current_settings  # noqa: E402
 from prefect.testing.utilities import prefect_test_harness  # noqa: E402
 from pydantic import SecretStr  # noqa: E402
@@ -40,14 +42,18 @@ from flux_prefect.bucket import ImageBucket  # noqa: E402
 from flux_prefect.credentials import AimlApiCredentials  # noqa: E402
 from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox  # noqa: E402
 
-API_KEY = "sandbox-key-5f1d9c2e77"
-S3_SECRET_KEY = "sandbox-s3-secret-9d8c7b6a5f"
-
 
 @pytest.fixture(scope="session")
 def home() -> Path:
     """The folder that the whole session writes to: Prefect's home, spool, locks, sandbox."""
     return _HOME
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_key_left_behind(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """After all else has ended, no key is in any file that the session wrote: spools, results, logs, books, objects."""
+    yield
+    assert find_leaks([home, tmp_path_factory.getbasetemp()]) == []
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +85,14 @@ def prefect_server() -> Iterator[str]:
         url = get_current_settings().api.url
         assert url is not None
         yield url
+        assert find_leaks(database_files()) == []  # before its folder goes
+
+
+@pytest.fixture(scope="session")
+def nursery(prefect_server: str, running_sandbox: RunningSandbox) -> Iterator[Nursery]:
+    """A warm process that forks batches, on the session's sandbox and Prefect."""
+    with Nursery({**os.environ, **running_sandbox.environment, "PREFECT_API_URL": prefect_server}) as warm:
+        yield warm
 
 
 @pytest.fixture
@@ -104,11 +118,6 @@ def bucket(sandbox: RunningSandbox) -> ImageBucket:
 def request_(sandbox: RunningSandbox) -> ImageRequest:  # noqa: ARG001 - only ever sent there
     """A request that no other test has made."""
     return ImageRequest(prompt=f"a lighthouse at dusk {uuid4().hex}", seed=7, aspect_ratio="1:1")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The search for secrets comes when all other tests have left what they leave."""
-    items.sort(key=lambda item: item.path.name == "test_secrets.py")
 
 
 def pytest_unconfigure() -> None:

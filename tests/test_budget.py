@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flux_prefect.api.errors import Billed
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.budget import Amount, Budget, BudgetExhausted, Reservation
+from flux_prefect.budget import Amount, Budget, BudgetExhausted, Reservation, RunStopped
 
 PRICE = 200_000
 
@@ -100,3 +100,22 @@ async def test_without_caps_everything_fits() -> None:
     budget = Budget(default_price=PRICE)
     for _ in range(100):
         await budget.reserve(ask(4))
+
+
+async def test_a_closed_budget_admits_no_call() -> None:
+    """With the reason; who waits to be admitted is told so, and a call at the last moment too."""
+    budget = Budget(default_price=PRICE, max_credits=PRICE)
+    budget.check_open()
+    first = await budget.reserve(ask())
+    waiting = asyncio.create_task(budget.reserve(ask()))
+    await asyncio.sleep(0)
+    budget.close("the run was cancelled")
+
+    for admission in (waiting, budget.reserve(ask())):
+        with pytest.raises(RunStopped, match="Not sent: the run was cancelled"):
+            await asyncio.wait_for(admission, timeout=5)
+    with pytest.raises(RunStopped):
+        budget.check_open()
+
+    first.settle(Billed.YES, 168_000)
+    assert budget.spent == Amount(168_000, 1)

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from leaks import OTHER_API_KEY
 from prefect import flow
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from pydantic import SecretStr
@@ -93,7 +94,7 @@ async def test_another_api_key_finds_the_picture_of_the_first(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """The key is no part of the cache: even a wrong one finds what is published, and the cached answer."""
-    other = credentials.model_copy(update={"api_key": SecretStr("another-key-77aa")})
+    other = credentials.model_copy(update={"api_key": SecretStr(OTHER_API_KEY)})
     await produce(request_, bucket, credentials)
     published = await produce(request_, bucket, other)
     elsewhere = await produce(request_, bucket.model_copy(update={"prefix": f"{bucket.prefix}-2"}), other)

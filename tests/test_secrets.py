@@ -1,4 +1,4 @@
-"""The keys are nowhere that they were not put. Runs last, over what the whole session left behind."""
+"""The keys are nowhere that they were not put: see also `no_key_left_behind`, over what the whole session left."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 
 import pytest
+from leaks import KEYS, OTHER_API_KEY, database_files, find_leaks
 from prefect.client.orchestration import get_client
-from prefect.settings import get_current_settings
 
 from flows.publish_batch import publish_batch
 from flux_prefect.batch.report import BatchFailed
@@ -15,23 +15,19 @@ from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 
-OTHER_API_KEY = "another-key-77aa"  # of test_pipeline
-
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
-async def test_no_key_in_any_log_or_file(
+async def test_no_key_in_any_log_or_object(
     sandbox: RunningSandbox,
     bucket: ImageBucket,
     credentials: AimlApiCredentials,
-    home: Path,
-    tmp_path_factory: pytest.TempPathFactory,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One more run with every kind of failure at the most talkative log level, then a search through everything.
+    """A run with every kind of failure at the most talkative log level, then a search through all that it told.
 
-    Searched: Prefect's home with its results and database, the logs on the server and of this process, the spool,
-    the locks, the sandbox's books and logs, and every object in the bucket.
+    Searched: the logs on the server and of this process, the server's records and database, and every object in the
+    bucket with its metadata.
     """
     caplog.set_level(logging.DEBUG)
     for fault in ("unauthorized", "server_error", "reset_after_work", "html_200", "moderation", "flagged"):
@@ -49,20 +45,22 @@ async def test_no_key_in_any_log_or_file(
         runs = "\n".join(run.model_dump_json() for run in await client.read_flow_runs(limit=200))
     told = "\n".join([caplog.text, repr(caught.value), caught.value.report.model_dump_json(), logs, runs])
     assert len(logs) > 100
-    database = get_current_settings().server.database.connection_url
-    assert database is not None
-    database_file = Path(database.get_secret_value().partition("///")[2])
-    folders = (home, tmp_path_factory.getbasetemp())  # the second holds the tests' own spools and Prefect homes
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    files.extend(database_file.parent.glob(f"{database_file.name}*"))  # its write-ahead log holds the newest
-    assert f"{database_file.name}-wal" in {path.name for path in files}
+    assert find_leaks(database_files()) == []
     listed = bucket.get_client().get_paginator("list_objects_v2").paginate(Bucket="images")
     objects = [entry["Key"] for page in listed for entry in page.get("Contents", [])]
-    keys = [sandbox.environment["AIMLAPI_KEY"], sandbox.environment["AWS_SECRET_ACCESS_KEY"], OTHER_API_KEY]
-    for key in keys:
+    assert set(KEYS) >= {sandbox.environment["AIMLAPI_KEY"], sandbox.environment["AWS_SECRET_ACCESS_KEY"]}
+    for key in KEYS:
         assert key not in told
-        assert [str(path) for path in files if key.encode() in path.read_bytes()] == []
         assert [name for name in objects if key in name or key.encode() in _read(bucket, name)] == []
+
+
+def test_the_search_finds_a_key(tmp_path: Path) -> None:
+    """In whatever file, however deep."""
+    hidden = tmp_path / "deep" / "down.bin"
+    hidden.parent.mkdir()
+    hidden.write_bytes(b"\0\1" + OTHER_API_KEY.encode() + b"\2")
+    assert find_leaks([tmp_path]) == [str(hidden)]
+    hidden.unlink()
 
 
 def _read(bucket: ImageBucket, key: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import resource
 import time
@@ -13,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flux_prefect.api.errors import FluxError
+from flux_prefect.api.errors import Billed, FluxError
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.api.pacing import Pacer
 from flux_prefect.batch.plan import Plan, PlannedBatch
@@ -75,7 +76,8 @@ async def run_batch(  # noqa: PLR0913 - keyword-only from the fifth on
     Once the budget has no room, the rows left are recorded as skipped, but for those that were paid for before.
 
     Where it is cancelled, nothing more is sent either; calls in flight are awaited, and their pictures published, for
-    `FLUX_PREFECT_GRACE_SECONDS`; the rows left are recorded as failed; then the cancellation goes on.
+    `FLUX_PREFECT_GRACE_SECONDS`; the rows left are recorded as failed, those that were cut off with the ids of their
+    calls; then the cancellation goes on.
 
     Args:
         planned: the table, with what the plan found in the bucket.
@@ -136,16 +138,24 @@ class _Batch:
         self._spool = Spool()
         self._tally = Tally()
         self._stopped_by: FluxError | None = None
+        self._at_work: dict[int, Row] = {}
         self._started = time.monotonic()
 
     def report(self) -> BatchReport:
         return self._tally.report(seconds=time.monotonic() - self._started, plan=self._planned.plan)
 
     async def run(self, density: Density) -> None:
-        if density == "steps":
-            await for_each(self._planned.rows(), self._carry_in_steps, at_once=2 * self._credentials.max_in_flight)
-        else:
-            await for_each(self._chunks(), self._run_chunk, at_once=_CHUNKS_AT_ONCE)
+        rows = self._planned.rows()
+        try:
+            if density == "steps":
+                await for_each(rows, self._carry_in_steps, at_once=2 * self._credentials.max_in_flight)
+            else:
+                await for_each(self._chunks(rows), self._run_chunk, at_once=_CHUNKS_AT_ONCE)
+        except asyncio.CancelledError:
+            self._record_interrupted()
+            for row in rows:
+                self._record_settled(row)  # each is, as the budget is closed
+            raise
 
     async def carry_all(self, rows: list[Row]) -> Tally:
         tally = Tally()
@@ -156,8 +166,7 @@ class _Batch:
         await for_each(rows, carry, at_once=self._credentials.max_in_flight)
         return tally
 
-    def _chunks(self) -> Iterator[list[Row]]:
-        rows = self._planned.rows()
+    def _chunks(self, rows: Iterator[Row]) -> Iterator[list[Row]]:
         while chunk := list(itertools.islice(rows, ROWS_A_CHUNK)):
             yield [row for row in chunk if not self._record_settled(row)]
 
@@ -178,9 +187,22 @@ class _Batch:
         elif (reason := self._reason_to_stop()) is not None:
             record = record_stopped(row, reason)
         else:
+            self._at_work[row.number] = row
             return False
         self._keep(record)
         return True
+
+    def _record_interrupted(self) -> None:
+        """Record the rows whose work was cut off, each with its calls that nobody awaits any more."""
+        reason = RunStopped("Cut off: the run was cancelled, and its time to end was over. Run again.")
+        for row in list(self._at_work.values()):
+            assert row.request is not None  # noqa: S101 - rows without one are settled
+            lost = self._spool.open_calls(row.request.fingerprint(self._credentials.base_url))
+            owed = {
+                "billed_and_lost": tuple(call.client_request_id for call in lost if call.billed is Billed.YES),
+                "possibly_billed": tuple(call.client_request_id for call in lost if call.billed is Billed.UNKNOWN),
+            }
+            self._keep(record_failed(row, row.request, reason).model_copy(update=owed))
 
     def _reason_to_stop(self) -> FluxError | None:
         try:
@@ -214,6 +236,7 @@ class _Batch:
 
     def _keep(self, record: ItemRecord) -> ItemRecord:
         record = record.model_copy(update={"run": self._planned.run})
+        self._at_work.pop(record.row, None)
         self._tally.add(record)
         self._on_record(record)
         return record

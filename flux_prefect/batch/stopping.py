@@ -8,10 +8,15 @@ import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from uuid import UUID
 
 import anyio
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectException
 
 _Result = TypeVar("_Result")
+_ASK_SECONDS = 2.0  # Prefect kills a cancelled run after 30, and most of them are the calls'
 
 
 async def run_with_grace(
@@ -71,3 +76,19 @@ def sigterm_as_cancellation() -> Iterator[None]:
         give_back()
         if received:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def is_to_be_cancelled(flow_run_id: str) -> bool:
+    """Whether somebody has asked Prefect to cancel a flow run, so that Cancelled is the state for it to end in.
+
+    A run that ends by the SIGTERM itself is Crashed until its runner corrects it, and whoever watches for crashes is
+    called. False where Prefect's server can't be asked within two seconds.
+    """
+    with anyio.move_on_after(_ASK_SECONDS):
+        try:
+            async with get_client() as client:
+                state = (await client.read_flow_run(UUID(flow_run_id))).state
+        except (httpx.HTTPError, PrefectException):
+            return False
+        return state is not None and state.is_cancelling()
+    return False
