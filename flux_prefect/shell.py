@@ -15,6 +15,9 @@ from prefect.logging.configuration import setup_logging
 FAILED = 1
 """The exit status of a run that is not Completed."""
 
+INTERRUPTED = 130
+"""The exit status of a run that was stopped by Ctrl-C."""
+
 USAGE = 2
 """The exit status of a run that was never started: its arguments are wrong."""
 
@@ -42,7 +45,11 @@ def run_to_state(run: Awaitable[State[Any]]) -> State[Any]:
     async def wait() -> State[Any]:
         return await run
 
-    return asyncio.run(wait())
+    try:
+        return asyncio.run(wait())
+    except KeyboardInterrupt:
+        print("Stopped. What was paid for is kept: the same command goes on from there.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:

@@ -167,8 +167,16 @@ class _Batch:
         return tally
 
     def _chunks(self, rows: Iterator[Row]) -> Iterator[list[Row]]:
-        while chunk := list(itertools.islice(rows, ROWS_A_CHUNK)):
-            yield [row for row in chunk if not self._record_settled(row)]
+        """At least a hundred rows each, but for the last; where little is to do, empty ones in between."""
+        chunk: list[Row] = []
+        while piece := list(itertools.islice(rows, ROWS_A_CHUNK)):
+            chunk += [row for row in piece if not self._record_settled(row)]
+            if len(chunk) < ROWS_A_CHUNK:
+                yield []  # so that others get their turn
+            else:
+                yield chunk
+                chunk = []
+        yield chunk
 
     async def _run_chunk(self, rows: list[Row]) -> None:
         if rows:
