@@ -12,26 +12,30 @@ import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
-from urllib.parse import urlsplit
 
 from prefect import flow
 from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
 from rich.console import Console
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.api.pacing import shared_pacer
+from flux_prefect.batch.artifacts import leave_artifacts, live_progress
+from flux_prefect.batch.events import tell_batch, tell_item
 from flux_prefect.batch.gallery import write_gallery
 from flux_prefect.batch.manifest import ManifestWriter
+from flux_prefect.batch.newest import Newest
 from flux_prefect.batch.plan import add_outlook, check_balance, describe_plan, make_plan, tabulate_plan
-from flux_prefect.batch.progress import show_progress
+from flux_prefect.batch.progress import Progress, show_progress
 from flux_prefect.batch.report import BatchFailed, BatchReport, ItemRecord, tabulate
+from flux_prefect.batch.run_names import name_before_plan, name_planned, rename_run
 from flux_prefect.batch.running import choose_density, learn, run_batch
-from flux_prefect.batch.stopping import sigterm_as_cancellation
+from flux_prefect.batch.stopping import is_to_be_cancelled, sigterm_as_cancellation
 from flux_prefect.batch.table import Only, open_table
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget
@@ -44,12 +48,7 @@ from flux_prefect.spool import Spool
 
 
 def _name_run() -> str:
-    source = flow_run.parameters["source"]
-    if not isinstance(source, str):
-        return f"publish {len(source)} requests"
-    parts = urlsplit(source)
-    # Of an address the last part alone: a signed one holds a secret.
-    return f"publish {parts.path.rpartition('/')[2]}" if parts.netloc else f"publish {source}"
+    return name_before_plan(flow_run.parameters["source"])
 
 
 @flow(name="publish-batch", flow_run_name=_name_run)
@@ -101,6 +100,7 @@ async def publish_batch(
     destination = await ImageBucket.resolve(bucket)
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
     await check_ready(destination)
+    await account.check()
     spool = Spool()
     known = spool.find_experience(account.base_url)
     budget = Budget(
@@ -121,34 +121,50 @@ async def publish_batch(
             key="flux-plan",
             description=planned.plan.summary(),
         )
+        name = name_planned(source, planned.plan)
+        await rename_run(f"dry run of {name}" if dry_run else name, instead_of=name_before_plan(source))
         if dry_run:
             return _end(BatchReport(plan=planned.plan), max_failed)
         check_balance(planned.plan)
         pacer = shared_pacer(account.base_url, max_in_flight)
         if known.in_flight is not None and pacer.ceiling is None:
             pacer.resume(known.in_flight)
-        with sigterm_as_cancellation():
-            async with ManifestWriter(destination, planned.run, spool.root / "manifests") as manifest:
-                with show_progress(planned.plan.rows, logger) as tell:
+        progress, newest = Progress.of(planned.plan), Newest()
+        chosen = choose_density(planned.plan) if density == "auto" else density
+        manifest = ManifestWriter(destination, planned.run, spool.root / "manifests")
+        try:
+            with sigterm_as_cancellation():
+                async with manifest, live_progress(progress, logger):
+                    with show_progress(progress, logger) as tell:
 
-                    def keep(record: ItemRecord) -> None:
-                        manifest.append(record)
-                        tell(record)
+                        def keep(record: ItemRecord) -> None:
+                            manifest.append(record)
+                            tell(record)
+                            newest.add(record)
+                            if chosen == "steps":
+                                tell_item(record, destination, planned.run)
 
-                    report = await run_batch(
-                        planned,
-                        destination,
-                        account,
-                        budget,
-                        density=choose_density(planned.plan) if density == "auto" else density,
-                        on_record=keep,
-                    )
+                        report = await run_batch(
+                            planned,
+                            destination,
+                            account,
+                            budget,
+                            density=chosen,
+                            on_record=keep,
+                        )
+        except TerminationSignal:
+            if not await is_to_be_cancelled(flow_run.id):
+                raise
+            told = f"What was paid for is published. What became of every row: {manifest.uri}"
+            return cast("BatchReport", Cancelled(message=told))
         report = report.model_copy(update={"manifest": manifest.uri, "records": manifest.path})
         unsettled = [call for call in spool.open_calls() if call.client_request_id in report.possibly_billed]
         if unsettled:
             report = report.settle(await reconcile(client, spool, calls=unsettled))
             logger.warning("%s", report.reconciled)
     spool.keep_experience(account.base_url, learn(known, report, budget, pacer))
+    await leave_artifacts(report, newest.records(), destination, spool, logger)
+    tell_batch(report, destination, planned.run, succeeded=report.unsuccessful <= max_failed)
     logger.info("%s. Manifest: %s", report.summary(), report.manifest)
     return _end(report, max_failed)
 

@@ -48,7 +48,7 @@ def run_to_state(run: Awaitable[State[Any]]) -> State[Any]:
     try:
         return asyncio.run(wait())
     except KeyboardInterrupt:
-        print("Stopped. What was paid for is kept: the same command goes on from there.", file=sys.stderr)
+        print("Stopped. What was paid for is kept: the same command goes on from there.", file=sys.stderr)  # noqa: T201 - a command line's last word
         raise SystemExit(INTERRUPTED) from None
 
 

@@ -10,67 +10,153 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
-from flux_prefect.batch.report import ItemRecord
+from flux_prefect.batch.plan import Plan
+from flux_prefect.batch.report import UNSUCCESSFUL, ItemRecord
 from flux_prefect.budget import describe_credits
 
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_LINES = 30.0
+_MOST_FAILURES_TOLD = 20
 
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[logging.Logger]"  # text, as Python 3.10 can't index it
 
 
-@contextmanager
-def show_progress(total: int, logger: Logger) -> Iterator[Callable[[ItemRecord], None]]:
-    """Show the progress of `total` items; yields what to call with every record.
+class Progress:
+    """How far a batch has come, by the records added so far.
 
-    Items that failed are logged at once with their reason, in both forms.
+    Args:
+        total: items of the batch.
+        quick: how many of them take no time, as they are there already or invalid. They don't count for the pace.
+        clock: seconds; starts now.
+
+    Attributes:
+        total: items of the batch.
+        done: how many of them have ended.
+        images: pictures that this batch has published.
+        spent: what the service said that they cost, in credits.
+    """
+
+    def __init__(self, total: int, *, quick: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total = total
+        self.done = 0
+        self.images = 0
+        self.spent = 0.0
+        self._slow = total - quick
+        self._slow_done = 0
+        self._clock = clock
+        self._started = clock()
+
+    @classmethod
+    def of(cls, plan: Plan, *, clock: Callable[[], float] = time.monotonic) -> Progress:
+        """The progress of a batch that begins now."""
+        return cls(plan.rows, quick=plan.published + plan.invalid, clock=clock)
+
+    def add(self, record: ItemRecord) -> None:
+        """Count a record."""
+        self.done += 1
+        self.spent += record.credits_used
+        self._slow_done += record.status not in {"unchanged", "invalid"}
+        self.images += sum(image.created for image in record.images)
+
+    @property
+    def percent(self) -> float:
+        """How much of it is done, 0 to 100."""
+        return 100.0 * self.done / self.total if self.total else 100.0
+
+    @property
+    def images_a_minute(self) -> float:
+        """The pace from the start until now."""
+        elapsed = self._clock() - self._started
+        return 60.0 * self.images / elapsed if elapsed > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the rest takes at the pace so far; None while there is no pace."""
+        if self.done >= self.total:
+            return 0.0
+        if self._slow_done == 0:
+            return None
+        return (self._clock() - self._started) / self._slow_done * max(0, self._slow - self._slow_done)
+
+    def pace(self) -> str:
+        """Images a minute and the time left, as far as there is something to tell."""
+        told = [f"{self.images_a_minute:,.0f} images a minute"] if self.images else []
+        left = self.seconds_left
+        if left:
+            told.append(f"{describe_seconds(left)} left")
+        return ", ".join(told)
+
+    def summary(self) -> str:
+        """One line: done, credits so far, pace and time left."""
+        line = f"{self.done:,} of {self.total:,} done, {describe_credits(self.spent)} so far"
+        pace = self.pace()
+        return f"{line}, {pace}" if pace and self.done < self.total else line
+
+
+def describe_seconds(seconds: float) -> str:
+    """A length of time for people: `45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:  # noqa: PLR2004 - below it, minutes would be too coarse
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"  # noqa: PLR2004 - an hour
+
+
+@contextmanager
+def show_progress(progress: Progress, logger: Logger) -> Iterator[Callable[[ItemRecord], None]]:
+    """Show a batch's progress; yields what to call with every record, which adds it to the progress.
+
+    Items that failed are logged at once with their reason, in both forms: the first twenty.
     """
     if sys.stderr.isatty():
-        with _bar(total, logger) as tell:
-            yield tell
+        with _bar(progress) as show:
+            yield _telling(progress, show, logger)
     else:
-        yield _lines(total, logger)
+        yield _telling(progress, _lines(progress, logger), logger)
+
+
+def _telling(progress: Progress, show: Callable[[], None], logger: Logger) -> Callable[[ItemRecord], None]:
+    failures = 0
+
+    def tell(record: ItemRecord) -> None:
+        nonlocal failures
+        progress.add(record)
+        if record.status in UNSUCCESSFUL:
+            failures += 1
+            if failures <= _MOST_FAILURES_TOLD:
+                logger.warning("%s %s: %s: %s", record.id, record.status, record.error, record.message)
+            elif failures == _MOST_FAILURES_TOLD + 1:
+                logger.warning("More items without their pictures: from here on the manifest alone tells of them.")
+        show()
+
+    return tell
 
 
 @contextmanager
-def _bar(total: int, logger: Logger) -> Iterator[Callable[[ItemRecord], None]]:
+def _bar(progress: Progress) -> Iterator[Callable[[], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[spent]}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[pace]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("publishing", total=total, spent="")
-        spent = 0.0
-
-        def tell(record: ItemRecord) -> None:
-            nonlocal spent
-            spent += record.credits_used
-            progress.update(bar, advance=1, spent=describe_credits(spent))
-            _log_failure(record, logger)
-
-        yield tell
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        shown = bar.add_task("publishing", total=progress.total, spent="", pace="")
+        yield lambda: bar.update(
+            shown, completed=progress.done, spent=describe_credits(progress.spent), pace=progress.pace()
+        )
 
 
-def _lines(total: int, logger: Logger) -> Callable[[ItemRecord], None]:
-    done, spent, last = 0, 0.0, time.monotonic()
+def _lines(progress: Progress, logger: Logger) -> Callable[[], None]:
+    last = time.monotonic()
 
-    def tell(record: ItemRecord) -> None:
-        nonlocal done, spent, last
-        done += 1
-        spent += record.credits_used
-        _log_failure(record, logger)
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES or done == total:
+    def show() -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES or progress.done == progress.total:
             last = time.monotonic()
-            logger.info("%d of %d done, %s so far", done, total, describe_credits(spent))
+            logger.info("%s", progress.summary())
 
-    return tell
-
-
-def _log_failure(record: ItemRecord, logger: Logger) -> None:
-    if record.status in {"failed", "flagged", "invalid"}:
-        logger.warning("%s %s: %s: %s", record.id, record.status, record.error, record.message)
+    return show

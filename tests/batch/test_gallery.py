@@ -1,75 +1,230 @@
-"""The page of a batch's pictures."""
+"""The page of a batch's pictures, in the bucket and in a folder."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
-from datetime import datetime, timezone
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
+from urllib.parse import unquote
 
-from PIL import Image
+import pytest
+from pictures import ODD, draw, pretend, publish
 from reports import make_report
 
-from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
-from flux_prefect.batch.gallery import write_gallery
-from flux_prefect.batch.report import ItemRecord
-from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
-from flux_prefect.spool import ImageFile
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.gallery import publish_page, write_gallery, write_page
+from flux_prefect.batch.report import BatchReport, ItemRecord
+from flux_prefect.bucket import ImageBucket
 
-ODD = "<script>alert('x')</script> | \"quoted\" & 🦊\nمرحبا"
+BUCKET = ImageBucket(bucket_name="images")
 
 
-async def publish(bucket: ImageBucket, folder: Path, request: ImageRequest, gray: int) -> PublishedImage:
-    """One small picture in the bucket."""
-    stream = io.BytesIO()
-    Image.new("L", (16, 16), gray).convert("RGB").save(stream, "JPEG")
-    path = folder / f"{uuid4().hex}.jpg"
-    path.write_bytes(stream.getvalue())
-    generation = Generation(
-        request=request,
-        endpoint="http://127.0.0.1:9",
-        fingerprint=request.fingerprint("http://127.0.0.1:9"),
-        images=(GeneratedImage(index=0, url="http://127.0.0.1:9/x.jpg"),),
-        seed=request.seed,
-        client_request_id="fp-1",
-        created_at=datetime.now(timezone.utc),
+@dataclass
+class Element:
+    """A tag, and the text from it to the next tag."""
+
+    tag: str
+    attributes: dict[str, str | None]
+    text: str = ""
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page, as far as the tests ask."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements = [Element("", {})]
+        self._open = True
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """An element begins."""
+        self.elements.append(Element(tag, dict(attrs)))
+        self._open = True
+
+    def handle_endtag(self, tag: str) -> None:  # noqa: ARG002 - as `HTMLParser` has it
+        """What follows is not its text any more."""
+        self._open = False
+
+    def handle_data(self, data: str) -> None:
+        """Text of the element that has begun."""
+        if self._open:
+            self.elements[-1].text += data
+
+    def texts(self, *tags: str) -> list[str]:
+        """The texts of these elements."""
+        return [element.text for element in self.elements if element.tag in tags]
+
+    def values(self, tag: str, attribute: str) -> list[str]:
+        """An attribute of every such element."""
+        found = (element.attributes.get(attribute) for element in self.elements if element.tag == tag)
+        return [value for value in found if value]
+
+
+def render(report: BatchReport, title: str = "Published") -> str:
+    """The page as text."""
+    file = io.BytesIO()
+    write_page(report, file, title=title, address_of=lambda image: image.key)
+    return file.getvalue().decode()
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> BatchReport:
+    """A batch whose every text is odd: one published, one failed, one invalid."""
+    request = ImageRequest(prompt=ODD, seed=7)
+    return make_report(
+        [
+            ItemRecord(row=1, id=ODD, status="published", request=request, images=(pretend(BUCKET, request),)),
+            ItemRecord(
+                row=2,
+                id="x",
+                status="failed",
+                request=ImageRequest(prompt="a fox", seed=1),
+                error="RequestRefused",
+                message=ODD,
+            ),
+            ItemRecord(
+                row=3, id="y", status="invalid", request=None, error="InvalidRow", message=ODD, carried={"shelf": ODD}
+            ),
+        ],
+        tmp_path,
     )
-    file = ImageFile(
-        path=path,
-        index=0,
-        sha256=hashlib.sha256(stream.getvalue()).hexdigest(),
-        size=len(stream.getvalue()),
-        format="jpeg",
-        content_type="image/jpeg",
-        width=16,
-        height=16,
-        black=False,
-        generation=generation,
-    )
-    return await bucket.publish(file, PublishingRun())
 
 
-async def test_pictures_stand_beside_the_page_and_text_stays_text(bucket: ImageBucket, tmp_path: Path) -> None:
-    """Whatever a prompt, an id or a message holds; and whatever the bucket's key template is."""
+def test_odd_text_shows_as_text(odd: BatchReport) -> None:
+    """Whatever a prompt, an id, a message, a column or the title holds makes no tag; and all of it is there."""
+    page = Page(render(odd, title=ODD))
+
+    assert {element.tag for element in page.elements} <= {
+        *("", "html", "head", "meta", "title", "style", "body", "header", "h1", "form", "button", "b", "input"),
+        *("output", "main", "article", "a", "img", "div", "p", "bdi", "details", "summary", "pre", "script"),
+    }
+    assert len(page.texts("script")) == 1
+    assert page.texts("title", "h1") == [ODD, ODD]
+    assert page.texts("p") == [
+        "1 published, 1 failed, 1 invalid; 0 calls billed, 0 credits ($0.00)",
+        *(ODD, ""),
+        *(f"failed: {ODD}", "a fox", ""),
+        *(f"invalid: {ODD}", ""),
+    ]
+    assert page.texts("bdi") == [ODD, "x", "y"]
+
+
+def test_the_whole_request_is_there_to_unfold(odd: BatchReport) -> None:
+    """With every default, the row's other columns and what became of it."""
+    page = Page(render(odd))
+    details = page.texts("pre")
+
+    assert len(details) == 3
+    assert '"safety_tolerance": "2"' in details[0]
+    assert '"objects": [\n  "s3://images/' in details[0]
+    assert '"error": "RequestRefused"' in details[1]
+    assert '"shelf"' in details[2]
+
+
+def test_nothing_is_loaded_but_pictures_and_nothing_runs_but_its_own_script(odd: BatchReport) -> None:
+    """The page's own policy names the digests of its style and its script, and no other source."""
+    page = Page(render(odd))
+    policy = page.values("meta", "content")[0]
+    (style,), (script,) = page.texts("style"), page.texts("script")
+
+    assert policy.startswith("default-src 'none'; img-src 'self' file:; ")
+    for kind, text in (("style", style), ("script", script)):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert page.values("link", "href") == []
+    assert page.values("script", "src") == []
+    assert not re.search(r"url\(|@import", style)
+
+
+def test_it_filters_by_the_ways_that_rows_ended(odd: BatchReport) -> None:
+    """A button for each of them; the form is hidden where no script shows it, the list is not."""
+    page = Page(render(odd))
+
+    assert page.values("button", "value") == ["published", "failed", "invalid"]
+    assert page.values("article", "data-status") == ["published", "failed", "invalid"]
+    assert [element.tag for element in page.elements if "hidden" in element.attributes] == ["form"]
+
+
+def test_a_long_batch_takes_no_memory() -> None:
+    """Of the records one is read when it is written, not all of them before."""
+    request = ImageRequest(prompt="a fox", seed=1)
+    read: list[int] = []
+
+    class Lazy(BatchReport):
+        """A report that notes how far it was read."""
+
+        def read(self, *_: object) -> Iterator[ItemRecord]:
+            """Far more rows than fit a page's first part."""
+            for row in range(1, 501):
+                read.append(row)
+                yield ItemRecord(row=row, id=str(row), status="skipped_budget", request=request)
+
+    class Started(Exception):
+        """A row was written."""
+
+    class File(io.BytesIO):
+        """Stops the writing at the first row."""
+
+        def writelines(self, lines: Iterable[Any]) -> None:
+            """Until a line holds one."""
+            if any(b"<article" in line for line in lines):
+                raise Started
+
+    with pytest.raises(Started):
+        write_page(Lazy(counts={"skipped_budget": 500}), File(), title="x", address_of=lambda image: image.key)
+    assert len(read) < 5
+
+
+@pytest.mark.parametrize("prefix", ["", "shop/a b#c"])
+async def test_the_page_in_the_bucket_finds_its_pictures_from_where_it_is(
+    bucket: ImageBucket, tmp_path: Path, prefix: str
+) -> None:
+    """Beside the manifest, relative to itself; with a type that browsers show and caches ask again for."""
+    home = bucket.model_copy(update={"prefix": f"{bucket.prefix}/{prefix}" if prefix else bucket.prefix})
+    home = home.model_copy(update={"key_template": "by seed/{seed}/{fingerprint}-{index}.{extension}"})
+    request = ImageRequest(prompt="a fox", seed=7)
+    image = await publish(home, tmp_path, request, draw(90))
+    report = make_report([ItemRecord(row=1, id="fox", status="published", request=request, images=(image,))], tmp_path)
+    key = await publish_page(report.model_copy(update={"manifest": f"{home.uri}/manifests/run-1/m.jsonl"}), home)
+
+    assert key == f"{home.prefix}/manifests/run-1/index.html"
+    stored = home.get_client().get_object(Bucket=home.bucket_name, Key=key)
+    assert (stored["ContentType"], stored["CacheControl"]) == ("text/html; charset=utf-8", "no-cache")
+    page = Page(stored["Body"].read().decode())
+    (address,) = page.values("img", "src")
+    assert page.values("a", "href") == [address]
+    assert address.startswith("../../by%20seed/7/")
+    assert unquote(address).replace("../..", home.prefix, 1) == image.key
+
+
+async def test_a_page_without_a_manifest_beside_it_is_refused(tmp_path: Path) -> None:
+    """It would name pictures where they are not."""
+    report = make_report([], tmp_path).model_copy(update={"manifest": "s3://other/manifests/run-1/manifest.jsonl"})
+    with pytest.raises(ValueError, match="not below s3://images"):
+        await publish_page(report, BUCKET)
+
+
+async def test_in_a_folder_the_pictures_stand_beside_the_page(bucket: ImageBucket, tmp_path: Path) -> None:
+    """Byte for byte, whatever the bucket's key template is."""
     nested = bucket.model_copy(update={"key_template": "{fingerprint}/{index}.{extension}"})
     requests = [ImageRequest(prompt=ODD, seed=seed) for seed in (1, 2)]
-    images = [await publish(nested, tmp_path, request, 40 * request.seed) for request in requests if request.seed]
+    images = [await publish(nested, tmp_path, request, draw(40 * (request.seed or 0))) for request in requests]
     items = [
-        ItemRecord(row=number, id=f"<b>{number}", status="published", request=request, images=(image,))
+        ItemRecord(row=number, id=str(number), status="published", request=request, images=(image,))
         for number, (request, image) in enumerate(zip(requests, images, strict=True), start=1)
     ]
-    items.append(ItemRecord(row=3, id="bad", status="invalid", request=None, error="InvalidRow", message="<i>no</i>"))
-    page = await write_gallery(make_report(items, tmp_path), nested, tmp_path / "gallery", title="Published & <done>")
+    path = await write_gallery(make_report(items, tmp_path), nested, tmp_path / "gallery", title="Published")
 
-    text = page.read_text(encoding="utf-8")
-    assert "<script>" not in text
-    assert "&lt;script&gt;" in text
-    assert "&lt;b&gt;1" in text
-    assert "&lt;i&gt;no&lt;/i&gt;" in text
-    assert "Published &amp; &lt;done&gt;" in text
-    kept = [path.read_bytes() for path in sorted((tmp_path / "gallery" / "pictures").iterdir())]
-    assert sorted(hashlib.sha256(content).hexdigest() for content in kept) == sorted(image.sha256 for image in images)
+    addresses = Page(path.read_text(encoding="utf-8")).values("img", "src")
+    shown = [hashlib.sha256((path.parent / address).read_bytes()).hexdigest() for address in addresses]
+    assert shown == [image.sha256 for image in images]
 
 
 def test_a_call_that_two_rows_share_is_counted_once(tmp_path: Path) -> None:

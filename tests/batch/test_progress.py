@@ -5,10 +5,13 @@ import logging
 import sys
 
 import pytest
+from pictures import pretend
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.progress import show_progress
+from flux_prefect.batch.plan import Plan
+from flux_prefect.batch.progress import Progress, describe_seconds, show_progress
 from flux_prefect.batch.report import ItemRecord, ItemStatus
+from flux_prefect.bucket import ImageBucket
 
 LOGGER = logging.getLogger("test_progress")
 
@@ -35,7 +38,7 @@ class Terminal(io.StringIO):
 
 def test_plain_lines_where_nobody_watches(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a terminal a short batch is told once, at its end, in the log and without any control characters."""
-    with caplog.at_level(logging.INFO), show_progress(3, LOGGER) as tell:
+    with caplog.at_level(logging.INFO), show_progress(Progress(3), LOGGER) as tell:
         tell(_record())
         tell(_record("unchanged", credits_used=0))
         assert caplog.messages == []
@@ -51,7 +54,7 @@ def test_a_failure_is_told_at_once(
     """In both forms: which item, how it ended and why."""
     if terminal:
         monkeypatch.setattr(sys, "stderr", Terminal())
-    with caplog.at_level(logging.WARNING), show_progress(2, LOGGER) as tell:
+    with caplog.at_level(logging.WARNING), show_progress(Progress(2), LOGGER) as tell:
         tell(_record("failed", message="the answer was lost"))
         assert caplog.messages == ["dusk failed: AnswerLost: the answer was lost"]
         tell(_record())
@@ -64,7 +67,7 @@ def test_a_bar_where_somebody_watches(caplog: pytest.LogCaptureFixture, monkeypa
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
-    with caplog.at_level(logging.INFO), show_progress(2, LOGGER) as tell:
+    with caplog.at_level(logging.INFO), show_progress(Progress(2), LOGGER) as tell:
         tell(_record())
         tell(_record())
     shown = terminal.getvalue()
@@ -73,9 +76,88 @@ def test_a_bar_where_somebody_watches(caplog: pytest.LogCaptureFixture, monkeypa
     assert caplog.messages == []
 
 
+def test_many_failures_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    """The first twenty are told one by one, then a line says where the others are."""
+    with caplog.at_level(logging.INFO), show_progress(Progress(100), LOGGER) as tell:
+        for _ in range(50):
+            tell(_record("failed", message="no"))
+    assert caplog.messages == [
+        *["dusk failed: AnswerLost: no"] * 20,
+        "More items without their pictures: from here on the manifest alone tells of them.",
+    ]
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        """The time."""
+        return self.now
+
+
+def test_the_pace_is_that_of_what_takes_time() -> None:
+    """Rows that are there already or invalid pass at once, and make the rest look neither quicker nor slower."""
+    clock = Clock()
+    progress = Progress(1000, quick=900, clock=clock)
+    assert progress.summary() == "0 of 1,000 done, 0 credits ($0.00) so far"
+    for _ in range(600):
+        progress.add(_record("unchanged", credits_used=0))
+    assert progress.seconds_left is None
+    clock.now += 60
+    image = pretend(ImageBucket(bucket_name="images"), ImageRequest(prompt="a fox", seed=1))
+    for _ in range(20):
+        progress.add(_record().model_copy(update={"images": (image,)}))
+
+    assert progress.percent == pytest.approx(62)
+    assert progress.images_a_minute == pytest.approx(20)
+    assert progress.seconds_left == pytest.approx(240)
+    assert progress.summary() == "620 of 1,000 done, 3,360,000 credits ($1.68) so far, 20 images a minute, 4 min left"
+
+
+def test_the_plan_knows_what_takes_no_time() -> None:
+    """What is in the bucket already, and what is no request."""
+    plan = Plan(
+        rows=10,
+        invalid=2,
+        published=3,
+        repeats=0,
+        paid=1,
+        requests=4,
+        images=4,
+        most_credits=0,
+        max_credits=None,
+        max_images=None,
+    )
+    clock = Clock()
+    progress = Progress.of(plan, clock=clock)
+    clock.now += 60
+    progress.add(_record())
+    assert progress.total == 10
+    assert progress.seconds_left == pytest.approx(4 * 60)
+
+
+def test_the_end_is_whole() -> None:
+    """Of an empty batch too."""
+    assert Progress(0).percent == 100
+    done = Progress(1)
+    done.add(_record())
+    assert (done.percent, done.seconds_left) == (100, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3570, "1 h 0 min"), (12_000, "3 h 20 min")]
+)
+def test_times_are_told_as_people_do(seconds: float, told: str) -> None:
+    """No more exactly than anybody wants to know."""
+    assert describe_seconds(seconds) == told
+
+
 def test_an_empty_batch_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """No items, no lines."""
-    with caplog.at_level(logging.INFO), show_progress(0, LOGGER):
+    with caplog.at_level(logging.INFO), show_progress(Progress(0), LOGGER):
         pass
     assert caplog.messages == []
 
@@ -83,6 +165,6 @@ def test_an_empty_batch_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_run_logger_will_do(caplog: pytest.LogCaptureFixture) -> None:
     """Prefect gives runs an adapter instead of a logger."""
     adapter: logging.LoggerAdapter[logging.Logger] = logging.LoggerAdapter(LOGGER, {})
-    with caplog.at_level(logging.INFO), show_progress(1, adapter) as tell:
+    with caplog.at_level(logging.INFO), show_progress(Progress(1), adapter) as tell:
         tell(_record())
     assert caplog.messages == ["1 of 1 done, 168,000 credits ($0.08) so far"]
