@@ -141,8 +141,7 @@ async def publish_batch(
                             manifest.append(record)
                             tell(record)
                             newest.add(record)
-                            if chosen == "steps":
-                                tell_item(record, destination, planned.run)
+                            tell_item(record, destination, planned.run, density=chosen)
 
                         report = await run_batch(
                             planned,

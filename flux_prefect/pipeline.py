@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ParamSpec, Protocol, TypeVar
 
+from prefect.blocks.core import Block
 from prefect.tasks import Task
+from prefect.utilities.annotations import quote
 
 from flux_prefect.api.errors import Billed, ContentFlagged, FluxError, ImageGone
 from flux_prefect.api.models import Generation, ImageRequest
@@ -150,7 +152,9 @@ class StepRunner(Protocol):
 
 async def run_as_task(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Run a step as a task run of its own."""
-    return await task(*args, **kwargs)
+    # Prefect looks for futures in every field of every argument, four times a task run. A block has none.
+    quoted: Any = (quote(argument) if isinstance(argument, Block) else argument for argument in args)
+    return await task(*quoted, **kwargs)
 
 
 async def produce_image(

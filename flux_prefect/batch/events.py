@@ -4,7 +4,8 @@ flux.batch.finished     once, when the manifest is whole; its resource is s3://b
 flux.image.published    a picture that this run wrote; its resource is the picture, s3://bucket/key
 flux.image.failed       a row without its pictures; its resource is s3://bucket/prefix/manifests/<run>/rows/<row>
 
-And the destination as an asset: `prefect.asset.materialization.succeeded` of s3://bucket/prefix.
+And the destination as an asset: `prefect.asset.materialization.succeeded` of s3://bucket/prefix. A dry run tells of
+nothing; one that was cancelled has told of its pictures, and Prefect itself tells of its end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from prefect.events import emit_event
 from pydantic import ValidationError
 
 from flux_prefect.batch.report import UNSUCCESSFUL, BatchReport, ItemRecord
+from flux_prefect.batch.running import Density
 from flux_prefect.bucket import ImageBucket, PublishedImage
 
 BATCH_FINISHED = "flux.batch.finished"
@@ -66,12 +68,14 @@ def tell_batch(report: BatchReport, bucket: ImageBucket, run: str, *, succeeded:
         emit_event(_MATERIALIZED, resource={"prefect.resource.id": asset.key}, payload={**sums, "run": run})
 
 
-def tell_item(record: ItemRecord, bucket: ImageBucket, run: str) -> None:
+def tell_item(record: ItemRecord, bucket: ImageBucket, run: str, *, density: Density) -> None:
     """Tell of a row that has ended: an event a picture that this run wrote, and one where pictures are missing.
 
-    Each is stored by the server, beside the ten or so that the row's own task runs send. So it is for batches in `steps`;
-    where one task run stands for a hundred rows, the manifest alone tells of them.
+    In `steps` alone: the server stores each, beside the ten or so that the row's own task runs send. In `chunks` one
+    task run stands for a hundred rows, and the manifest alone tells of them.
     """
+    if density != "steps":
+        return
     for image in record.images:
         if image.created:
             emit_event(

@@ -1,0 +1,348 @@
+"""The deployments of `deployments/` on a real Prefect server: what they are, when they start, and what they start.
+
+And the example pipeline among them: a product table in, the same table with a picture of each product out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from benchmarks.prefect_server import start_prefect
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+)
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun, State
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Pending
+from ruamel.yaml import YAML
+
+from deployments.serve import PREFECT_FILE, read_deployments
+from flows.products_to_catalogue import products_to_catalogue
+from flux_prefect.batch.parquet import load_pyarrow
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.sandbox.launching import RunningSandbox
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = "a {{ colour }} {{ name }}"
+DAILY, BATCH, AUDIT = "publish-daily/daily", "publish-batch/on-demand", "audit-bucket/after-each-batch"
+
+
+class Team:
+    """A Prefect server with a work pool, and how the README has people use it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.client = SyncPrefectClient(url)
+        self.environment = {**os.environ, "PREFECT_API_URL": url, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+
+    def prefect(self, *arguments: str) -> None:
+        """Run the command line from the repository's root."""
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def deploy(self, file: Path) -> None:
+        """Deploy everything in a prefect.yaml."""
+        self.prefect("--no-prompt", "deploy", "--prefect-file", str(file), "--all")
+
+    def find(self, name: str) -> DeploymentResponse:
+        """The deployment of that name."""
+        return self.client.read_deployment_by_name(name)
+
+    def runs(self, name: str) -> list[FlowRun]:
+        """All runs of a deployment."""
+        wanted = FlowRunFilterDeploymentId(any_=[self.find(name).id])
+        return self.client.read_flow_runs(flow_run_filter=FlowRunFilter(deployment_id=wanted))
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """A server of this module's own, as that of the other tests has no scheduler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS", "1")
+        with start_prefect(tmp_path_factory.mktemp("server") / "home") as server:
+            team = Team(server.api_url)
+            team.prefect("work-pool", "create", "images", "--type", "process")
+            with team.client:
+                yield team
+
+
+@pytest.fixture(scope="module")
+def deployed(team: Team) -> Team:
+    """The server with all of prefect.yaml on it."""
+    team.deploy(PREFECT_FILE)
+    return team
+
+
+def wait_for(condition: Callable[[], FlowRun | None], seconds: float = 60) -> FlowRun:
+    """Look until there is such a run."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (found := condition()) is not None:
+            return found
+        time.sleep(0.3)
+    raise AssertionError("it never came to be so")
+
+
+def test_every_flow_is_deployed(deployed: Team) -> None:
+    """One that is added to flows/ without a deployment is missed here."""
+    entrypoints = {deployment.entrypoint for deployment in deployed.client.read_deployments()}
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "flows").glob("[a-z]*.py")}
+
+    assert {str(entrypoint).partition(":")[0] for entrypoint in entrypoints} == files
+
+
+def test_a_deployment_is_as_its_file_says(deployed: Team) -> None:
+    """Time zone, the paused example, parameters, tags, collision strategy, job variables and pull step arrive."""
+    daily = deployed.find(DAILY)
+    schedules = {schedule.slug: schedule for schedule in daily.schedules}
+
+    assert {slug: schedule.active for slug, schedule in schedules.items()} == {
+        "every-morning": True,
+        "monday-plan": False,
+    }
+    morning = schedules["every-morning"].schedule
+    assert isinstance(morning, CronSchedule)
+    assert (morning.cron, morning.timezone) == ("0 6 * * *", "Europe/Berlin")
+    assert schedules["monday-plan"].parameters == {"dry_run": True}
+    assert daily.parameters["bucket"] == "catalogue"
+    assert daily.tags == ["flux", "scheduled"]
+    assert daily.concurrency_options is not None
+    assert daily.concurrency_options.collision_strategy is ConcurrencyLimitStrategy.CANCEL_NEW
+    assert daily.global_concurrency_limit is not None
+    assert daily.global_concurrency_limit.limit == 1
+    assert daily.work_pool_name == "images"
+    assert daily.job_variables["env"]["FLUX_PREFECT_RETRIES"] == "4"
+    assert daily.pull_steps == [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]
+
+
+def test_serve_takes_the_same_deployments(deployed: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Served from one process, they have the names, parameters, schedules, limits and triggers of the work pool's."""
+    monkeypatch.chdir(ROOT)
+    served = {f"{deployment.flow_name}/{deployment.name}": deployment for deployment in read_deployments()}
+
+    assert len(served) == len(deployed.client.read_deployments())
+    for name, deployment in served.items():
+        other = deployed.find(name)
+        assert deployment.parameters == other.parameters
+        assert deployment.tags == other.tags
+        assert deployment.description == other.description
+        assert {(s.slug, s.active, json.dumps(s.parameters)) for s in deployment.schedules or []} == {
+            (s.slug, s.active, json.dumps(s.parameters)) for s in other.schedules
+        }
+        assert deployment.concurrency_limit == (other.global_concurrency_limit and other.global_concurrency_limit.limit)
+        assert deployment.concurrency_options == other.concurrency_options
+    assert [trigger.model_dump()["name"] for trigger in served[AUDIT].triggers] == ["audit after each batch"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "second"),
+    [(DAILY, {}, "Cancelled"), (BATCH, {"source": "prompts.csv"}, "AwaitingConcurrencySlot")],
+)
+def test_two_runs_at_once_collide_as_configured(
+    deployed: Team, name: str, parameters: dict[str, Any], second: str
+) -> None:
+    """The day's second run is cancelled; a second batch waits for the first."""
+    client, deployment = deployed.client, deployed.find(name)
+    runs = [client.create_flow_run_from_deployment(deployment.id, parameters=parameters) for _ in range(2)]
+    states: list[State[Any] | None] = [client.set_flow_run_state(run.id, Pending()).state for run in runs]
+    for run in runs:  # which gives the place back
+        client.set_flow_run_state(run.id, Cancelled())
+
+    assert [state and state.name for state in states] == ["Pending", second]
+
+
+@pytest.fixture
+def hasty(tmp_path: Path) -> Path:
+    """A prefect.yaml whose day begins now, and again soon: the same in all else but the table."""
+    content = YAML(typ="safe").load(PREFECT_FILE)
+    daily, audit = (
+        next(spec for spec in content["deployments"] if spec["name"] == name) for name in ("daily", "after-each-batch")
+    )
+    lot = uuid4().hex
+    daily["parameters"] |= {"source": [{"id": "mug", "prompt": "a mug {{ lot }}", "lot": lot}]}
+    soon = (datetime.now(timezone.utc) + timedelta(seconds=1)).isoformat()
+    for schedule in daily["schedules"]:
+        del schedule["cron"]
+        schedule |= {"interval": 10, "anchor_date": soon}
+    file = tmp_path / "prefect.yaml"
+    YAML(typ="safe").dump({**content, "deployments": [daily, audit]}, file)
+    return file
+
+
+@pytest.fixture
+def worker(team: Team, sandbox: RunningSandbox, tmp_path: Path) -> Iterator[None]:  # noqa: ARG001 - it must be up
+    """A worker of the pool. It has no account of its own: that is in the blocks."""
+    with (
+        (tmp_path / "worker.log").open("wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "images"],
+            cwd=tmp_path,
+            env=team.environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        yield
+        process.terminate()
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_schedule_starts_a_day_and_its_batch_starts_the_audit(
+    team: Team, hasty: Path, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+) -> None:
+    """Nobody starts a run: the schedule does, the batch's event does, and the paused schedule does not."""
+    with temporary_settings({PREFECT_API_URL: team.url}):
+        bucket.save("catalogue", overwrite=True)
+        credentials.save("studio", overwrite=True)
+    team.deploy(hasty)
+
+    def finished(name: str) -> FlowRun | None:
+        return next((run for run in team.runs(name) if run.state and run.state.is_completed()), None)
+
+    day, audit = wait_for(lambda: finished(DAILY)), wait_for(lambda: finished(AUDIT))
+
+    assert day.auto_scheduled
+    assert day.state is not None
+    assert str(day.state.message).startswith("1 published")
+    assert sandbox.control.summary().billed_calls == 1
+    assert audit.created_by is not None
+    assert audit.created_by.type == "AUTOMATION"
+    assert audit.parameters["bucket"] == "catalogue"
+    assert audit.parameters["manifest"].startswith(f"{bucket.uri}/manifests/")
+    assert audit.state is not None
+    assert audit.state.message == "1 pictures: 1 ok"
+    assert not any(run.parameters.get("dry_run") for run in team.runs(DAILY))
+
+
+def products(**changes: Any) -> dict[str, list[Any]]:
+    """Two products that no other test has."""
+    lot = uuid4().hex
+    return {"sku": [7, 8], "name": [f"mug {lot}", f"lamp {lot}"], "colour": ["red", "brass"], **changes}
+
+
+async def put(bucket: ImageBucket, columns: dict[str, list[Any]]) -> str:
+    """Write a product table into the bucket; its address."""
+    pyarrow, parquet = load_pyarrow()
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), file)
+    await bucket.write_path("in/products.parquet", file.getvalue())
+    return f"{bucket.uri}/in/products.parquet"
+
+
+async def read_catalogue(bucket: ImageBucket) -> list[dict[str, Any]]:
+    """The rows of the catalogue."""
+    content = await bucket.read_path("catalogue/products.parquet")
+    _, parquet = load_pyarrow()
+    rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(content)).to_pylist()
+    return rows
+
+
+@pytest.mark.usefixtures("prefect_server")
+async def test_each_product_gets_its_picture_and_keeps_it(
+    bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+) -> None:
+    """Columns keep their values and types; the next night pays for the product that changed, and for no other."""
+    first = products()
+    source = await put(bucket, first)
+    report = await products_to_catalogue(source, bucket, TEMPLATE, "sku", credentials=credentials)
+    tonight = await read_catalogue(bucket)
+    await put(bucket, {**first, "colour": ["red", "copper"]})
+    await products_to_catalogue(source, bucket, TEMPLATE, "sku", credentials=credentials)
+    tomorrow = await read_catalogue(bucket)
+
+    assert report.catalogue == f"{bucket.uri}/catalogue/products.parquet"
+    assert [(row["sku"], row["colour"], row["image_status"]) for row in tonight] == [
+        (7, "red", "published"),
+        (8, "brass", "published"),
+    ]
+    pictures = {image.uri: image for item in report.batch.items for image in item.images}
+    assert all(pictures[row["image_uri"]].sha256 == row["image_sha256"] for row in tonight)
+    assert [row["image_status"] for row in tomorrow] == ["unchanged", "published"]
+    assert tomorrow[0]["image_uri"] == tonight[0]["image_uri"]
+    assert tomorrow[1]["image_uri"] != tonight[1]["image_uri"]
+    assert sandbox.control.summary().billed_calls == 3
+
+
+@pytest.mark.usefixtures("prefect_server")
+async def test_a_catalogue_is_a_product_table_again(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    """Read as the next run's source, its own columns are replaced, not doubled."""
+    source = await put(bucket, products())
+    report = await products_to_catalogue(source, bucket, TEMPLATE, "sku", credentials=credentials)
+    await products_to_catalogue(report.catalogue, bucket, TEMPLATE, "sku", credentials=credentials)
+
+    rows = await read_catalogue(bucket)
+    assert [row["image_status"] for row in rows] == ["unchanged"] * 2
+    assert len(rows[0]) == 3 + 7
+
+
+@pytest.mark.usefixtures("prefect_server")
+async def test_a_product_without_its_picture_is_in_the_catalogue_all_the_same(
+    bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+) -> None:
+    """The run is Failed and says how many; the table has the others' pictures and this one's reason."""
+    sandbox.control.inject("moderation", times=1)
+    source = await put(bucket, products())
+    state = await products_to_catalogue(
+        source, bucket, TEMPLATE, "sku", credentials=credentials, max_in_flight=1, return_state=True
+    )
+
+    assert state.is_failed()
+    assert state.message is not None
+    assert state.message.startswith("1 of 2 items without their pictures")
+    rows = await read_catalogue(bucket)
+    assert sorted(row["image_status"] for row in rows) == ["failed", "published"]
+    (failed,) = (row for row in rows if row["image_status"] == "failed")
+    assert failed["image_uri"] is None
+    assert failed["image_error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "template", "reason"),
+    [
+        ({"sku": [7, 7]}, TEMPLATE, r"Product 2 has no sku of its own: '7'"),
+        ({"sku": [None, 8]}, TEMPLATE, r"Product 1 has no sku of its own: ''"),
+        ({}, "a {{ size }} {{ name }}", r"Product 1 \(7\) can't be rendered: 'size' is undefined"),
+        ({}, "a {{ name", r"template is broken"),
+        ({}, "{{ name.__class__.__mro__ }}", r"Product 1 \(7\) can't be rendered: .*unsafe"),
+    ],
+)
+@pytest.mark.usefixtures("prefect_server")
+async def test_nothing_is_paid_for_a_table_that_cannot_be_used(
+    changes: dict[str, Any],
+    template: str,
+    reason: str,
+    bucket: ImageBucket,
+    credentials: AimlApiCredentials,
+    sandbox: RunningSandbox,
+) -> None:
+    """The run ends before the first call, and says which product and why."""
+    source = await put(bucket, products(**changes))
+    state = await products_to_catalogue(source, bucket, template, "sku", credentials=credentials, return_state=True)
+
+    assert state.is_failed()
+    with pytest.raises(ValueError, match=reason):
+        await state.aresult()
+    assert sandbox.control.summary().calls == 0
