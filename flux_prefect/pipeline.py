@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,15 +20,13 @@ from flux_prefect.budget import BudgetExhausted
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.locking import HostLockManager
 from flux_prefect.spool import ImageFile, PaidCall, Spool
-from flux_prefect.steps import CallOutcome, metered, recover
+from flux_prefect.steps import CallOutcome, metered
 from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _logger = logging.getLogger(__name__)
-
-_FRESH_SECONDS = 60.0  # less than many a generation takes, in which another host could publish as well
 
 _LOCKS = HostLockManager()
 _GENERATE_AGAIN = generate_image.with_options(refresh_cache=True)
@@ -163,7 +160,6 @@ async def produce_image(
     credentials: AimlApiCredentials,
     *,
     run: StepRunner = run_as_task,
-    seen_missing_at: float | None = None,
 ) -> Production:
     """Have every picture of a request in the bucket, spending as little as possible.
 
@@ -178,8 +174,6 @@ async def produce_image(
         credentials: who pays.
         run: how the steps are run. With `run_inline` there are no task runs; keys, records, locks and retries are the
             same, so either finds what the other has kept.
-        seen_missing_at: when none of its pictures was in the bucket, on the clock of `time.monotonic`. Within a minute
-            it saves the HEAD, unless this host has paid for the request since.
 
     Raises:
         ValueError: the request has no seed (`seeds.with_seed` draws one).
@@ -187,7 +181,7 @@ async def produce_image(
     production = Production(request, request.fingerprint(credentials.base_url))
     with metered() as production.calls:
         async with _LOCKS.hold(f"produce-{production.fingerprint}"), credentials.open_client():
-            await _Producer(production, bucket, credentials, run, seen_missing_at).produce()
+            await _Producer(production, bucket, credentials, run).produce()
             production.open_calls = Spool().open_calls(production.fingerprint)
     return production
 
@@ -200,19 +194,13 @@ class _Producer:
     bucket: ImageBucket
     credentials: AimlApiCredentials
     run: StepRunner
-    seen_missing_at: float | None
 
     async def produce(self) -> None:
-        if not self._surely_missing():
-            await _together(self._find(index) for index in range(self.production.request.num_images))
+        # Also where a plan has looked just now: whoever had the lock since may have published from another spool.
+        await _together(self._find(index) for index in range(self.production.request.num_images))
         missing = self.production.missing
         if missing:
             await self._make(missing)
-
-    def _surely_missing(self) -> bool:
-        if self.seen_missing_at is None or time.monotonic() - self.seen_missing_at > _FRESH_SECONDS:
-            return False
-        return recover(self.production.request, self.credentials.base_url, Spool()) is None
 
     async def _find(self, index: int) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -81,20 +80,12 @@ class PlannedBatch:
     Attributes:
         run: what the plan was made for.
         found: the pictures of requests that are whole in the bucket.
-        unsure: the fingerprints of requests that are there in part, or of which the bucket could not say.
-        looked_at: when the first look was, on the clock of `time.monotonic`.
     """
 
     plan: Plan
     run: str
     found: Finds
-    unsure: set[str]
     table: Table
-    looked_at: float
-
-    def seen_missing_at(self, fingerprint: str) -> float | None:
-        """When none of a request's pictures was in the bucket; None where that was not so."""
-        return None if fingerprint in self.unsure else self.looked_at
 
     def rows(self) -> Iterator[Row]:
         """Every row of the table, read anew; a request without a seed gets the one that the plan gave it.
@@ -127,8 +118,7 @@ async def make_plan(
     Raises:
         TableError: the table can't be read to its end.
     """
-    spool, found, looked_at = Spool(), Finds(), time.monotonic()
-    wanted, unsure = set[str](), set[str]()
+    spool, found, wanted = Spool(), Finds(), set[str]()
     rows = invalid = repeats = paid = requests = images = 0
     most_credits = 0.0
 
@@ -150,9 +140,7 @@ async def make_plan(
         nonlocal paid, requests, images, most_credits
         fingerprint, request = item
         there = await _find_all(request, fingerprint, bucket)
-        if there is None or 0 < len(there) < request.num_images:
-            unsure.add(fingerprint)
-        if there is not None and len(there) == request.num_images:
+        if there is not None:
             found.add(fingerprint, there)
         elif recover(request, endpoint, spool) is not None:
             paid += 1
@@ -174,7 +162,7 @@ async def make_plan(
         max_credits=budget.max_credits,
         max_images=budget.max_images,
     )
-    return PlannedBatch(plan, run, found, unsure, table, looked_at)
+    return PlannedBatch(plan, run, found, table)
 
 
 async def add_outlook(plan: Plan, client: AimlApiClient, pace: float | None, max_in_flight: int) -> Plan:
@@ -246,9 +234,10 @@ def _seeded(table: Table, run: str) -> Iterator[Row]:
 
 
 async def _find_all(request: ImageRequest, fingerprint: str, bucket: ImageBucket) -> list[PublishedImage] | None:
-    """The pictures of a request that are there; None where the bucket does not say."""
+    """The pictures of a request where all of them are there."""
     try:
         images = [await bucket.find(request, fingerprint, index) for index in range(request.num_images)]
     except FluxError:
         return None  # the row's own work meets it again, before paying, and records it
-    return [image for image in images if image is not None]
+    found = [image for image in images if image is not None]
+    return found if len(found) == len(images) else None

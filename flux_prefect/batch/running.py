@@ -229,13 +229,7 @@ class _Batch:
         if not self._budget.has_room(request) and recover(request, self._credentials.base_url, self._spool) is None:
             return record_skipped(row)
         try:
-            production = await produce_image(
-                request,
-                self._bucket,
-                self._credentials,
-                run=run,
-                seen_missing_at=self._planned.seen_missing_at(request.fingerprint(self._credentials.base_url)),
-            )
+            production = await produce_image(request, self._bucket, self._credentials, run=run)
         except Exception as error:  # noqa: BLE001 - whatever it was, the other rows go on
             return record_failed(row, request, error)
         if production.error is not None and production.error.fatal:

@@ -22,6 +22,7 @@ from prefect.states import Cancelling
 
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.shell import INTERRUPTED
 from flux_prefect.spool import Spool
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +116,7 @@ def count_pictures(bucket: ImageBucket) -> int:
 
 @pytest.mark.parametrize(
     ("number", "density", "status"),
-    [(signal.SIGTERM, "chunks", -signal.SIGTERM), (signal.SIGINT, "steps", -signal.SIGINT)],
+    [(signal.SIGTERM, "chunks", -signal.SIGTERM), (signal.SIGINT, "steps", INTERRUPTED)],
     ids=["sigterm-chunks", "ctrl-c-steps"],
 )
 async def test_a_signal_ends_a_batch_in_order(
