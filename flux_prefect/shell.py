@@ -18,9 +18,6 @@ FAILED = 1
 INTERRUPTED = 130
 """The exit status of a run that was stopped by Ctrl-C."""
 
-USAGE = 2
-"""The exit status of a run that was never started: its arguments are wrong."""
-
 
 def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to publish to, and by which account."""

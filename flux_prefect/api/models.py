@@ -31,6 +31,16 @@ OutputFormat = Literal["jpeg", "png"]
 AspectRatio = Literal["21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21"]
 
 Seed = Annotated[int, Field(ge=1, le=MAX_SEED)]
+GuidanceScale = Annotated[
+    float | None,
+    Field(
+        ge=1,
+        le=20,
+        allow_inf_nan=False,
+        description="How closely the picture follows the prompt, 1 to 20. Not sent where empty.",
+    ),
+]
+ImageCount = Annotated[int, Field(ge=1, le=4, description="Pictures a request, 1 to 4; each is paid for.")]
 
 _SUCCEEDED = {"succeeded": True, "success": True, "failed": False, "error": False}
 _TIME = TypeAdapter(datetime)
@@ -61,17 +71,11 @@ class ImageRequest(BaseModel):
         default="16:9", description="Width to height. The service chooses the size in pixels."
     )
     output_format: OutputFormat = Field(default="jpeg", description="The picture's file format.")
-    guidance_scale: float | None = Field(
-        default=None,
-        ge=1,
-        le=20,
-        allow_inf_nan=False,
-        description="How closely the picture follows the prompt, 1 to 20. Not sent where empty.",
-    )
+    guidance_scale: GuidanceScale = None
     safety_tolerance: SafetyTolerance = Field(
         default="2", description="1 is the strictest, 5 and 6 are the most permissive."
     )
-    num_images: int = Field(default=1, ge=1, le=4, description="Pictures a request, 1 to 4; each is paid for.")
+    num_images: ImageCount = 1
     model: TextToImageModel = Field(
         default="flux/kontext-max/text-to-image", description="The text-to-image model of the service."
     )

@@ -18,7 +18,14 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field
 
-from flux_prefect.api.models import AspectRatio, OutputFormat, SafetyTolerance, TextToImageModel
+from flux_prefect.api.models import (
+    AspectRatio,
+    GuidanceScale,
+    ImageCount,
+    OutputFormat,
+    SafetyTolerance,
+    TextToImageModel,
+)
 from flux_prefect.batch.formats import OWN_COLUMNS, Unreadable, find_unkeepable, read_csv, read_jsonl
 from flux_prefect.batch.parquet import read_parquet
 from flux_prefect.batch.records import is_record
@@ -66,17 +73,11 @@ class PictureSettings(BaseModel):
 
     aspect_ratio: AspectRatio = Field(default="16:9", description="Width to height.")
     output_format: OutputFormat = Field(default="jpeg", description="The picture's file format.")
-    guidance_scale: float | None = Field(
-        default=None,
-        ge=1,
-        le=20,
-        allow_inf_nan=False,
-        description="How closely the picture follows the prompt, 1 to 20. Not sent where empty.",
-    )
+    guidance_scale: GuidanceScale = None
     safety_tolerance: SafetyTolerance = Field(
         default="2", description="1 is the strictest, 5 and 6 are the most permissive."
     )
-    num_images: int = Field(default=1, ge=1, le=4, description="Pictures a request, 1 to 4; each is paid for.")
+    num_images: ImageCount = 1
     model: TextToImageModel = Field(
         default="flux/kontext-max/text-to-image", description="The text-to-image model of the service."
     )
