@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import anyio
 import httpx
+from aiohttp.abc import AbstractResolver, ResolveResult
 
 from flux_prefect.api.errors import DownloadInterrupted, UnsafeURL
 
@@ -60,20 +61,17 @@ class AddressRules:
                 f"The picture's host {url.host} could not be looked up ({error.strerror}): check the network's DNS."
             ) from error
         for address in addresses:
-            await self._check(address, url)
+            await self._check(address, url.host)
 
-    async def check_peer(self, response: httpx.Response) -> None:
-        """Check the address that a direct connection really reached: a name may change between two look-ups.
+    async def check_address(self, address: str, host: str) -> None:
+        """Check an address that the host's name has led to.
 
         Raises:
-            UnsafeURL: before any of the body is read.
+            UnsafeURL: it must not be connected to.
         """
-        stream = response.extensions.get("network_stream")
-        peer = stream.get_extra_info("server_addr") if stream is not None else None
-        if isinstance(peer, tuple):
-            await self._check(_parse(peer[0]), response.url)
+        await self._check(_parse(address), host)
 
-    async def _check(self, address: _Address, url: httpx.URL) -> None:
+    async def _check(self, address: _Address, host: str) -> None:
         if _is_public(address):
             return
         try:
@@ -85,9 +83,48 @@ class AddressRules:
         if _is_local(address) and any(_is_local(neighbour) for neighbour in neighbours):
             return
         raise UnsafeURL(
-            f"The picture's host {url.host} is {address}, which is not a public address: pictures are fetched from "
+            f"The picture's host {host} is {address}, which is not a public address: pictures are fetched from "
             "one only where base_url is in a private network itself."
         )
+
+
+class CheckedResolver(AbstractResolver):
+    """Looks up names for connections, and gives away only addresses that the rules allow.
+
+    A name may lead elsewhere than when its URL was checked: this is the look-up whose result is connected to.
+    """
+
+    def __init__(self, rules: AddressRules) -> None:
+        self._rules = rules
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """All addresses of the host.
+
+        Raises:
+            UnsafeURL: one of them must not be connected to.
+            OSError: there are none.
+        """
+        found = []
+        for kind, _, protocol, _, sockaddr in await anyio.getaddrinfo(
+            host, port, family=family, type=socket.SOCK_STREAM
+        ):
+            await self._rules.check_address(sockaddr[0], host)
+            found.append(
+                ResolveResult(
+                    hostname=host,
+                    host=sockaddr[0],
+                    port=port,
+                    family=kind,
+                    proto=protocol,
+                    flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+                )
+            )
+        return found
+
+    async def close(self) -> None:
+        """Nothing is kept open."""
 
 
 async def _look_up(url: httpx.URL) -> list[_Address]:

@@ -50,6 +50,7 @@ from flux_prefect.api.models import (
 from flux_prefect.api.pacing import NoSlot, Pacer
 from flux_prefect.api.refusals import read_refusal
 from flux_prefect.api.retrying import backoff
+from flux_prefect.api.transport import AiohttpTransport, find_proxy
 
 BALANCE_PATH = "/v2/billing"
 OLD_BALANCE_PATH = "/v1/billing/balance"
@@ -148,11 +149,13 @@ class AimlApiClient:
         self._gate = gate
         self._timeouts = timeouts = timeouts or Timeouts()
         self._max_bytes = max_bytes
+        # A fresh connection for each paid call: on a kept one that the service closes at that moment, nobody can tell
+        # whether the call was taken.
+        if transport is None and find_proxy(httpx.URL(self.base_url)) is None:
+            transport = AiohttpTransport(tls=_tls(), keep=False)
         self._api = httpx.AsyncClient(
             verify=_tls(),
             transport=transport,
-            # The pacer is the limit. And a fresh connection for each paid call: on a kept one that the
-            # service closes at that moment, nobody can tell whether the call was taken.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             timeout=httpx.Timeout(timeouts.connect, read=timeouts.read),
             follow_redirects=False,

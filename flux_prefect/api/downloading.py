@@ -6,7 +6,6 @@ import base64
 import binascii
 import os
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -18,7 +17,8 @@ import anyio.to_thread
 import httpx
 from pydantic import Field
 
-from flux_prefect.api.addresses import AddressRules
+from flux_prefect.api.addresses import AddressRules, CheckedResolver
+from flux_prefect.api.disk import explain
 from flux_prefect.api.errors import (
     DownloadError,
     DownloadInterrupted,
@@ -32,6 +32,7 @@ from flux_prefect.api.errors import (
 from flux_prefect.api.models import OutputFormat
 from flux_prefect.api.pictures import Picture, inspect_picture
 from flux_prefect.api.retrying import parse_retry_after
+from flux_prefect.api.transport import AiohttpTransport, find_proxy
 
 MAX_REDIRECTS = 5
 
@@ -162,8 +163,6 @@ class Downloader:
             await self._rules.check_url(url, proxied=proxy is not None)
             headers = {"Accept": "image/*", "Accept-Encoding": "identity"}
             async with self._client(proxy).stream("GET", url, headers=headers) as response:
-                if proxy is None:
-                    await self._rules.check_peer(response)
                 if not response.has_redirect_location:
                     _check_status(response)
                     await self._receive(response, part)
@@ -192,20 +191,21 @@ class Downloader:
         )
 
     def _proxy_for(self, url: httpx.URL) -> str | None:
-        # Asked of the environment here, so that it is known for certain whether the address that a connection
-        # reached is the picture's host or a proxy.
+        # Asked of the environment here, so that it is known for certain whose addresses a connection looks up.
         place = url.scheme, url.host
         if place not in self._proxies:
-            self._proxies[place] = None if self._transport is not None else _find_proxy(url)
+            self._proxies[place] = None if self._transport is not None else find_proxy(url)
         return self._proxies[place]
 
     def _client(self, proxy: str | None) -> httpx.AsyncClient:
         if proxy not in self._clients:
+            transport = self._transport
+            if transport is None and proxy is None:
+                transport = AiohttpTransport(tls=self._tls, keep=True, resolver=CheckedResolver(self._rules))
             self._clients[proxy] = httpx.AsyncClient(
                 verify=self._tls,
                 timeout=self._timeout,
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=_AT_ONCE),
-                transport=self._transport,
+                transport=transport,
                 proxy=proxy,
                 trust_env=False,
                 follow_redirects=False,
@@ -255,10 +255,10 @@ class _PartFile:
         try:
             yield
         except OSError as error:
+            remedy = f"make room in the spool folder {self.path.parent} or make it writable"
             raise ImageUnwritable(
-                f"{self.path} could not be written ({error.strerror or error}): make room in the spool folder "
-                f"{self.path.parent} or make it writable, then run again. The picture is paid for; its URL dies within "
-                "minutes."
+                f"{self.path} could not be written {explain(error, remedy)}, then run again. The picture is paid for; "
+                "its URL dies within minutes."
             ) from error
 
 
@@ -277,14 +277,6 @@ def _check_status(response: httpx.Response) -> None:
             retry_after=parse_retry_after(response.headers.get("retry-after"), datetime.now(timezone.utc)),
         )
     raise DownloadError(f"{host} answered {status} instead of the picture, and will so again.")
-
-
-def _find_proxy(url: httpx.URL) -> str | None:
-    if urllib.request.proxy_bypass(url.host):
-        return None
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
 def _is_base64(head: str) -> bool:

@@ -5,6 +5,7 @@ import base64
 import errno
 import gzip
 import hashlib
+import socket
 import urllib.parse
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -517,23 +518,22 @@ async def test_redirects_without_end_are_given_up(destination: Path) -> None:
     assert count == 6
 
 
-async def test_the_address_really_reached_is_checked_before_the_body_is_read(destination: Path) -> None:
-    """A name that leads elsewhere at the second look-up: the connection tells the truth."""
+async def test_the_address_that_is_connected_to_is_checked(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that leads to the world when the URL is checked and into the house when it is connected to."""
+    answers = iter(["93.184.215.14", "127.0.0.1"])
 
-    class Stream:
-        def get_extra_info(self, name: str) -> Any:
-            return ("10.0.0.7", 443) if name == "server_addr" else None
+    def getaddrinfo(_host: object, port: int, *_: object, **__: object) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
 
-    async def body() -> AsyncIterator[bytes]:
-        pytest.fail("the body was read")
-        yield b""
+    async def handler(writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b"inside"))
 
-    def handler(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, content=body(), extensions={"network_stream": Stream()})
-
-    async with make_client(handler) as client:
-        with pytest.raises(UnsafeURL, match=r"10\.0\.0\.7"):
-            await client.download(PUBLIC, destination, expected="jpeg")
+    async with serve(handler) as inside, make_client(base_url="http://93.184.215.13") as client:
+        port = inside.url.rpartition(":")[2]
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        with pytest.raises(UnsafeURL, match=r"pictures\.example is 127\.0\.0\.1"):
+            await client.download(f"http://pictures.example:{port}/one.jpg", destination, expected="jpeg")
+        assert inside.requests == []
 
 
 @pytest.mark.parametrize(
