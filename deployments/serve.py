@@ -21,6 +21,8 @@ from prefect.schedules import Schedule
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
+from flux_prefect.shell import refuse_bad_settings
+
 PREFECT_FILE = Path(__file__).with_name("prefect.yaml")
 
 _TRIGGERS: TypeAdapter[list[DeploymentTriggerTypes | TriggerTypes]] = TypeAdapter(
@@ -72,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=int, default=4, metavar="N", help="most runs at once (default 4)")
     given = parser.parse_args(arguments)
+    refuse_bad_settings()  # the runs inherit them
     serve(*read_deployments(given.prefect_file), limit=given.limit)
 
 

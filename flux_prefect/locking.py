@@ -15,6 +15,7 @@ import anyio
 from filelock import FileLock, Timeout
 from prefect.locking.protocol import LockManager
 
+from flux_prefect.api.disk import explain
 from flux_prefect.settings import current_settings
 
 _FIRST_WAIT = 0.01
@@ -220,6 +221,6 @@ def _make_private(directory: Path) -> None:
 
 def _unusable(directory: Path, error: OSError) -> PermissionError:
     return PermissionError(
-        f"The lock folder {directory} can't be used ({error.strerror or error}): "
-        "set FLUX_PREFECT_LOCKS to a local folder that this user may write."
+        f"The lock folder {directory} can't be used "
+        f"{explain(error, 'set FLUX_PREFECT_LOCKS to a local folder that this user may write')}."
     )

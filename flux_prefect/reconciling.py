@@ -13,7 +13,7 @@ from flux_prefect.api.client import LOG_PAGE_ROWS, AimlApiClient
 from flux_prefect.api.errors import AnswerLost, Billed, ServiceError
 from flux_prefect.api.models import LogEntry
 from flux_prefect.budget import describe_credits
-from flux_prefect.spool import PaidCall, Spool
+from flux_prefect.spool import PaidCall, Spool, SpoolUnreadable
 
 MAX_PAGES = 50
 """Pages of the log that one `reconcile` reads, 5,000 rows: a quarter of what the service allows in a minute."""
@@ -117,7 +117,10 @@ async def _is_kept(call: PaidCall, spool: Spool) -> bool:
     if call.error is not None:
         return False
     # In a thread, as a record can hold a whole picture.
-    record = await anyio.to_thread.run_sync(spool.find_generation, call.fingerprint)
+    try:
+        record = await anyio.to_thread.run_sync(spool.find_generation, call.fingerprint)
+    except SpoolUnreadable:
+        return False
     return record is not None and record.client_request_id == call.client_request_id
 
 

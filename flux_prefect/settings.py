@@ -8,14 +8,30 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from prefect.settings import get_current_settings
-from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 _PREFIX = "FLUX_PREFECT_"
+_MOST_OF_A_VALUE = 60  # characters, a line's worth
+
+_Count = Annotated[int, Field(ge=0)]
+_Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_ALLOWED: Mapping[Any, str] = {
+    int: "a whole number, 0 or more",
+    float: "a number, 0 or more",
+    Path: "the path of a folder",
+}
+_ALLOWED_LIST = "a list of numbers, 0 or more each, such as [2, 8, 30, 60]"
+
+
+class BadSettings(ValueError):
+    """A variable has a value that can't be used. The message names the variable, the value and what is allowed."""
 
 
 def _default_spool() -> Path:
@@ -41,28 +57,23 @@ class FluxSettings(BaseSettings):
         default_factory=_default_locks,
         description="Folder of the lock files. Must be the same for all runs of one host.",
     )
-    retries: int = Field(default=4, ge=0, description="Prefect retries of a step that failed for a passing reason.")
-    retry_delay_seconds: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+    retries: _Count = Field(default=4, description="Prefect retries of a step that failed for a passing reason.")
+    retry_delay_seconds: list[_Amount] = Field(
         default=[2.0, 8.0, 30.0, 60.0], min_length=1, description="Seconds before each retry; the last repeats."
     )
-    credits_per_image: float = Field(
+    credits_per_image: _Amount = Field(
         default=200_000,
-        ge=0,
         description="What a picture counts as costing, in credits, before the service charged for one. Ten US cents.",
     )
-    repeat_unknown: int = Field(
+    repeat_unknown: _Count = Field(
         default=1,
-        ge=0,
         description=(
             "How often a paid call whose answer was lost is sent again in one task run. "
             "Each repetition may pay a second time."
         ),
     )
-
-    grace_seconds: float = Field(
+    grace_seconds: _Amount = Field(
         default=25,
-        ge=0,
-        allow_inf_nan=False,
         description=(
             "Seconds that a cancelled batch waits for its paid calls. Prefect kills a cancelled run after 30 seconds."
         ),
@@ -71,15 +82,46 @@ class FluxSettings(BaseSettings):
     @field_validator("spool", "locks")
     @classmethod
     def _absolute(cls, folder: Path) -> Path:
-        return folder.expanduser().absolute()
+        try:
+            return folder.expanduser().absolute()
+        except RuntimeError as error:  # nobody has that home
+            raise ValueError(str(error)) from error
+
+
+def settings_at_import() -> FluxSettings:
+    """`current_settings` for a module that must not fail when it is imported: the defaults where a value is wrong.
+
+    For what only runs use. A run asks for `current_settings` before it pays for anything, and fails with the reason
+    on its own page; whoever only looks at its flow, such as `prefect deploy`, does not.
+    """
+    try:
+        return current_settings()
+    except BadSettings:
+        return FluxSettings.model_construct()
 
 
 def current_settings() -> FluxSettings:
-    """The settings as the environment stands now. Read anew only where it changed: reading takes milliseconds."""
+    """The settings as the environment stands now. Read anew only where it changed: reading takes milliseconds.
+
+    Raises:
+        BadSettings: a value can't be used.
+    """
     values = tuple(os.environ.get(f"{_PREFIX}{name.upper()}") for name in FluxSettings.model_fields)
     return _read(values, get_current_settings().home)
 
 
 @functools.lru_cache(maxsize=8)
 def _read(values: tuple[str | None, ...], home: Path) -> FluxSettings:  # noqa: ARG001 - the cache's key
-    return FluxSettings()
+    try:
+        return FluxSettings()
+    except ValidationError as error:
+        wrong = {str(problem["loc"][0]) for problem in error.errors()}
+    except SettingsError as error:  # a list that is no JSON; its name stands in the message alone
+        wrong = {name for name in FluxSettings.model_fields if f'"{name}"' in str(error)}
+    raise BadSettings(" ".join(_explain(name) for name in FluxSettings.model_fields if name in wrong))
+
+
+def _explain(name: str) -> str:
+    variable = f"{_PREFIX}{name.upper()}"
+    allowed = _ALLOWED.get(FluxSettings.model_fields[name].annotation, _ALLOWED_LIST)
+    return f"{variable} is {os.environ.get(variable, '')[:_MOST_OF_A_VALUE]!r}: write {allowed}, or unset it."

@@ -6,14 +6,19 @@ import argparse
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.logging.configuration import setup_logging
 
+from flux_prefect.settings import BadSettings, current_settings
+
 FAILED = 1
 """The exit status of a run that is not Completed."""
+
+MISUSED = 2
+"""The exit status of a command that was given what can't be used, as argparse has it."""
 
 INTERRUPTED = 130
 """The exit status of a run that was stopped by Ctrl-C."""
@@ -29,12 +34,31 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_bad_settings() -> None:
+    """End a command line whose `FLUX_PREFECT_` variables can't be used, with the reason, before anything is done.
+
+    Raises:
+        SystemExit: with the status 2.
+    """
+    try:
+        current_settings()
+    except BadSettings as error:
+        print(error, file=sys.stderr)  # noqa: T201 - a command line's last word
+        raise SystemExit(MISUSED) from None
+
+
 def run_to_state(run: Awaitable[State[Any]]) -> State[Any]:
     """Run a flow that was called with `return_state=True`.
 
     The terminal gets warnings and, unless a progress bar is there, the log of the flow run. The server keeps the logs
     of all task runs too.
     """
+    try:
+        refuse_bad_settings()
+    except SystemExit:
+        if isinstance(run, Coroutine):
+            run.close()  # nobody will await it
+        raise
     setup_logging()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_worth_a_line)

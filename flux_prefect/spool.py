@@ -22,6 +22,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flux_prefect.api.client import MAX_PIXELS
+from flux_prefect.api.disk import explain
 from flux_prefect.api.downloading import DownloadedPicture
 from flux_prefect.api.errors import Billed, DownloadError, FluxError, ServiceError
 from flux_prefect.api.models import Generation, normalize_endpoint
@@ -36,6 +37,12 @@ class SpoolUnwritable(FluxError):
     """The spool folder can't be written. Found before anything is sent, so nothing was paid for it."""
 
     fatal = True
+
+
+class SpoolUnreadable(FluxError):
+    """A record may be there and can't be read now. Whoever would pay for what it may hold must not."""
+
+    retryable = True
 
 
 class PaidCall(BaseModel):
@@ -167,18 +174,31 @@ class Spool:
 
         Takes milliseconds: it waits for the disk.
         """
-        older = self.find_generation(generation.fingerprint)
+        try:
+            older = self.find_generation(generation.fingerprint)
+        except SpoolUnreadable:
+            older = None
         if older is not None and older.client_request_id != generation.client_request_id:
             for picture in (self.root / "pictures").glob(f"{generation.fingerprint}-*"):
                 picture.unlink(missing_ok=True)
         _write(self._record_path(generation.fingerprint), generation.model_dump_json(), os.fsync)
 
     def find_generation(self, fingerprint: str) -> Generation | None:
-        """The record of a paid answer; None where there is none that can be read."""
+        """The record of a paid answer; None where there is none, or only a broken one.
+
+        Raises:
+            SpoolUnreadable: nobody can tell, as there are too many open files, or a record is somebody else's.
+        """
+        path = self._record_path(fingerprint)
         try:
-            return Generation.model_validate_json(self._record_path(fingerprint).read_bytes())
-        except (OSError, ValidationError):
+            return Generation.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValidationError):
             return None
+        except OSError as error:
+            raise SpoolUnreadable(
+                f"{path} can't be read {explain(error, 'make it readable for this user')}, then run again. "
+                "It may hold what was paid for, so nothing was sent."
+            ) from error
 
     # Experience
 
@@ -217,8 +237,8 @@ class Spool:
 
     def _unwritable(self, error: OSError) -> SpoolUnwritable:
         return SpoolUnwritable(
-            f"The spool {self.root} can't be written ({error.strerror or error}): "
-            "set FLUX_PREFECT_SPOOL to a folder with room for the pictures, then run again."
+            f"The spool {self.root} can't be written "
+            f"{explain(error, 'set FLUX_PREFECT_SPOOL to a folder with room for the pictures')}, then run again."
         )
 
     def _call_path(self, fingerprint: str, client_request_id: str) -> Path:

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_HOME, temporary_settings
 from pydantic import ValidationError
 
-from flux_prefect.settings import FluxSettings, current_settings
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.pipeline import produce_image
+from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.settings import BadSettings, FluxSettings, current_settings, settings_at_import
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -71,15 +82,95 @@ def test_folders_are_the_same_wherever_a_run_starts(bare: pytest.MonkeyPatch, ho
     assert current_settings().locks == tmp_path / "locks"
 
 
+WHOLE, NUMBER, LIST = "a whole number, 0 or more", "a number, 0 or more", "a list of numbers, 0 or more each"
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("RETRIES", "-1"), ("REPEAT_UNKNOWN", "-1"), ("RETRY_DELAY_SECONDS", "[]"), ("RETRY_DELAY_SECONDS", "[-2]")],
+    ("name", "value", "allowed"),
+    [
+        ("RETRIES", "-1", WHOLE),
+        ("RETRIES", "many", WHOLE),
+        ("REPEAT_UNKNOWN", "1.5", WHOLE),
+        ("CREDITS_PER_IMAGE", "nan", NUMBER),
+        ("GRACE_SECONDS", "inf", NUMBER),
+        ("RETRY_DELAY_SECONDS", "[]", LIST),
+        ("RETRY_DELAY_SECONDS", "[-2]", LIST),
+        ("RETRY_DELAY_SECONDS", "2,8", LIST),
+        ("SPOOL", "~nobody-has-this-name/spool", "the path of a folder"),
+    ],
 )
-def test_a_bad_value_is_refused(bare: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """Nonsense is an error with the setting's name, not a run that behaves oddly."""
+def test_a_bad_value_is_refused(bare: pytest.MonkeyPatch, name: str, value: str, allowed: str) -> None:
+    """Nonsense is an error with the variable, the value and what is allowed, not a run that behaves oddly."""
     bare.setenv(f"FLUX_PREFECT_{name}", value)
-    with pytest.raises(ValidationError, match=name.lower()):
+    with pytest.raises(BadSettings, match=re.escape(f"FLUX_PREFECT_{name} is {value!r}: write {allowed}")):
         current_settings()
+
+
+def test_all_bad_values_are_told_at_once(bare: pytest.MonkeyPatch) -> None:
+    """Each with its own reason."""
+    bare.setenv("FLUX_PREFECT_RETRIES", "x")
+    bare.setenv("FLUX_PREFECT_GRACE_SECONDS", "y")
+    with pytest.raises(BadSettings, match=r"_RETRIES is 'x'.*_GRACE_SECONDS is 'y'"):
+        current_settings()
+
+
+async def test_a_run_with_a_bad_setting_fails_before_it_pays(
+    monkeypatch: pytest.MonkeyPatch,
+    bucket: ImageBucket,
+    credentials: AimlApiCredentials,
+    request_: ImageRequest,
+    sandbox: RunningSandbox,
+) -> None:
+    """Whoever imports the tasks gets them; whoever pays with them gets the reason first."""
+    monkeypatch.setenv("FLUX_PREFECT_RETRIES", "x")
+    assert settings_at_import().retries == 4
+    with pytest.raises(BadSettings, match="FLUX_PREFECT_RETRIES is 'x'"):
+        await produce_image(request_, bucket, credentials)
+    assert sandbox.control.summary().calls == 0
+
+
+COMMANDS = {
+    "flows.publish_image": ["a lighthouse"],
+    "flows.publish_batch": ["prompts.csv"],
+    "flows.publish_daily": ["products.csv"],
+    "flows.backfill": ["products.csv", "--start", "2026-03-01", "--end", "2026-03-02"],
+    "flows.sweep_seeds": ["a lighthouse"],
+    "flows.audit_bucket": ["manifest.jsonl"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_line_ends_with_the_reason(
+    command: str, bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the status of a wrong argument, before anything is started."""
+    bare.setenv("FLUX_PREFECT_RETRIES", "x")
+    with pytest.raises(SystemExit) as ended:
+        import_module(command).main([*COMMANDS[command], "--bucket", "s3://images/never"])
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "FLUX_PREFECT_RETRIES is 'x': write a whole number, 0 or more, or unset it.\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["flows.publish_image", "a lighthouse", "--bucket", "s3://images/never"], ["deployments.serve"]]
+)
+def test_a_process_ends_without_a_traceback(command: list[str]) -> None:
+    """Also where modules read the settings when they are imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env={**os.environ, "FLUX_PREFECT_RETRY_DELAY_SECONDS": "2,8"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "FLUX_PREFECT_RETRY_DELAY_SECONDS is '2,8': write a list of numbers, 0 or more each, such as [2, 8, 30, 60], "
+        "or unset it.\n"
+    )
 
 
 def test_settings_do_not_change_under_a_run() -> None:

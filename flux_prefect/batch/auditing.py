@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flux_prefect.api.errors import FluxError
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket import BucketError, ImageBucket, PublishedImage
-from flux_prefect.spool import ImageFile, Spool
+from flux_prefect.spool import ImageFile, Spool, SpoolUnreadable
 
 Finding = Literal["ok", "missing", "wrong_checksum", "missing_sidecar", "unreadable"]
 
@@ -67,7 +67,10 @@ async def find_in_spool(bucket: ImageBucket, image: PublishedImage) -> ImageFile
         CannotMend: there are none that fit.
     """
     spool = Spool()
-    generation = spool.find_generation(image.fingerprint)
+    try:
+        generation = spool.find_generation(image.fingerprint)
+    except SpoolUnreadable as error:
+        raise CannotMend(error.message) from error
     if generation is None:
         raise CannotMend("this host's spool has no record of it")
     check_key(bucket, generation.request, image)

@@ -14,7 +14,7 @@ from PIL import Image
 from flux_prefect.api.client import MAX_PIXELS
 from flux_prefect.api.errors import ImageTooLarge
 from flux_prefect.bucket import BucketError, ImageBucket, PublishedImage
-from flux_prefect.spool import Spool
+from flux_prefect.spool import Spool, SpoolUnreadable
 
 SIDE = 160
 """Pixels of a thumbnail's longer side."""
@@ -81,11 +81,11 @@ def draw_thumbnail(content: bytes) -> bytes:
 
 def _read_spooled(spool: Spool, image: PublishedImage) -> bytes | None:
     """The published bytes, where this host still has them."""
-    generation = spool.find_generation(image.fingerprint)
-    if generation is None:
-        return None
     try:
+        generation = spool.find_generation(image.fingerprint)
+        if generation is None:
+            return None
         content = spool.picture_path(generation, image.index).read_bytes()
-    except OSError:
+    except (OSError, SpoolUnreadable):
         return None
     return content if hashlib.sha256(content).hexdigest() == image.sha256 else None

@@ -1,0 +1,86 @@
+"""A process that may open no more files says so, and blames no folder. The limit is the real one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from flux_prefect.api.disk import explain
+from flux_prefect.api.errors import ImageUnwritable
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.locking import HostLockManager
+from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.spool import Spool, SpoolUnreadable, SpoolUnwritable
+from flux_prefect.steps import generate, recover
+
+REMEDY = r"\(Too many open files\): this process has .* \(ulimit -n\), or lower max_in_flight"
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Inside the block, every file that is opened is one too many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_spool_names_the_limit(tmp_path: Path) -> None:
+    """Another folder would not help."""
+    with no_more_files(), pytest.raises(SpoolUnwritable, match=f"can't be written {REMEDY}") as refused:
+        Spool(tmp_path).prepare()
+    assert "FLUX_PREFECT_SPOOL" not in refused.value.message
+
+
+async def test_nothing_is_paid_for_what_the_spool_may_hold(
+    tmp_path: Path, credentials: AimlApiCredentials, sandbox: RunningSandbox
+) -> None:
+    """A record that can't be opened just now is not taken for none."""
+    request, spool = ImageRequest(prompt=uuid4().hex, seed=1), Spool(tmp_path)
+    async with credentials.get_client() as client:
+        await generate(request, client, spool)
+    before = sandbox.control.summary().billed_calls
+    with no_more_files(), pytest.raises(SpoolUnreadable, match=f"can't be read {REMEDY}"):
+        recover(request, credentials.base_url, spool)
+
+    assert recover(request, credentials.base_url, spool) is not None
+    assert sandbox.control.summary().billed_calls == before
+
+
+def test_a_lock_names_the_limit(tmp_path: Path) -> None:
+    """The folder is as good as any."""
+    with no_more_files(), pytest.raises(PermissionError, match=f"can't be used {REMEDY}") as refused:
+        HostLockManager(tmp_path).acquire_lock("key", "holder")
+    assert "FLUX_PREFECT_LOCKS" not in str(refused.value)
+
+
+async def test_a_download_names_the_limit(tmp_path: Path, credentials: AimlApiCredentials) -> None:
+    """There is room in the folder."""
+    async with credentials.get_client() as client:
+        with no_more_files(), pytest.raises(ImageUnwritable, match=f"could not be written {REMEDY}") as refused:
+            await client.download("data:image/png;base64,AAAA", tmp_path / "picture.png", expected="png")
+    assert "make room" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENFILE, "(Too many open files in system): the whole machine has"),
+        (errno.ENOSPC, "(No space left on device): take another folder"),
+    ],
+)
+def test_the_remedy_is_that_of_the_failure(number: int, told: str) -> None:
+    """A machine that is out of files is not a process that is, and a full disk is neither."""
+    assert explain(OSError(number, os.strerror(number)), "take another folder").startswith(told)
