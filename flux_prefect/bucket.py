@@ -195,6 +195,17 @@ class ImageBucket(WritableFileSystem):
         default=None, description="Encryption at rest. Default: the bucket's own setting."
     )
     kms_key_id: str | None = Field(default=None, title="KMS key ID", description="Goes with aws:kms.")
+    lease_seconds: float | None = Field(
+        default=None,
+        ge=5,
+        le=600,
+        title="Lease (seconds)",
+        description=(
+            "Set it where several machines publish to this bucket: one at a time then makes a picture, and another "
+            "takes over from a machine that is silent for so long. 60 is a good value, the same on all machines. "
+            "Needs a server with conditional writes, and s3:DeleteObject. Empty: one machine only."
+        ),
+    )
 
     model_config = ConfigDict(hide_input_in_errors=True)  # the input of a bad block holds its keys
 
@@ -362,6 +373,26 @@ class ImageBucket(WritableFileSystem):
         """
         return await self._head(self.key_of(request, fingerprint, index))
 
+    async def list_keys(self, *, most: int) -> frozenset[str] | None:
+        """All keys below the prefix, or None where there are more than `most`. A request a thousand keys.
+
+        Raises:
+            BucketError: they can't be listed.
+        """
+
+        def read(client: S3Client) -> frozenset[str] | None:
+            keys: set[str] = set()
+            pages = client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket_name, Prefix=f"{self.prefix}/" if self.prefix else ""
+            )
+            for page in pages:
+                keys.update(found["Key"] for found in page.get("Contents", ()))
+                if len(keys) > most or (len(keys) == most and page["IsTruncated"]):
+                    return None
+            return frozenset(keys)
+
+        return await self._run(read, self.prefix)
+
     async def publish(self, file: ImageFile, run: PublishingRun) -> PublishedImage:
         """Put a picture under its key unless it is there already; its JSON record goes first.
 
@@ -392,10 +423,20 @@ class ImageBucket(WritableFileSystem):
             metadata["flux-seed"] = str(generation.seed)
         published_at = datetime.now(timezone.utc)
         record = _sidecar(file, key, published_at, run)
-        await self._put_new(record_key, lambda: record, hex_digest=None, content_type="application/json", metadata={})
-        etag = await self._put_new(
-            key, lambda: file.path.open("rb"), hex_digest=file.sha256, content_type=file.content_type, metadata=metadata
-        )
+
+        def put(client: S3Client) -> str | None:
+            self._put_new(client, record_key, record, content_type="application/json")
+            with file.path.open("rb") as body:
+                return self._put_new(
+                    client,
+                    key,
+                    body,
+                    content_type=file.content_type,
+                    Metadata=metadata,
+                    ChecksumSHA256=base64.b64encode(bytes.fromhex(file.sha256)).decode(),
+                )
+
+        etag = await self._run(put, key)
         if etag is None:
             there = await self._head(key)
             if there is None:
@@ -510,7 +551,7 @@ class ImageBucket(WritableFileSystem):
                 ContentType=content_type,
                 CacheControl=cache_control,
                 ChecksumAlgorithm="SHA256",
-                **self._encryption(),
+                **self.encryption,
             )
 
         await self._run(put, key)
@@ -518,7 +559,9 @@ class ImageBucket(WritableFileSystem):
     def _missing(self, key: str) -> ValueError:
         return ValueError(f"There is no object s3://{self.bucket_name}/{key}.")
 
-    def _encryption(self) -> dict[str, Any]:
+    @property
+    def encryption(self) -> dict[str, Any]:
+        """What `put_object` is told of encryption."""
         options = {"ServerSideEncryption": self.server_side_encryption, "SSEKMSKeyId": self.kms_key_id}
         return {name: value for name, value in options.items() if value}
 
@@ -569,60 +612,54 @@ class ImageBucket(WritableFileSystem):
                 f"(its metadata lacks or spoils {error}). Remove it, or publish under another prefix."
             ) from error
 
-    async def _put_new(
-        self,
-        key: str,
-        open_body: Callable[[], Any],
-        *,
-        hex_digest: str | None,
-        content_type: str,
-        metadata: dict[str, str],
+    def _put_new(
+        self, client: S3Client, key: str, body: bytes | BinaryIO, *, content_type: str, **options: Any
     ) -> str | None:
         """Put an object where there is none; its ETag, or None where there is one already."""
-        options: dict[str, Any] = {"ContentType": content_type, "Metadata": metadata, "IfNoneMatch": "*"}
-        if hex_digest is None:
+        if "ChecksumSHA256" not in options:
             options["ChecksumAlgorithm"] = "SHA256"
-        else:
-            options["ChecksumSHA256"] = base64.b64encode(bytes.fromhex(hex_digest)).decode()
         if self.cache_control:
             options["CacheControl"] = self.cache_control
         if self.storage_class:
             options["StorageClass"] = self.storage_class
-        options |= self._encryption()
+        options |= self.encryption
+        try:
+            found = client.put_object(
+                Bucket=self.bucket_name, Key=key, Body=body, ContentType=content_type, IfNoneMatch="*", **options
+            )
+        except ClientError as error:
+            if _status(error) == 412:  # noqa: PLR2004 - HTTP: precondition failed
+                return None
+            raise
+        return found["ETag"].strip('"')
 
-        def put(client: S3Client) -> str | None:
-            body = open_body()
-            try:
-                return client.put_object(Bucket=self.bucket_name, Key=key, Body=body, **options)["ETag"].strip('"')
-            except ClientError as error:
-                if _status(error) == 412:  # noqa: PLR2004 - HTTP: precondition failed
-                    return None
-                raise
-            finally:
-                if hasattr(body, "close"):
-                    body.close()
+    def perform(self, work: Callable[[S3Client], _Result], key: str) -> _Result:
+        """Do work with the client, its errors told as this module tells them. Blocks: call it in a thread.
 
-        return await self._run(put, key)
+        Args:
+            work: what to do.
+            key: what is told to be its object.
+
+        Raises:
+            BucketError: the bucket did not do it, with what to correct.
+        """
+        where = f"s3://{self.bucket_name}/{key}".rstrip("/")
+        try:
+            return work(self._connect(where))
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise BucketAccessDenied(
+                f"There are no S3 keys for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "a profile or a role, or fill them in on the ImageBucket block."
+            ) from error
+        except ClientError as error:
+            raise self._translate(error, where) from error
+        except BotoCoreError as error:
+            raise BucketUnavailable(
+                f"{where} can't be reached: {error}. Check endpoint_url or AWS_ENDPOINT_URL_S3."
+            ) from error
 
     async def _run(self, work: Callable[[S3Client], _Result], key: str) -> _Result:
-        where = f"s3://{self.bucket_name}/{key}".rstrip("/")
-
-        def in_thread() -> _Result:
-            try:
-                return work(self._connect(where))
-            except (NoCredentialsError, PartialCredentialsError) as error:
-                raise BucketAccessDenied(
-                    f"There are no S3 keys for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                    "a profile or a role, or fill them in on the ImageBucket block."
-                ) from error
-            except ClientError as error:
-                raise self._translate(error, where) from error
-            except BotoCoreError as error:
-                raise BucketUnavailable(
-                    f"{where} can't be reached: {error}. Check endpoint_url or AWS_ENDPOINT_URL_S3."
-                ) from error
-
-        return await anyio.to_thread.run_sync(in_thread)
+        return await anyio.to_thread.run_sync(self.perform, work, key)
 
     def _connect(self, where: str) -> S3Client:
         try:
@@ -645,7 +682,7 @@ class ImageBucket(WritableFileSystem):
         if code in _ACCESS or status in {401, 403}:
             return BucketAccessDenied(
                 f"{self._server()} refuses {error.operation_name} on {where} ({said}): check the keys, and that they "
-                "allow s3:ListBucket, s3:GetObject and s3:PutObject."
+                "allow s3:ListBucket, s3:GetObject and s3:PutObject, and with lease_seconds s3:DeleteObject."
             )
         if code in _TIMES_OVER or code == "ConditionalRequestConflict" or status >= _HTTP_SERVER_ERROR:
             return BucketUnavailable(f"{self._server()} could not do {error.operation_name} on {where} now ({said}).")

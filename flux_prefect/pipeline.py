@@ -15,9 +15,10 @@ from prefect.utilities.annotations import quote
 
 from flux_prefect.api.errors import Billed, ContentFlagged, FluxError, ImageGone
 from flux_prefect.api.models import Generation, ImageRequest
-from flux_prefect.bucket import BucketUnavailable, ImageBucket, PictureChanged, PublishedImage
+from flux_prefect.bucket import BucketError, BucketUnavailable, ImageBucket, PictureChanged, PublishedImage
 from flux_prefect.budget import BudgetExhausted
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.leases import BucketLeases
 from flux_prefect.locking import HostLockManager
 from flux_prefect.spool import ImageFile, PaidCall, Spool
 from flux_prefect.steps import CallOutcome, metered
@@ -163,7 +164,8 @@ async def produce_image(
 ) -> Production:
     """Have every picture of a request in the bucket, spending as little as possible.
 
-    One at a time on a host for one request, in whatever process: the second finds what the first published. What is
+    One at a time on a host for one request, in whatever process: the second finds what the first published. Where the
+    bucket has `lease_seconds`, one at a time on all hosts that publish to it. What is
     in the bucket already costs a HEAD. A cached answer whose URL has died is paid for anew, a cached file that
     is gone is fetched anew, each at most once. A missing bucket is found before anything is paid for. Failures of
     pictures are outcomes, not exceptions.
@@ -199,8 +201,23 @@ class _Producer:
         # Also where a plan has looked just now: whoever had the lock since may have published from another spool.
         await _together(self._find(index) for index in range(self.production.request.num_images))
         missing = self.production.missing
-        if missing:
+        if not missing:
+            return
+        if self.bucket.lease_seconds is None:
             await self._make(missing)
+        else:
+            await self._make_alone(self.bucket.lease_seconds)
+
+    async def _make_alone(self, lease_seconds: float) -> None:
+        """Make what is missing while no other machine does."""
+        production = self.production
+        try:
+            async with BucketLeases(self.bucket, lease_seconds).hold(production.fingerprint):
+                await _together(self._find(index) for index in production.missing)  # whoever had it may have published
+                if missing := production.missing:
+                    await self._make(missing)
+        except BucketError as error:  # there is no lease, so nothing is paid
+            self._fail(production.missing, error)
 
     async def _find(self, index: int) -> None:
         try:
@@ -253,8 +270,9 @@ class _Producer:
             self.production.outcomes[index] = ImageOutcome(index, image=image)
 
     async def _fetch_again(self, generation: Generation, index: int) -> ImageFile:
+        file = await self.run(_DOWNLOAD_AGAIN, generation, self.credentials, index)
         self.production.refetched += 1
-        return await self.run(_DOWNLOAD_AGAIN, generation, self.credentials, index)
+        return file
 
     def _fail(self, indexes: list[int], error: Exception) -> None:
         for index in indexes:

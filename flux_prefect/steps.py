@@ -27,6 +27,7 @@ from flux_prefect.api.errors import (
 )
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
 from flux_prefect.budget import current_budget
+from flux_prefect.leases import current_lease
 from flux_prefect.spool import ImageFile, PaidCall, Spool
 
 
@@ -69,6 +70,7 @@ async def generate(
         ServiceError: its `billed` says what it means for money.
         BudgetExhausted: nothing was sent, as it would pass the cap of the enclosing `spending_from`.
         RunStopped: nothing was sent, as that budget was closed.
+        LeaseLost: nothing was sent, as the lease of the enclosing `BucketLeases.hold` is lost.
         SpoolUnwritable: nothing was sent.
     """
     call = PaidCall(
@@ -86,6 +88,8 @@ async def generate(
         nonlocal call, sent, billed
         if budget is not None:
             budget.check_open()  # it may have been closed while the call waited for its turn
+        if lease is not None:
+            lease.check()
         # Now, after any wait for its turn.
         call = call.model_copy(update={"sent_at": datetime.now(timezone.utc), "sends": call.sends + 1})
         spool.open_call(call)
@@ -96,7 +100,7 @@ async def generate(
         spool.close_call(call)
         billed = Billed.NO
 
-    budget = current_budget()
+    budget, lease = current_budget(), current_lease()
     reservation = None if budget is None else await budget.reserve(request)
     try:
         generation = await client.generate(
@@ -130,7 +134,11 @@ async def generate(
 
 
 def recover(request: ImageRequest, endpoint: str, spool: Spool) -> Generation | None:
-    """The answer that this host has paid for already, where its record outlived Prefect's own."""
+    """The answer that this host has paid for already, where its record outlived Prefect's own.
+
+    Raises:
+        SpoolUnreadable: nobody can tell, so nothing must be paid.
+    """
     if request.seed is None:
         return None
     generation = spool.find_generation(request.fingerprint(endpoint))

@@ -271,6 +271,18 @@ async def test_public_addresses_are_quoted(bucket: ImageBucket, file: ImageFile)
     assert found.url == published.url
 
 
+async def test_keys_are_listed_below_the_prefix_alone(bucket: ImageBucket) -> None:
+    """All of them or, where there are more than wanted, none; a neighbour whose name begins the same is no part."""
+    neighbour = bucket.model_copy(update={"prefix": f"{bucket.prefix}-2"})
+    await neighbour.write_path("c", b"x")
+    assert await bucket.list_keys(most=0) == frozenset()
+    await bucket.write_path("a", b"x")
+    await bucket.write_path("folder/b", b"x")
+
+    assert await bucket.list_keys(most=2) == frozenset({f"{bucket.prefix}/a", f"{bucket.prefix}/folder/b"})
+    assert await bucket.list_keys(most=1) is None
+
+
 @pytest.mark.usefixtures("prefect_server")
 async def test_results_of_prefect_can_live_in_the_bucket(bucket: ImageBucket) -> None:
     """The saved block is a `WritableFileSystem`: a result written by one store is read by another."""

@@ -184,6 +184,21 @@ async def test_a_changed_spool_file_is_fetched_again_for_nothing(
     assert second.images[0].image.sha256 == first.images[0].image.sha256
 
 
+async def test_a_file_that_could_not_be_fetched_again_is_not_counted_as_fetched(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """File and URL are gone: the picture is paid for anew, and that is all that is told."""
+    _delete(bucket, await produce(request_, bucket, credentials))
+    for picture in (Spool().root / "pictures").iterdir():
+        picture.unlink()
+    sandbox.control.inject("dead_url", times=1)
+    second = await produce(request_, bucket, credentials)
+
+    assert second.images[0].status is Status.PUBLISHED
+    assert second.regenerated
+    assert second.refetched == 0
+
+
 async def test_a_dead_url_in_a_cached_answer_is_paid_for_once_more(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
