@@ -6,6 +6,7 @@ for many of them, and their steps run here inside it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import logging
@@ -16,11 +17,12 @@ from typing import Any, ParamSpec, TypeVar, cast
 from uuid import UUID, uuid4
 
 import anyio
+import anyio.to_thread
 from prefect.cache_policies import CachePolicy
 from prefect.client.schemas.objects import TaskRun
 from prefect.context import TaskRunContext
 from prefect.exceptions import MissingContextError
-from prefect.filesystems import NullFileSystem
+from prefect.filesystems import LocalFileSystem, NullFileSystem
 from prefect.logging import get_run_logger
 from prefect.results import ResultStore, get_result_store
 from prefect.states import Failed
@@ -37,9 +39,11 @@ class StepRun:
     Attributes:
         id: the task run's; of a step without a task run, one of its own.
         refresh: whether the step is to be done anew, whatever is cached.
+        news: at what level its success is logged: `INFO` on the page of a task run of its own, `DEBUG` among hundreds.
     """
 
     refresh: bool = False
+    news: int = logging.INFO
     id: UUID = field(default_factory=uuid4)
 
 
@@ -66,7 +70,7 @@ async def run_inline(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **
 
     Costs about a millisecond with a cache policy, and next to nothing without.
     """
-    step = StepRun(refresh=bool(task.refresh_cache))
+    step = StepRun(refresh=bool(task.refresh_cache), news=logging.DEBUG)
     parameters = _bind(task.fn, args, kwargs)
     key = _key(task, parameters)
     for failures in itertools.count():
@@ -99,12 +103,20 @@ async def _through_cache(
             return cast("_R", (await store.aread(key, holder)).result)
         result = await task.fn(**parameters)
         try:
-            await store.awrite(result, key=key, holder=holder)
+            await _write(store, key, holder, result)
         except Exception:  # noqa: BLE001 - as the engine does: the step itself has succeeded
             _logger().exception("The result of %s could not be kept; the work goes on with it", task.name)
         return result
     finally:
         store.release_lock(key, holder)
+
+
+async def _write(store: ResultStore, key: str, holder: str, result: Any) -> None:
+    if isinstance(store.result_storage, LocalFileSystem):
+        # The same in one thread: asynchronously, opening, writing and closing the file are a thread's work each.
+        await anyio.to_thread.run_sync(lambda: store.write(result, key=key, holder=holder))
+    else:
+        await store.awrite(result, key=key, holder=holder)
 
 
 async def _store(task: Task[Any, Any]) -> ResultStore:
@@ -115,9 +127,14 @@ async def _store(task: Task[Any, Any]) -> ResultStore:
 
 
 def _bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound = _signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
+
+
+@functools.lru_cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _key(task: Task[Any, Any], parameters: dict[str, Any]) -> str | None:

@@ -21,10 +21,10 @@ from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.caching import GENERATION, PICTURE
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.inline import current_step
-from flux_prefect.settings import current_settings
+from flux_prefect.settings import current_settings, settings_at_import
 from flux_prefect.spool import ImageFile, Spool
 
-_SETTINGS = current_settings()
+_SETTINGS = settings_at_import()
 
 
 def is_worth_repeating(
@@ -154,5 +154,7 @@ async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
     """
     run = PublishingRun(flow_run_id=flow_run.id, flow_run_name=flow_run.name)
     published = await bucket.publish(file, run)
-    get_run_logger().info("%s %s", "Published" if published.created else "Already there:", published.uri)
+    get_run_logger().log(
+        current_step().news, "%s %s", "Published" if published.created else "Already there:", published.uri
+    )
     return published

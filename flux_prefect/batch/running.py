@@ -32,6 +32,7 @@ from flux_prefect.batch.report import (
 )
 from flux_prefect.batch.stopping import run_with_grace
 from flux_prefect.batch.table import Row
+from flux_prefect.batch.tuning import tuned_interpreter
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget, RunStopped, spending_from
 from flux_prefect.credentials import AimlApiCredentials
@@ -89,7 +90,7 @@ async def run_batch(  # noqa: PLR0913 - keyword-only from the fifth on
     """
     batch = _Batch(planned, bucket, credentials, budget, on_record)
     _allow_open_files(_FILES_PER_ITEM * _CHUNKS_AT_ONCE * credentials.max_in_flight)
-    with spending_from(budget):
+    with spending_from(budget), tuned_interpreter():
         async with credentials.open_client():
             await run_with_grace(batch.run(density), budget.close, grace_seconds=current_settings().grace_seconds)
     return batch.report()
@@ -226,9 +227,9 @@ class _Batch:
     async def _produce(self, row: Row, request: ImageRequest, run: StepRunner) -> ItemRecord:
         if (reason := self._reason_to_stop()) is not None:
             return record_stopped(row, reason)
-        if not self._budget.has_room(request) and recover(request, self._credentials.base_url, self._spool) is None:
-            return record_skipped(row)
         try:
+            if not self._budget.has_room(request) and recover(request, self._credentials.base_url, self._spool) is None:
+                return record_skipped(row)
             production = await produce_image(request, self._bucket, self._credentials, run=run)
         except Exception as error:  # noqa: BLE001 - whatever it was, the other rows go on
             return record_failed(row, request, error)

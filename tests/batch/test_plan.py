@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unittest.mock import AsyncMock
 from uuid import uuid4
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.plan import BalanceTooLow, Plan, PlannedBatch, check_balance, describe_plan, make_plan
 from flux_prefect.batch.table import Table
-from flux_prefect.bucket import ImageBucket, PublishingRun
+from flux_prefect.bucket import BucketAccessDenied, ImageBucket, PublishingRun
 from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
@@ -62,13 +63,47 @@ async def test_seeds_are_drawn_once_for_plan_and_work(bucket: ImageBucket, crede
 async def test_a_picture_that_is_half_there_is_to_be_made(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
     """Of a request for two pictures, one in the bucket is not enough."""
     request = ImageRequest(prompt=uuid4().hex, seed=1, num_images=2)
-    spool = Spool()
-    async with credentials.get_client() as client:
-        generation = await generate(request, client, spool)
-        await bucket.publish(await download(generation, 0, client, spool), PublishingRun())
+    await publish_first(request, bucket, credentials)
     sums = (await plan([request], bucket, credentials)).plan
 
     assert (sums.published, sums.paid, sums.requests) == (0, 1, 0)
+
+
+async def test_what_a_small_bucket_does_not_list_is_not_looked_for(
+    bucket: ImageBucket, credentials: AimlApiCredentials
+) -> None:
+    """One HEAD for the picture that is there, none for the three that are not."""
+    requests = [ImageRequest(prompt=uuid4().hex, seed=seed) for seed in range(1, 5)]
+    await publish_first(requests[2], bucket, credentials)
+    asked: list[str] = []
+    bucket.get_client().meta.events.register("before-send.s3", lambda event_name, **_: asked.append(event_name))
+    sums = (await plan(list(requests), bucket, credentials)).plan
+
+    assert (sums.published, sums.requests) == (1, 3)
+    assert asked == ["before-send.s3.ListObjectsV2", "before-send.s3.HeadObject"]
+
+
+@pytest.mark.parametrize("answer", [None, BucketAccessDenied("s3:ListBucket is not allowed")], ids=["full", "refused"])
+async def test_without_a_list_every_picture_is_looked_for(
+    bucket: ImageBucket,
+    credentials: AimlApiCredentials,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: BucketAccessDenied | None,
+) -> None:
+    """A bucket that holds too much to be listed, or whose keys may not be listed, gives the same plan."""
+    request = ImageRequest(prompt=uuid4().hex, seed=1)
+    await publish_first(request, bucket, credentials)
+    monkeypatch.setattr(ImageBucket, "list_keys", AsyncMock(side_effect=[answer]))
+    sums = (await plan([request, ImageRequest(prompt=uuid4().hex, seed=2)], bucket, credentials)).plan
+
+    assert (sums.published, sums.requests) == (1, 1)
+
+
+async def publish_first(request: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    """Have the first picture of a request in the bucket."""
+    async with credentials.get_client() as client:
+        file = await download(await generate(request, client, Spool()), 0, client, Spool())
+    await bucket.publish(file, PublishingRun())
 
 
 def make_sums(**changes: object) -> Plan:

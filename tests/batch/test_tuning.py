@@ -1,0 +1,46 @@
+"""What a batch changes in the interpreter, and changes back."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import pytest
+
+from flux_prefect.batch.tuning import tuned_interpreter
+
+
+def test_the_interpreter_is_as_before_afterwards() -> None:
+    """Also where the batch fails."""
+    interval = sys.getswitchinterval()
+    with pytest.raises(KeyError), tuned_interpreter():
+        assert sys.getswitchinterval() < interval
+        assert gc.get_freeze_count() > 1000
+        raise KeyError
+
+    assert sys.getswitchinterval() == interval
+    assert gc.get_freeze_count() == 0
+
+
+def test_garbage_of_the_batch_itself_is_collected() -> None:
+    """Only what was there before it is left alone."""
+
+    class Node:
+        me: Node
+
+    with tuned_interpreter():
+        node = Node()
+        node.me = node
+        del node
+        assert gc.collect() > 0
+
+
+def test_a_shorter_interval_is_kept() -> None:
+    """Somebody has set it so."""
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.0001)
+        with tuned_interpreter():
+            assert sys.getswitchinterval() == pytest.approx(0.0001, rel=0.05)
+    finally:
+        sys.setswitchinterval(interval)
