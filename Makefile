@@ -5,8 +5,16 @@ UV := PYTHONPATH=.tools $(PYTHON) -m uv
 RUN := .venv/bin/python
 READY := .venv/.ready
 
+# What other people's code imports.
+PUBLIC := $(addprefix flux_prefect.,tasks pipeline credentials bucket caching locking seeds naming settings budget spool \
+	api.models api.errors api.client \
+	batch.table batch.plan batch.running batch.report batch.events \
+	sandbox.launching sandbox.control) \
+	$(addprefix flows.,publish_image publish_batch publish_daily backfill sweep_seeds audit_bucket)
+REFERENCE := build/reference
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench lint format lock clean
+.PHONY: help demo test chaos bench reference screenshots lint format lock clean
 
 help: ## List what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -22,6 +30,13 @@ chaos: $(READY) ## Kill a batch of 200 pictures 200 times and look at what is le
 
 bench: $(READY) ## Measure what the project costs (ten to fifteen minutes); ARGS=--help
 	@$(RUN) -m tests.benchmarks $(ARGS)
+
+reference: $(READY) ## Build the API reference from the docstrings: build/reference/index.html
+	@$(RUN) -m pdoc --docformat google --no-show-source --template-directory .pdoc \
+		--output-directory $(REFERENCE) $(PUBLIC)
+
+screenshots: $(READY) ## Make the README's pictures anew from the running UI; needs chromium
+	@PYTHONPATH=tests $(RUN) -m browser.screenshots
 
 lint: $(READY) ## Check style and types
 	@$(RUN) -m ruff check
@@ -39,7 +54,7 @@ lock: .tools/uv ## Write the lock files anew from pyproject.toml
 		--no-header --no-annotate - --output-file requirements-uv.txt
 
 clean: ## Remove everything that was made here
-	rm -rf .venv .tools .demo .sandbox .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .tools .demo .sandbox build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(READY): requirements.txt pyproject.toml .tools/uv
 	@echo "Installing the locked packages into .venv (once; about 500 MB) ..."

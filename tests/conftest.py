@@ -12,8 +12,10 @@ import tempfile
 from pathlib import Path
 
 _HOME = Path(tempfile.mkdtemp(prefix="flux_prefect-tests-"))
+_FOR_TESTS = {"FLUX_PREFECT_TEST_BROWSER", "FLUX_PREFECT_SCREENSHOTS"}
 for _name in [name for name in os.environ if name.startswith(("PREFECT_", "AWS_", "AIML", "FLUX_"))]:
-    del os.environ[_name]
+    if _name not in _FOR_TESTS:
+        del os.environ[_name]
 os.environ |= {
     "HOME": str(_HOME),
     "PREFECT_HOME": str(_HOME / "prefect"),

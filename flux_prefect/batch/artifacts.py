@@ -255,7 +255,8 @@ def _cell(shown: str, record: ItemRecord, image: PublishedImage | None) -> str:
     prompt = (
         "" if record.request is None else f'<div dir="auto">{_excerpt(record.request.prompt, _MOST_OF_A_PROMPT)}</div>'
     )
-    facts = [_isolate(_excerpt(record.id, _MOST_OF_AN_ID))]
+    # Bold, as one of the UIs drops <small>, which leaves nothing else to tell the line from the prompt.
+    facts = [f"<strong>{_isolate(_excerpt(record.id, _MOST_OF_AN_ID))}</strong>"]
     if image is not None:
         facts.append(record.status)
     if record.request is not None:
@@ -296,7 +297,9 @@ def _list_ids(ids: Sequence[str]) -> list[str]:
 
 
 def _facts(facts: dict[str, str]) -> list[str]:
-    return _table([f"<tr><td>{name}&ensp;</td><td>{value}</td></tr>" for name, value in facts.items() if value])
+    # A share of the width, as the addresses would take all but the longest word's from the names.
+    rows = (f'<tr><td width="25%">{name}&ensp;</td><td>{value}</td></tr>' for name, value in facts.items() if value)
+    return _table(list(rows))
 
 
 def _table(rows: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,8 @@ _START_SECONDS = 120
 _IDLE_SECONDS = 3.0
 _IDLE_SHARE = 0.04  # of one core: what its services use for looking whether there is anything to do
 _LONGEST_WORK = 600
+NO_UI: Mapping[str, str] = {"PREFECT_SERVER_UI_ENABLED": "false"}
+"""The settings of a server that nobody looks at."""
 
 
 class ServerFailed(Exception):
@@ -32,11 +34,12 @@ class PrefectServer:
 
     Attributes:
         api_url: what PREFECT_API_URL must be.
+        pid: the process.
     """
 
     def __init__(self, pid: int, api_url: str) -> None:
         self.api_url = api_url
-        self._pid = pid
+        self.pid = pid
 
     def settle(self) -> float:
         """Wait until its CPU time is flat for 3 seconds; its CPU time, in seconds, when that began.
@@ -48,28 +51,32 @@ class PrefectServer:
         """
         end = time.monotonic() + _LONGEST_WORK
         while time.monotonic() < end:
-            before = cpu_seconds(self._pid)
+            before = cpu_seconds(self.pid)
             time.sleep(_IDLE_SECONDS)
-            if cpu_seconds(self._pid) - before <= _IDLE_SHARE * _IDLE_SECONDS:
+            if cpu_seconds(self.pid) - before <= _IDLE_SHARE * _IDLE_SECONDS:
                 return before
         raise ServerFailed(f"The Prefect server was still at work after {_LONGEST_WORK} s.")
 
 
 @contextmanager
-def start_prefect(home: Path) -> Iterator[PrefectServer]:
+def start_prefect(home: Path, settings: Mapping[str, str] = NO_UI) -> Iterator[PrefectServer]:
     """A server with a database of its own, some ten seconds later. It dies with this process, however that dies.
+
+    Args:
+        home: its folder, which must not exist yet.
+        settings: PREFECT_ variables of its own. The default leaves the UI away.
 
     Raises:
         ServerFailed: it did not come up.
     """
     home.mkdir(parents=True)
-    url = f"http://127.0.0.1:{_free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     log = home / "server.log"
     command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
     with log.open("wb") as output:
         server = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), sys.executable, *command],
-            env={**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"},
+            env={**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_UI_API_URL": f"{url}/api", **settings},
             cwd=home,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -95,6 +102,7 @@ def _wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise ServerFailed(f"The Prefect server did not come up within {_START_SECONDS} s: {log.read_text()[-2000:]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])

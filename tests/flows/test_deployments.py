@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -18,18 +15,12 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from benchmarks.prefect_server import start_prefect
-from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterDeploymentId,
-)
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun, State
-from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Pending
 from ruamel.yaml import YAML
+from team import ROOT, Team, start_team
 
 from deployments.serve import PREFECT_FILE, read_deployments
 from flows.products_to_catalogue import products_to_catalogue
@@ -38,55 +29,19 @@ from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 
-ROOT = Path(__file__).parents[2]
 TEMPLATE = "a {{ colour }} {{ name }}"
 DAILY, BATCH, AUDIT = "publish-daily/daily", "publish-batch/on-demand", "audit-bucket/after-each-batch"
-
-
-class Team:
-    """A Prefect server with a work pool, and how the README has people use it."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.client = SyncPrefectClient(url)
-        self.environment = {**os.environ, "PREFECT_API_URL": url, "PREFECT_WORKER_QUERY_SECONDS": "1"}
-
-    def prefect(self, *arguments: str) -> None:
-        """Run the command line from the repository's root."""
-        done = subprocess.run(
-            [sys.executable, "-m", "prefect", *arguments],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def deploy(self, file: Path) -> None:
-        """Deploy everything in a prefect.yaml."""
-        self.prefect("--no-prompt", "deploy", "--prefect-file", str(file), "--all")
-
-    def find(self, name: str) -> DeploymentResponse:
-        """The deployment of that name."""
-        return self.client.read_deployment_by_name(name)
-
-    def runs(self, name: str) -> list[FlowRun]:
-        """All runs of a deployment."""
-        wanted = FlowRunFilterDeploymentId(any_=[self.find(name).id])
-        return self.client.read_flow_runs(flow_run_filter=FlowRunFilter(deployment_id=wanted))
 
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     """A server of this module's own, as that of the other tests has no scheduler."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS", "1")
-        with start_prefect(tmp_path_factory.mktemp("server") / "home") as server:
-            team = Team(server.api_url)
-            team.prefect("work-pool", "create", "images", "--type", "process")
-            with team.client:
-                yield team
+    settings = {
+        "PREFECT_SERVER_UI_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "1",
+    }
+    with start_team(tmp_path_factory.mktemp("server") / "home", settings) as team:
+        yield team
 
 
 @pytest.fixture(scope="module")
@@ -195,18 +150,8 @@ def hasty(tmp_path: Path) -> Path:
 @pytest.fixture
 def worker(team: Team, sandbox: RunningSandbox, tmp_path: Path) -> Iterator[None]:  # noqa: ARG001 - it must be up
     """A worker of the pool. It has no account of its own: that is in the blocks."""
-    with (
-        (tmp_path / "worker.log").open("wb") as log,
-        subprocess.Popen(
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "images"],
-            cwd=tmp_path,
-            env=team.environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        ) as process,
-    ):
+    with team.worker(tmp_path):
         yield
-        process.terminate()
 
 
 @pytest.mark.usefixtures("worker")

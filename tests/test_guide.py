@@ -1,0 +1,129 @@
+"""The guide is followed from its first block to its last, on the sandbox, and what it says is printed is printed."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+
+from flux_prefect.sandbox.launching import RunningSandbox
+
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "deployments" / "guide.md"
+BLOCKS: list[tuple[str, str]] = re.findall(
+    r"^```(\w+)\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
+
+STAY_UP = {
+    "python -m flux_prefect.sandbox",
+    "prefect server start",
+    "jupyter lab",
+    "prefect worker start --pool images",
+}
+"""Commands for terminals of their own. The fixtures take the place of the first two."""
+
+
+def read_commands(block: str) -> list[str]:
+    """The commands of a shell block, each on one line."""
+    return [line for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines() if line]
+
+
+class Reader:
+    """Somebody who follows the guide: one notebook, one shell, one folder."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._names: dict[str, Any] = {"__name__": "notebook"}
+        self._environment = environment
+        self.exported: set[str] = set()
+        self.status = 0
+
+    def follow(self, language: str, block: str) -> None:
+        """Run a block; raise where it fails."""
+        if language == "python":
+            self._run_cell(block)
+        elif language == "bash":
+            for command in read_commands(block):
+                self._run_command(command)
+
+    def _run_cell(self, block: str) -> None:
+        code = compile(block, str(GUIDE), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        if code.co_flags & inspect.CO_COROUTINE:
+            asyncio.run(eval(code, self._names))  # noqa: S307 - the guide's own code
+        else:
+            exec(code, self._names)  # noqa: S102 - the guide's own code
+
+    def _run_command(self, command: str) -> None:
+        if command in STAY_UP:
+            return
+        program, *arguments = shlex.split(command)
+        if program == "export":
+            self.exported |= {argument.partition("=")[0] for argument in arguments}
+        elif program == "python":
+            assert arguments[0] == "-m"
+            self.status = import_module(arguments[1]).main(arguments[2:])
+        else:
+            assert program == "prefect"
+            done = subprocess.run(
+                [sys.executable, "-m", "prefect", *arguments],
+                env=self._environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=90,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.filterwarnings(
+    "ignore:'imghdr' is deprecated:DeprecationWarning"
+)  # a library under Prefect's SlackWebhook
+def test_the_guide_can_be_followed(
+    prefect_server: str,
+    sandbox: RunningSandbox,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every block does what the text says, to the run that a worker takes from the deployment."""
+    (tmp_path / "flows").symlink_to(ROOT / "flows")
+    monkeypatch.chdir(tmp_path)
+    reader = Reader({**os.environ, "PREFECT_API_URL": prefect_server})
+    printed = ""
+    for language, block in BLOCKS:
+        if language == "text":
+            assert " ".join(block.split()) in " ".join(printed.split())
+            assert reader.status == (1 if block.startswith("Failed") else 0)
+        else:
+            reader.follow(language, block)
+            printed = "".join(capsys.readouterr())
+
+    assert set(sandbox.environment) | {"PREFECT_API_URL"} <= reader.exported
+    assert sandbox.control.summary().billed_calls == 6
+    with SyncPrefectClient(prefect_server) as client:
+        deployment = client.read_deployment_by_name("publish-batch/nightly-covers")
+        (run,) = [run for run in client.read_flow_runs() if run.deployment_id == deployment.id]
+        assert run.state is not None
+        assert run.state.message == "dry run: 4 rows: 0 to generate, 4 already there; at most 0 credits ($0.00)"
+        client.delete_deployment(deployment.id)
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "bash"])
+def test_a_shell_takes_each_block(block: str) -> None:
+    """Also those that only people run."""
+    subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+def test_no_block_goes_untested() -> None:
+    """One in another language would be passed over."""
+    assert {language for language, _ in BLOCKS} == {"python", "bash", "text"}
