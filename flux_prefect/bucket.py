@@ -214,6 +214,17 @@ class ImageBucket(WritableFileSystem):
     _access: _AwsAccess | None = PrivateAttr(default=None)
     _client_lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
 
+    def __getstate__(self) -> dict[Any, Any]:
+        # A client and a lock stay in their process: Dask and Ray pickle what tasks are given.
+        state = super().__getstate__()
+        private = state["__pydantic_private__"] or {}
+        kept = {name: value for name, value in private.items() if name not in {"_client", "_client_lock"}}
+        return {**state, "__pydantic_private__": kept}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self._client, self._client_lock = None, threading.Lock()
+
     @field_validator("bucket_name")
     @classmethod
     def _plain_name(cls, name: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import json
+import pickle
 from datetime import datetime, timezone
 from pathlib import Path
 from uuid import uuid4
@@ -281,6 +282,16 @@ async def test_keys_are_listed_below_the_prefix_alone(bucket: ImageBucket) -> No
 
     assert await bucket.list_keys(most=2) == frozenset({f"{bucket.prefix}/a", f"{bucket.prefix}/folder/b"})
     assert await bucket.list_keys(most=1) is None
+
+
+async def test_a_pickled_bucket_works_elsewhere(bucket: ImageBucket) -> None:
+    """Task runners of other processes pickle what a task is given; a client stays where it was made."""
+    await bucket.write_path("a", b"x")
+    copy = pickle.loads(pickle.dumps(bucket))  # noqa: S301 - our own
+
+    assert copy.model_dump() == bucket.model_dump()
+    assert await copy.read_path("a") == b"x"
+    assert copy.get_client() is not bucket.get_client()
 
 
 @pytest.mark.usefixtures("prefect_server")

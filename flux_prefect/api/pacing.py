@@ -75,7 +75,7 @@ class Turn:
             bell.set_result(None)
 
 
-class _LearningLimit:
+class LearningLimit:
     """The rules of the module's docstring as plain arithmetic, with no clock and no lock of its own.
 
     Attributes:
@@ -170,7 +170,7 @@ class Pacer:
     def __init__(self, max_in_flight: int) -> None:
         _check_limit(max_in_flight)
         self._lock = threading.Lock()  # held for microseconds, never over an await
-        self._learning = _LearningLimit(max_in_flight)
+        self._learning = LearningLimit(max_in_flight)
         self._in_flight = 0
         self._refused_in_flight = 0  # refused, and about to give their slots back
         self._waiting: dict[int, Turn] = {}  # by ticket

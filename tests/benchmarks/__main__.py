@@ -11,41 +11,34 @@ from rich.console import Console
 
 from flux_prefect.sandbox.launching import SandboxFailed
 
-from . import hotspots, memory, rerun, throughput
+from . import forecast, hotspots, memory, rerun, sharded, throughput
 from .contestants import Name
 from .measuring import RunFailed
 from .prefect_server import ServerFailed
 
-_NAMES = ("throughput", "memory", "rerun")
+_NAMES = ("throughput", "memory", "rerun", "forecast")
+_LONG = ("sharded",)  # half an hour, for who asks for it
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 where everything was measured, whatever came out."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Measure what the project costs.")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(_NAMES)} (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"{', '.join(_NAMES)} (default: all of them); {', '.join(_LONG)}"
+    )
     parser.add_argument("--images", type=int, metavar="N", help="pictures of the (largest) batch of each benchmark")
     parser.add_argument("--rounds", type=int, metavar="N", help="runs of each contestant")
+    parser.add_argument("--postgres", action="store_true", help="of sharded: the server's database is Postgres")
     parser.add_argument("--profile", choices=get_args(Name), help="show where this contestant's time goes, instead")
     given = parser.parse_args(arguments)
-    unknown = sorted(set(given.names) - set(_NAMES))
+    unknown = sorted(set(given.names) - {*_NAMES, *_LONG})
     if unknown:
-        parser.error(f"there is no benchmark {', '.join(unknown)}: choose from {', '.join(_NAMES)}")
+        parser.error(f"there is no benchmark {', '.join(unknown)}: choose from {', '.join((*_NAMES, *_LONG))}")
     console = Console(highlight=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # both, also where a shell's background job ignores the first
         signal.signal(number, signal.default_int_handler)
-    images = {} if given.images is None else {"images": given.images}
-    rounds = {} if given.rounds is None else {"rounds": given.rounds}
     try:
-        if given.profile is not None:
-            hotspots.run(console, given.profile, **images)
-            return 0
-        chosen = given.names or _NAMES
-        if "throughput" in chosen:
-            throughput.run(console, **images, **rounds)
-        if "memory" in chosen:
-            memory.run(console, **images)
-        if "rerun" in chosen:
-            rerun.run(console, **images, **rounds)
+        _run(given, console)
     except KeyboardInterrupt:
         console.print("Stopped.")
         return 130
@@ -53,6 +46,25 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"Not measured. {error}", style="red", markup=False, soft_wrap=True)
         return 1
     return 0
+
+
+def _run(given: argparse.Namespace, console: Console) -> None:
+    images = {} if given.images is None else {"images": given.images}
+    rounds = {} if given.rounds is None else {"rounds": given.rounds}
+    if given.profile is not None:
+        hotspots.run(console, given.profile, **images)
+        return
+    chosen = given.names or _NAMES
+    if "throughput" in chosen:
+        throughput.run(console, **images, **rounds)
+    if "memory" in chosen:
+        memory.run(console, **images)
+    if "rerun" in chosen:
+        rerun.run(console, **images, **rounds)
+    if "sharded" in chosen:
+        sharded.run(console, **images, postgres=given.postgres)
+    if "forecast" in chosen:
+        forecast.run(console, **rounds)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _ROOT = Path(__file__).parents[2]
 _CHILD = f"{__package__}.child"
 
 IN_FLIGHT = 50
-"""Paid calls at once, for everybody."""
+"""Paid calls at once, for everybody, unless told."""
 
 
 class RunFailed(Exception):
@@ -75,7 +75,9 @@ def new_batch(stage: Stage, rows: int) -> Iterator[Batch]:
         yield batch
 
 
-def measure(stage: Stage, contestant: Name, batch: Batch, *, profile: Path | None = None) -> Measurement:
+def measure(
+    stage: Stage, contestant: Name, batch: Batch, *, in_flight: int = IN_FLIGHT, profile: Path | None = None
+) -> Measurement:
     """Have a contestant publish a batch, in a fresh process. With a path, its profile is written there.
 
     Raises:
@@ -83,7 +85,7 @@ def measure(stage: Stage, contestant: Name, batch: Batch, *, profile: Path | Non
     """
     job = Job(
         contestant=contestant,
-        in_flight=IN_FLIGHT,
+        in_flight=in_flight,
         prefix=batch.name,
         warm_up=batch.home / "warm-up.jsonl",
         table=batch.home / "table.jsonl",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import boto3
 from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox
 
 from .contestants.contender import BUCKET
-from .prefect_server import PrefectServer, start_prefect
+from .prefect_server import NO_UI, PrefectServer, start_prefect
 
 _ACCOUNTS = ("AIML", "AWS_", "FLUX_", "PREFECT_")
 
@@ -48,19 +48,20 @@ class Stage:
 
 
 @contextmanager
-def open_stage(*, latency: float, picture_bytes: int) -> Iterator[Stage]:
+def open_stage(*, latency: float, picture_bytes: int, server: Mapping[str, str] | None = None) -> Iterator[Stage]:
     """Start everything, which takes about fifteen seconds; at the end stop it and leave nothing behind.
 
     Args:
         latency: seconds that a generation takes.
         picture_bytes: the size of every picture.
+        server: PREFECT_ variables of the Prefect server's own.
     """
     with tempfile.TemporaryDirectory(prefix="flux_prefect-benchmarks-") as name:
         folder = Path(name)
         _isolate(folder)
         with (
             start_sandbox(folder / "sandbox", latency=latency, fast_bytes=picture_bytes) as sandbox,
-            start_prefect(folder / "prefect") as prefect,
+            start_prefect(folder / "prefect", {**NO_UI, **(server or {})}) as prefect,
         ):
             environment = {**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect.api_url}
             yield Stage(folder, sandbox, prefect, environment)

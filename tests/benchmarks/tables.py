@@ -30,5 +30,6 @@ def compare(
 ) -> None:
     """One number, what is wanted of it, and whether it is so."""
     kept = (least is None or value >= least) and (most is None or value <= most)
-    wanted = f"at least {least:g}" if least is not None else f"at most {most:g}"
+    bounds = {"at least": least, "at most": most}
+    wanted = ", ".join(f"{side} {bound:g}" for side, bound in bounds.items() if bound is not None)
     console.print(f"{what}: [bold {'green' if kept else 'red'}]{value:.2f}[/] (wanted: {wanted})")

@@ -44,7 +44,7 @@ class Contender:
 def write_table(path: Path, batch: str, rows: int) -> None:
     """A table of `rows` pictures that no other batch asks for."""
     lines = (
-        Row(id=f"{batch}-{number}", prompt=f"A lighthouse at dusk, {batch}, {number}", seed=number)
+        Row(id=f"{batch}-{number}", prompt=f"A lighthouse at dusk, {batch}, {number}.", seed=number)
         for number in range(1, rows + 1)
     )
     path.write_text("".join(f"{line.model_dump_json()}\n" for line in lines), encoding="utf-8")

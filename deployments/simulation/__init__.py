@@ -1,0 +1,1 @@
+"""A batch in virtual time, behind `python -m deployments.simulate`."""

@@ -1,0 +1,224 @@
+"""What a batch is going to take: wall time, credits and S3 requests, from a simulation of its events.
+
+Modelled:
+
+- the rows, pulled as `flux_prefect.batch.running` does: three chunks of a hundred at once, or in steps twice as many
+  rows as calls;
+- the in-flight limit of each run, by the rules of the real pacer: a refusal pauses and halves it as in life; and one
+  limit over all runs behind it;
+- each call's latency; a service that takes so many calls at once; refusals, failures with their retries and delays,
+  lost answers, flagged pictures;
+- CPU time: a run has one core at most, and all runs may share some cores;
+- shards in a queue, each with a start and an end of its own, and what comes before the first and after the last;
+- the S3 requests of plans, pictures, leases and manifests.
+
+Not modelled: bandwidth, a Prefect server at its limit (27 ms of its CPU a task run), a service that slows down or
+limits calls a minute, S3's own failures, dead result URLs, repeated prompts, spending caps, killed workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Generator, Iterator
+from typing import Literal, TypeAlias
+
+from deployments.simulation.clock import Clock, Places, Process, Wait
+from deployments.simulation.pacing import SimulatedPacer
+from deployments.simulation.scenario import Forecast, Scenario
+from flux_prefect.api.retrying import backoff
+from flux_prefect.batch.running import ROWS_A_CHUNK
+
+_End: TypeAlias = Literal["published", "flagged", "failed"]
+_Outcome: TypeAlias = Literal["good", "refused", "failed", "lost", "flagged"]
+
+_CHUNKS_AT_ONCE = 3
+_ROWS_A_CALL_IN_STEPS = 2
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0
+_MOST_LISTED, _KEYS_A_PAGE, _KEYS_A_PICTURE = 3000, 1000, 2
+_PUTS_A_RUN = 5  # the manifest, and what the run leaves beside it
+_RENEWED_AFTER = 1 / 3  # of a lease's time
+
+# What a picture's CPU time goes into, roughly: a part is computed in one go, and others have their turn in between.
+_FINDING, _SENDING, _READING, _PUBLISHING = 0.15, 0.1, 0.1, (0.2, 0.2, 0.25)
+
+
+def forecast(scenario: Scenario) -> Forecast:
+    """Simulate a scenario. The same one always has the same forecast.
+
+    Costs a tenth of a millisecond a picture, however long the pictures take.
+    """
+    simulation = _Simulation(scenario)
+    runs = [_Worker(simulation) for _ in range(scenario.workers)]
+    simulation.clock.run(simulation.carry_all(runs))
+    return simulation.sum_up(max(run.cpu_seconds for run in runs))
+
+
+class _Simulation:
+    """What all runs of a scenario share, and their sums."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.clock = Clock()
+        self.gate = Places(self.clock, scenario.max_in_flight_in_all)
+        self.cores = Places(self.clock, scenario.cores)
+        self.ends: Counter[_End] = Counter()
+        self.outcomes: Counter[_Outcome] = Counter()
+        self.s3: Counter[str] = Counter()
+        self.at_service = 0
+        self.service_seconds = 0.0
+
+    def carry_all(self, workers: list[_Worker]) -> Process:
+        yield self.clock.pause(self.scenario.before_seconds)
+        rows = iter(range(self.scenario.images))
+        shards = (list(itertools.islice(rows, size)) for size in self.scenario.shards())
+        yield self.clock.together(worker.work(shards) for worker in workers)
+        yield self.clock.pause(self.scenario.after_seconds)
+
+    def sum_up(self, most_cpu_seconds: float) -> Forecast:
+        billed = self.outcomes["good"] + self.outcomes["lost"] + self.outcomes["flagged"]
+        seconds = self.clock.now
+        return Forecast(
+            seconds=seconds,
+            published=self.ends["published"],
+            flagged=self.ends["flagged"],
+            failed=self.ends["failed"],
+            calls=self.outcomes.total(),
+            billed_calls=billed,
+            refused_calls=self.outcomes["refused"],
+            credits=billed * self.scenario.price,
+            s3_requests=dict(sorted(self.s3.items())),
+            mean_in_flight=self.service_seconds / seconds if seconds else 0.0,
+            busiest_cpu=most_cpu_seconds / seconds if seconds else 0.0,
+        )
+
+
+class _Worker:
+    """One process at a time: runs one after the other, each with its one core and its in-flight limit."""
+
+    def __init__(self, simulation: _Simulation) -> None:
+        self.cpu_seconds = 0.0
+        self._simulation = simulation
+        self._scenario = simulation.scenario
+        self._clock = simulation.clock
+        self._core = Places(self._clock, 1)
+        self._pacer = SimulatedPacer(self._clock, self._scenario.max_in_flight)
+
+    def work(self, shards: Iterator[list[int]]) -> Process:
+        for shard in shards:
+            # A new process knows nothing of what the last one learnt; its spool may, which makes it no slower.
+            self._pacer = SimulatedPacer(self._clock, self._scenario.max_in_flight)
+            self._count_run(len(shard))
+            yield self._clock.pause(self._scenario.start_seconds)
+            yield self._clock.together(self._pullers(iter(shard)))
+            yield self._clock.pause(self._scenario.end_seconds)
+
+    def _count_run(self, rows: int) -> None:
+        s3, keys = self._simulation.s3, self._scenario.keys + _KEYS_A_PICTURE * self._simulation.ends["published"]
+        s3["LIST"] += min(keys, _MOST_LISTED - 1) // _KEYS_A_PAGE + 1
+        s3["HEAD"] += 1 + (rows if keys > _MOST_LISTED else 0)  # the bucket, and what was not listed
+        s3["PUT"] += _PUTS_A_RUN
+
+    def _pullers(self, rows: Iterator[int]) -> list[Process]:
+        if self._scenario.density == "steps":
+            return [self._pull(rows) for _ in range(_ROWS_A_CALL_IN_STEPS * self._scenario.max_in_flight)]
+        return [self._pull_chunks(rows) for _ in range(_CHUNKS_AT_ONCE)]
+
+    def _pull_chunks(self, rows: Iterator[int]) -> Process:
+        while chunk := list(itertools.islice(rows, ROWS_A_CHUNK)):
+            queue = iter(chunk)
+            yield self._clock.together([self._pull(queue) for _ in range(self._scenario.max_in_flight)])
+
+    def _pull(self, rows: Iterator[int]) -> Process:
+        for row in rows:
+            yield from self._carry(row)
+
+    def _carry(self, row: int) -> Process:
+        scenario, s3 = self._scenario, self._simulation.s3
+        s3["HEAD"] += 1
+        yield from self._compute(_FINDING)
+        leased_at = self._clock.now
+        end = yield from self._generate(random.Random(f"{scenario.random_seed} {row}"))  # noqa: S311 - no secret
+        if end != "failed":
+            yield self._clock.pause(scenario.transfer_seconds)
+            for share in _PUBLISHING:
+                yield from self._compute(share)
+        if end == "published":
+            s3["PUT"] += 2  # the record and the picture
+        if scenario.results_in_bucket and end != "failed":
+            kept = 2 if end == "published" else 1  # of the call, and of the download
+            s3["GET"] += kept  # whether they are there
+            s3["PUT"] += kept
+        if scenario.lease_seconds is not None:
+            s3["HEAD"] += 1  # whoever had the lease before may have published
+            s3["PUT"] += 1 + int((self._clock.now - leased_at) / (scenario.lease_seconds * _RENEWED_AFTER))
+            s3["DELETE"] += 1
+        self._simulation.ends[end] += 1
+
+    def _generate(self, draws: random.Random) -> Generator[Wait, None, _End]:
+        """Call until that has come to an end."""
+        scenario, failures, lost = self._scenario, 0, 0
+        while True:
+            outcome = yield from self._call(draws)
+            if outcome == "good":
+                return "published"
+            if outcome == "flagged":
+                return "flagged"
+            lost += outcome == "lost"
+            if failures == scenario.retries or lost > scenario.repeat_unknown:
+                return "failed"
+            yield self._clock.pause(scenario.retry_delays[min(failures, len(scenario.retry_delays) - 1)])
+            failures += 1
+
+    def _call(self, draws: random.Random) -> Generator[Wait, None, _Outcome]:
+        """One paid call, sent again for as long as it is refused."""
+        simulation, pacer, ticket = self._simulation, self._pacer, self._pacer.draw_ticket()
+        for attempt in itertools.count():
+            yield pacer.enter(ticket)
+            burst = pacer.burst
+            yield simulation.gate.enter
+            yield from self._compute(_SENDING)
+            outcome, seconds = self._draw(draws)
+            simulation.outcomes[outcome] += 1
+            simulation.service_seconds += seconds
+            simulation.at_service += 1
+            yield self._clock.pause(seconds)
+            simulation.at_service -= 1
+            yield from self._compute(_READING)
+            simulation.gate.leave()
+            if outcome == "refused":
+                pacer.refuse(burst, self._pause_after(attempt, draws))
+                continue
+            if outcome in {"good", "flagged"}:
+                pacer.accept(burst)
+            pacer.leave()
+            return outcome
+        raise AssertionError("a count has no end")
+
+    def _pause_after(self, attempt: int, draws: random.Random) -> float:
+        asked = self._scenario.retry_after
+        return backoff(attempt, _FIRST_BACKOFF, _LONGEST_BACKOFF, draws.random) if asked is None else asked
+
+    def _draw(self, draws: random.Random) -> tuple[_Outcome, float]:
+        """How a call ends, and how long it takes."""
+        scenario = self._scenario
+        fate, seconds = draws.random(), scenario.latency.at(draws.random())
+        if (fate := fate - scenario.refused) < 0 or self._simulation.at_service == scenario.service_in_flight:
+            return "refused", 0.0
+        if (fate := fate - scenario.failed) < 0:
+            return "failed", seconds if scenario.failed_after is None else scenario.failed_after
+        if (fate := fate - scenario.lost) < 0:
+            return "lost", seconds
+        return ("flagged" if fate < scenario.flagged else "good"), seconds
+
+    def _compute(self, share: float) -> Process:
+        seconds = share * self._scenario.cpu_seconds
+        if seconds == 0:
+            return
+        yield self._core.enter
+        yield self._simulation.cores.enter
+        yield self._clock.pause(seconds)
+        self.cpu_seconds += seconds
+        self._simulation.cores.leave()
+        self._core.leave()

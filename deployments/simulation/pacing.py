@@ -1,0 +1,74 @@
+"""The in-flight limit of one worker in virtual time, by the rules of the real one."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+
+from deployments.simulation.clock import Clock, Resume, Wait
+from flux_prefect.api.pacing import LearningLimit  # the rules; its `Pacer` goes by the clock on the wall
+
+
+class SimulatedPacer:
+    """What `flux_prefect.api.pacing.Pacer` does with refusals, pauses and places. Its patience has no end.
+
+    Attributes:
+        burst: one more with each burst of refusals.
+    """
+
+    def __init__(self, clock: Clock, max_in_flight: int) -> None:
+        self.burst = 0
+        self._clock = clock
+        self._learning = LearningLimit(max_in_flight)
+        self._tickets = itertools.count()
+        self._line: list[tuple[int, Resume]] = []
+        self._in_flight = 0
+        self._refused_in_flight = 0
+        self._paused_until = -math.inf
+
+    def draw_ticket(self) -> int:
+        """A call's place in the line, which it keeps over its refusals."""
+        return next(self._tickets)
+
+    def enter(self, ticket: int) -> Wait:
+        """A place for the call of that ticket."""
+
+        def wait(resume: Resume) -> bool:
+            heapq.heappush(self._line, (ticket, resume))
+            self._admit()
+            return False
+
+        return wait
+
+    def accept(self, burst: int) -> None:
+        """The service took the call that was sent in that burst; it still holds its place."""
+        if burst == self.burst:
+            self._learning.accept(self._in_flight, self._clock.now)
+            self._admit()
+
+    def refuse(self, burst: int, pause: float) -> None:
+        """The service refused the call that was sent in that burst: its place is free, and everybody stops."""
+        self._refused_in_flight += 1
+        held, now = self._in_flight - self._refused_in_flight, self._clock.now
+        self._paused_until = max(self._paused_until, now + pause)
+        if burst == self.burst:
+            self.burst += 1
+            self._learning.refuse(held, now, self._paused_until - now)
+        else:
+            self._learning.refuse_more(held)
+        self._clock.call_in(self._paused_until - now, self._admit)
+        self._refused_in_flight -= 1
+        self.leave()
+
+    def leave(self) -> None:
+        """Give a place back."""
+        self._in_flight -= 1
+        self._admit()
+
+    def _admit(self) -> None:
+        if self._clock.now < self._paused_until:
+            return
+        while self._line and self._in_flight < self._learning.limit:
+            self._in_flight += 1
+            self._clock.call_in(0.0, heapq.heappop(self._line)[1])
