@@ -44,6 +44,7 @@ from flux_prefect.batch.sources import Source, TableError, open_source
 from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.budget import describe_credits
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 
 _MOST_TOLD = 100
@@ -127,14 +128,14 @@ def _name_run() -> str:
 @flow(name="audit-bucket", flow_run_name=_name_run)
 async def audit_bucket(
     manifest: str,
-    bucket: ImageBucket | str,
+    bucket: BucketChoice,
     deep: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
     repair: bool = False,  # noqa: FBT001, FBT002 - as above
     regenerate: bool = False,  # noqa: FBT001, FBT002 - as above
     replace: bool = False,  # noqa: FBT001, FBT002 - as above
-    max_credits: Annotated[float, Field(ge=0)] | None = None,
-    max_images: Annotated[int, Field(ge=0)] | None = None,
-    credentials: AimlApiCredentials | str | None = None,
+    max_credits: CreditCap = None,
+    max_images: ImageCap = None,
+    credentials: CredentialsChoice = None,
     at_once: Annotated[int, Field(ge=1, le=64)] = 32,
 ) -> AuditReport:
     """Look for every picture of a manifest in its bucket, and bring back what is missing where that is allowed.

@@ -21,15 +21,15 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from flows.publish_daily import add_daily_arguments, publish_daily, read_pictures
+from flows.publish_daily import Template, TemplateTable, add_daily_arguments, publish_daily, read_pictures
 from flux_prefect.api.errors import FluxError
 from flux_prefect.batch.plan import BalanceTooLow
 from flux_prefect.batch.report import BatchFailed, BatchReport
 from flux_prefect.batch.table import TableError
 from flux_prefect.batch.templates import USUAL_PICTURES, PictureSettings
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, run_to_state
 from flux_prefect.spool import Spool
@@ -91,18 +91,18 @@ class BackfillFailed(FluxError):
 
 @flow(name="backfill", flow_run_name="backfill {start} to {end}")
 async def backfill(
-    source: str | list[dict[str, Any]],
-    bucket: ImageBucket | str,
+    source: TemplateTable,
+    bucket: BucketChoice,
     start: date,
     end: date,
     order: Order = "oldest first",
     max_days: Annotated[int, Field(ge=1, le=3660)] = 31,
-    template: str | None = None,
+    template: Template = None,
     pictures: PictureSettings = USUAL_PICTURES,
-    credentials: AimlApiCredentials | str | None = None,
-    max_in_flight: Annotated[int, Field(ge=1, le=1000)] = 8,
-    max_failed: Annotated[int, Field(ge=0)] = 0,
-    max_credits: Annotated[float, Field(ge=0)] | None = None,
+    credentials: CredentialsChoice = None,
+    max_in_flight: InFlight = 8,
+    max_failed: Tolerated = 0,
+    max_credits: CreditCap = None,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BackfillReport:
     """Have the pictures of every day from start to end in a bucket, one subrun a day, one day after the other.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import anyio.to_thread
 import jinja2
@@ -26,7 +26,7 @@ from flux_prefect.batch.parquet import load_pyarrow
 from flux_prefect.batch.report import BatchFailed, BatchReport, ItemRecord
 from flux_prefect.batch.sources import TableError, open_source
 from flux_prefect.bucket import ImageBucket
-from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
 from flux_prefect.naming import clean_prefix
 from flux_prefect.seeds import draw_seed
 
@@ -54,15 +54,15 @@ class CatalogueReport(BaseModel):
 @flow(name="products-to-catalogue", flow_run_name="catalogue of {products}")
 async def products_to_catalogue(
     products: str,
-    bucket: ImageBucket | str,
+    bucket: BucketChoice,
     template: str = "a studio photograph of {{ name }}, soft light, plain background",
     id_column: str = "id",
     catalogue: str = "catalogue/products.parquet",
     aspect_ratio: AspectRatio = "1:1",
-    credentials: AimlApiCredentials | str | None = None,
-    max_in_flight: Annotated[int, Field(ge=1, le=1000)] = 8,
-    max_failed: Annotated[int, Field(ge=0)] = 0,
-    max_credits: Annotated[float, Field(ge=0)] | None = None,
+    credentials: CredentialsChoice = None,
+    max_in_flight: InFlight = 8,
+    max_failed: Tolerated = 0,
+    max_credits: CreditCap = None,
 ) -> CatalogueReport:
     """Have a picture of every product in a bucket, and beside them the product table with a column for what came of it.
 

@@ -14,37 +14,38 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 from prefect import flow
-from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
 from rich.console import Console
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.api.pacing import shared_pacer
-from flux_prefect.batch.artifacts import leave_artifacts, live_progress
+from flux_prefect.batch.artifacts import leave_artifacts
+from flux_prefect.batch.carrying import carry_through
+from flux_prefect.batch.ending import announce_plan, end_batch, end_cancelled, end_dry_run
 from flux_prefect.batch.events import tell_batch, tell_item
 from flux_prefect.batch.gallery import write_gallery
+from flux_prefect.batch.jobs import open_job
 from flux_prefect.batch.manifest import ManifestWriter
 from flux_prefect.batch.newest import Newest
-from flux_prefect.batch.plan import add_outlook, check_balance, describe_plan, make_plan, tabulate_plan
-from flux_prefect.batch.progress import Progress, show_progress
+from flux_prefect.batch.plan import add_outlook, check_balance, make_plan, tabulate_plan
 from flux_prefect.batch.report import BatchFailed, BatchReport, ItemRecord, tabulate
-from flux_prefect.batch.run_names import name_before_plan, name_planned, rename_run
-from flux_prefect.batch.running import choose_density, learn, run_batch
-from flux_prefect.batch.stopping import is_to_be_cancelled, sigterm_as_cancellation
+from flux_prefect.batch.run_names import name_before_plan
+from flux_prefect.batch.running import choose_density
+from flux_prefect.batch.stopping import is_to_be_cancelled
 from flux_prefect.batch.table import Only, open_table
 from flux_prefect.bucket import ImageBucket
-from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.pipeline import check_ready
-from flux_prefect.reconciling import reconcile
-from flux_prefect.settings import current_settings
+from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
-from flux_prefect.spool import Spool
+
+Table = (
+    Annotated[str, Field(title="File")]
+    | Annotated[list[ImageRequest], Field(title="Requests")]
+    | Annotated[list[dict[str, Any]], Field(title="Rows")]
+)
 
 
 def _name_run() -> str:
@@ -53,14 +54,14 @@ def _name_run() -> str:
 
 @flow(name="publish-batch", flow_run_name=_name_run)
 async def publish_batch(
-    source: str | list[ImageRequest] | list[dict[str, Any]],
-    bucket: ImageBucket | str,
-    credentials: AimlApiCredentials | str | None = None,
-    max_in_flight: Annotated[int, Field(ge=1, le=1000)] = 8,
-    max_failed: Annotated[int, Field(ge=0)] = 0,
-    max_credits: Annotated[float, Field(ge=0)] | None = None,
-    max_images: Annotated[int, Field(ge=0)] | None = None,
-    only: Only | None = None,
+    source: Table,
+    bucket: BucketChoice,
+    credentials: CredentialsChoice = None,
+    max_in_flight: InFlight = 8,
+    max_failed: Tolerated = 0,
+    max_credits: CreditCap = None,
+    max_images: ImageCap = None,
+    only: Annotated[Only, Field(title="Some rows")] | Annotated[None, Field(title="All rows")] = None,
     density: Literal["auto", "steps", "chunks"] = "auto",
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
@@ -83,7 +84,7 @@ async def publish_batch(
         only: Of a manifest as the source, the rows to take up again: failed, flagged, skipped_budget, or unpublished
             for failed and skipped_budget together.
         density: steps shows three task runs a picture, for some hundreds of them; chunks shows one for a hundred rows,
-            for thousands. Pictures, records and costs are the same. auto: chunks from 300 rows with something to do on.
+            for thousands. Pictures, records and costs are the same. auto takes chunks from 300 rows with work to do.
         dry_run: Make the plan and stop. Costs nothing.
 
     Returns:
@@ -99,84 +100,37 @@ async def publish_batch(
     logger = get_run_logger()
     destination = await ImageBucket.resolve(bucket)
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
-    await check_ready(destination)
-    await account.check()
-    spool = Spool()
-    known = spool.find_experience(account.base_url)
-    budget = Budget(
-        prices=known.prices,
-        default_price=current_settings().credits_per_image,
-        max_credits=max_credits,
-        max_images=max_images,
-    )
+    newest = Newest()
     async with AsyncExitStack() as cleanup:
-        client = await cleanup.enter_async_context(account.open_client())
-        table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
-        planned = await make_plan(table, destination, account.base_url, budget, run=str(flow_run.id))
-        cleanup.callback(planned.found.close)
-        planned.plan = await add_outlook(planned.plan, client, known.seconds, max_in_flight)
-        logger.info("Plan: %s", planned.plan.summary())
-        await acreate_table_artifact(
-            [{"plan": name, "value": value} for name, value in describe_plan(planned.plan).items()],
-            key="flux-plan",
-            description=planned.plan.summary(),
+        job = await cleanup.enter_async_context(
+            open_job(destination, account, max_credits=max_credits, max_images=max_images)
         )
-        name = name_planned(source, planned.plan)
-        await rename_run(f"dry run of {name}" if dry_run else name, instead_of=name_before_plan(source))
+        table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
+        planned = await make_plan(table, destination, account.base_url, job.budget, run=str(flow_run.id))
+        cleanup.callback(planned.found.close)
+        planned.plan = await add_outlook(planned.plan, job.client, job.known.seconds, max_in_flight)
         if dry_run:
-            return _end(BatchReport(plan=planned.plan), max_failed)
+            return cast("BatchReport", await end_dry_run(planned.plan, source, logger))
+        await announce_plan(planned.plan, source, logger)
         check_balance(planned.plan)
-        pacer = shared_pacer(account.base_url, max_in_flight)
-        if known.in_flight is not None and pacer.ceiling is None:
-            pacer.resume(known.in_flight)
-        progress, newest = Progress.of(planned.plan), Newest()
         chosen = choose_density(planned.plan) if density == "auto" else density
-        manifest = ManifestWriter(destination, planned.run, spool.root / "manifests")
+        manifest = ManifestWriter(destination, planned.run, job.spool.root / "manifests")
+
+        def keep(record: ItemRecord) -> None:
+            newest.add(record)
+            tell_item(record, destination, planned.run, density=chosen)
+
         try:
-            with sigterm_as_cancellation():
-                async with manifest, live_progress(progress, logger):
-                    with show_progress(progress, logger) as tell:
-
-                        def keep(record: ItemRecord) -> None:
-                            manifest.append(record)
-                            tell(record)
-                            newest.add(record)
-                            tell_item(record, destination, planned.run, density=chosen)
-
-                        report = await run_batch(
-                            planned,
-                            destination,
-                            account,
-                            budget,
-                            density=chosen,
-                            on_record=keep,
-                        )
+            carried = await carry_through(job, planned, manifest, density=chosen, on_record=keep, logger=logger)
         except TerminationSignal:
             if not await is_to_be_cancelled(flow_run.id):
                 raise
-            told = f"What was paid for is published. What became of every row: {manifest.uri}"
-            return cast("BatchReport", Cancelled(message=told))
-        report = report.model_copy(update={"manifest": manifest.uri, "records": manifest.path})
-        unsettled = [call for call in spool.open_calls() if call.client_request_id in report.possibly_billed]
-        if unsettled:
-            report = report.settle(await reconcile(client, spool, calls=unsettled))
-            logger.warning("%s", report.reconciled)
-    spool.keep_experience(account.base_url, learn(known, report, budget, pacer))
-    await leave_artifacts(report, newest.records(), destination, spool, logger)
+            return cast("BatchReport", end_cancelled(manifest.uri))
+    report = carried.report
+    await leave_artifacts(report, newest.records(), destination, job.spool, logger)
     tell_batch(report, destination, planned.run, succeeded=report.unsuccessful <= max_failed)
     logger.info("%s. Manifest: %s", report.summary(), report.manifest)
-    return _end(report, max_failed)
-
-
-def _end(report: BatchReport, max_failed: int) -> BatchReport:
-    """The run's final state, so that its page shows the summary; whoever calls the flow gets what is inside."""
-    if report.unsuccessful > max_failed:
-        told = f"{report.unsuccessful} of {report.rows} items without their pictures (max_failed {max_failed})"
-        message = f"{told}: {report.summary()}"
-        state: State[Any] = Failed(message=message, data=BatchFailed(message, report))
-    else:
-        state = Completed(message=report.summary(), data=report)
-    return cast("BatchReport", state)
+    return cast("BatchReport", end_batch(report, max_failed))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -184,20 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flows.publish_batch", description="Publish a prompt table's pictures."
     )
-    parser.add_argument(
-        "source",
-        help="a .csv, .jsonl or .parquet file with a column 'prompt', or a manifest; a path, s3://… or https://…",
-    )
-    add_connection_arguments(parser)
-    parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
-    parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate (default 0)")
-    parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
-    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the pictures paid for")
-    parser.add_argument("--only", choices=get_args(Only), help="of a manifest, the rows to take up again")
+    add_batch_arguments(parser)
     parser.add_argument("--density", choices=["auto", "steps", "chunks"], default="auto", help="how many task runs")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; costs nothing")
-    parser.add_argument("--gallery", type=Path, metavar="FOLDER", help="write a page with the pictures there")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report there as JSON")
     given = parser.parse_args(arguments)
     state = run_to_state(
         publish_batch(
@@ -214,6 +156,28 @@ def main(arguments: list[str] | None = None) -> int:
             return_state=True,
         )
     )
+    return tell_end(state, given)
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to publish and where, the caps, and what to show of it: the same for all flows over a prompt table."""
+    parser.add_argument(
+        "source",
+        help="a .csv, .jsonl or .parquet file with a column 'prompt', or a manifest; a path, s3://… or https://…",
+    )
+    add_connection_arguments(parser)
+    parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
+    parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate (default 0)")
+    parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
+    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the pictures paid for")
+    parser.add_argument("--only", choices=get_args(Only), help="of a manifest, the rows to take up again")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; costs nothing")
+    parser.add_argument("--gallery", type=Path, metavar="FOLDER", help="write a page with the pictures there")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report there as JSON")
+
+
+def tell_end(state: State[Any], given: argparse.Namespace) -> int:
+    """Print and write what was asked for of a batch that has ended; the exit status."""
     result = state.result(raise_on_failure=False)
     report = result.report if isinstance(result, BatchFailed) else result
     if isinstance(report, BatchReport):

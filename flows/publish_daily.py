@@ -26,7 +26,7 @@ from flux_prefect.batch.report import BatchFailed, BatchReport, tabulate
 from flux_prefect.batch.table import explain_invalid
 from flux_prefect.batch.templates import USUAL_PICTURES, PictureSettings, render_table
 from flux_prefect.bucket import ImageBucket
-from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 
 
@@ -38,6 +38,8 @@ def _known_timezone(name: str) -> str:
     return name
 
 
+TemplateTable = Annotated[str, Field(title="File")] | Annotated[list[dict[str, Any]], Field(title="Rows")]
+Template = Annotated[str, Field(title="Template")] | Annotated[None, Field(title="None")]
 Timezone = Annotated[str, AfterValidator(_known_timezone)]
 
 
@@ -54,17 +56,17 @@ def _name_run() -> str:
 
 @flow(name="publish-daily", flow_run_name=_name_run)
 async def publish_daily(
-    source: str | list[dict[str, Any]],
-    bucket: ImageBucket | str,
-    template: str | None = None,
-    day: date | None = None,
+    source: TemplateTable,
+    bucket: BucketChoice,
+    template: Template = None,
+    day: date | Annotated[None, Field(title="As scheduled")] = None,
     timezone: Timezone = "UTC",
     pictures: PictureSettings = USUAL_PICTURES,
-    credentials: AimlApiCredentials | str | None = None,
-    max_in_flight: Annotated[int, Field(ge=1, le=1000)] = 8,
-    max_failed: Annotated[int, Field(ge=0)] = 0,
-    max_credits: Annotated[float, Field(ge=0)] | None = None,
-    max_images: Annotated[int, Field(ge=0)] | None = None,
+    credentials: CredentialsChoice = None,
+    max_in_flight: InFlight = 8,
+    max_failed: Tolerated = 0,
+    max_credits: CreditCap = None,
+    max_images: ImageCap = None,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
     """Have a day's pictures of a table in a bucket; a day that is published already costs nothing.

@@ -21,6 +21,7 @@ from flux_prefect.batch.table import explain_invalid
 from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import describe_credits
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.forms import BucketChoice, CredentialsChoice
 from flux_prefect.pipeline import Production, check_ready, produce_image
 from flux_prefect.seeds import with_seed
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
@@ -29,8 +30,8 @@ from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 @flow(name="publish-image", flow_run_name="publish {request.label}")
 async def publish_image(
     request: ImageRequest,
-    bucket: ImageBucket | str,
-    credentials: AimlApiCredentials | str | None = None,
+    bucket: BucketChoice,
+    credentials: CredentialsChoice = None,
 ) -> list[PublishedImage]:
     """Have the 1 to 4 pictures of one request in a bucket; what is there already costs nothing.
 

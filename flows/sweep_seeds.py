@@ -36,6 +36,7 @@ from flux_prefect.batch.report import BatchFailed, BatchReport, ItemRecord, tabu
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.spool import Spool
@@ -68,7 +69,7 @@ def _name_run() -> str:
 @flow(name="sweep-seeds", flow_run_name=_name_run)
 async def sweep_seeds(
     prompts: Annotated[list[Prompt], Field(min_length=1)],
-    bucket: ImageBucket | str,
+    bucket: BucketChoice,
     seeds: Annotated[list[Seed], Field(min_length=1)] = [1, 2, 3, 4],  # noqa: B006 - never changed; the form's default
     aspect_ratios: Annotated[list[AspectRatio], Field(min_length=1)] = ["1:1"],  # noqa: B006 - as above
     guidance_scales: list[Guidance] = [],  # noqa: B006 - as above
@@ -76,9 +77,9 @@ async def sweep_seeds(
     output_format: OutputFormat = "jpeg",
     safety_tolerance: SafetyTolerance = "2",
     model: TextToImageModel = "flux/kontext-max/text-to-image",
-    credentials: AimlApiCredentials | str | None = None,
-    max_in_flight: Annotated[int, Field(ge=1, le=1000)] = 8,
-    max_credits: Annotated[float, Field(ge=0)] | None = None,
+    credentials: CredentialsChoice = None,
+    max_in_flight: InFlight = 8,
+    max_credits: CreditCap = None,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> SweepReport:
     """Have every prompt with every seed, aspect ratio and guidance in a bucket, and a contact sheet of each prompt.

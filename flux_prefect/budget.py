@@ -40,6 +40,7 @@ class Budget:
         max_images: the cap, in pictures that are paid for; None for none.
 
     Attributes:
+        cap: both caps together, infinite where there is none.
         spent: what calls of this run cost, or may have cost.
         observed: the most credits that a picture of each model did cost in this run.
     """
@@ -58,7 +59,7 @@ class Budget:
         self.observed: dict[str, float] = {}
         self._prices = dict(prices or {})
         self._default_price = default_price
-        self._cap = Amount(
+        self.cap = Amount(
             math.inf if max_credits is None else max_credits, math.inf if max_images is None else max_images
         )
         self._open: set[Reservation] = set()
@@ -72,7 +73,7 @@ class Budget:
 
     def has_room(self, request: ImageRequest) -> bool:
         """Whether the request would fit if no other call were in flight."""
-        return (self.spent + self.price_of(request)).fits(self._cap)
+        return (self.spent + self.price_of(request)).fits(self.cap)
 
     def close(self, reason: str) -> None:
         """Admit no call any more; who is waiting to be admitted is told so. Calls in flight are settled as ever."""
@@ -98,14 +99,14 @@ class Budget:
         while True:
             self.check_open()
             price = self.price_of(request)
-            if not (self.spent + price).fits(self._cap):
+            if not (self.spent + price).fits(self.cap):
                 raise BudgetExhausted(
-                    f"Not sent: {price} would pass the cap of {self._cap}, as {self.spent} are spent. "
+                    f"Not sent: {price} would pass the cap of {self.cap}, as {self.spent} are spent. "
                     "Raise max_credits or max_images, or run again later: what is published by then costs nothing."
                 )
             # Added up anew each time: a rounding error that stayed would make somebody wait for ever.
             reserved = sum((other.price for other in self._open), Amount(0.0, 0))
-            if not self._open or (self.spent + reserved + price).fits(self._cap):
+            if not self._open or (self.spent + reserved + price).fits(self.cap):
                 reservation = Reservation(self, request, price)
                 self._open.add(reservation)
                 return reservation

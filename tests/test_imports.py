@@ -28,6 +28,8 @@ LAYERS = (
             "locking",
             "credentials",
             "bucket",
+            "conditional",
+            "leases",
             "spool",
             "seeds",
             "settings",
@@ -41,7 +43,7 @@ LAYERS = (
     ("flux_prefect.tasks",),
     ("flux_prefect.pipeline",),
     ("flux_prefect.batch",),
-    ("flux_prefect.shell",),
+    ("flux_prefect.shell", "flux_prefect.forms"),
     ("flows",),
     ("flux_prefect.demo",),  # the only one that starts the stand-in
 )

@@ -60,15 +60,25 @@ class ManifestWriter:
         run: the flow run's id; part of the key.
         folder: where the local file is; made where it is missing. The file stays.
         upload_every: seconds between two uploads of a growing manifest.
+        copies: the name of the copies that show the run that ended last; None for a run that is part of another one.
     """
 
-    def __init__(self, bucket: ImageBucket, run: str, folder: Path, *, upload_every: float = UPLOAD_SECONDS) -> None:
+    def __init__(
+        self,
+        bucket: ImageBucket,
+        run: str,
+        folder: Path,
+        *,
+        upload_every: float = UPLOAD_SECONDS,
+        copies: str | None = "latest",
+    ) -> None:
         if not _PLAIN_NAME.fullmatch(run):
             raise ValueError(f"run {run!r} can't be part of a key: use letters, digits, points, hyphens, underscores")
         self.path = folder / f"{run}.jsonl"
         self._bucket = bucket
         self._run = run
         self._upload_every = upload_every
+        self._copies = copies
         self._uploading = anyio.Lock()
         self._uploaded = 0
         self._size = 0
@@ -115,6 +125,15 @@ class ManifestWriter:
             raise self._unwritable(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         self._size += len(line)
 
+    async def prove(self) -> None:
+        """Bring what there is into the bucket, empty as it may be: before anything is paid for what it would not take.
+
+        Raises:
+            BucketError: the bucket did not take it.
+        """
+        async with self._uploading:
+            await self._upload()
+
     async def flush(self) -> None:
         """Bring what is not in the bucket yet there now, in the order of the rows' ends.
 
@@ -122,11 +141,8 @@ class ManifestWriter:
             BucketError: the bucket did not take it. The local file has it.
         """
         async with self._uploading:
-            size = self._size
-            if size > self._uploaded:
-                with self.path.open("rb") as file:
-                    await self._put(file, f"{self._run}/manifest.jsonl", _JSONL)
-                self._uploaded = size
+            if self._size > self._uploaded:
+                await self._upload()
 
     async def close(self) -> None:
         """Bring the whole manifest into the bucket, in the table's order, in every form. Again is harmless.
@@ -157,6 +173,12 @@ class ManifestWriter:
             except BucketError as error:
                 logger.warning("The manifest is not uploaded for now, and will be later. %s", error.message)
 
+    async def _upload(self) -> None:
+        size = self._size
+        with self.path.open("rb") as file:
+            await self._put(file, f"{self._run}/manifest.jsonl", _JSONL)
+        self._uploaded = size
+
     async def _finish(self) -> None:
         folder = self.path.parent
         with tempfile.TemporaryFile(dir=folder) as lines, tempfile.TemporaryFile(dir=folder) as columns:
@@ -165,8 +187,10 @@ class ManifestWriter:
             if has_pyarrow():
                 await anyio.to_thread.run_sync(write_columns, partial(_iterate, lines), columns)
                 await self._put(columns, f"{self._run}/manifest.parquet", _PARQUET)
-                await self._put(columns, "latest.parquet", _PARQUET)
-            await self._put(lines, "latest.jsonl", _JSONL)
+                if self._copies is not None:
+                    await self._put(columns, f"{self._copies}.parquet", _PARQUET)
+            if self._copies is not None:
+                await self._put(lines, f"{self._copies}.jsonl", _JSONL)
 
     async def _put(self, file: BinaryIO, name: str, content_type: str) -> None:
         """Put all that is in a file now under a name; what is appended meanwhile stays out."""

@@ -60,6 +60,11 @@ class Progress:
         self._slow_done += record.status not in {"unchanged", "invalid"}
         self.images += sum(image.created for image in record.images)
 
+    def catch_up(self, *, done: int, images: int, spent: float) -> None:
+        """Take the sums of records that others have counted, in the place of all that was added so far."""
+        self._slow_done = max(0, done - (self.total - self._slow))
+        self.done, self.images, self.spent = done, images, spent
+
     @property
     def percent(self) -> float:
         """How much of it is done, 0 to 100."""

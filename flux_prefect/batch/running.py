@@ -70,8 +70,9 @@ async def run_batch(  # noqa: PLR0913 - keyword-only from the fifth on
 ) -> BatchReport:
     """Carry every planned row through, and tell of each as it ends.
 
-    At most `credentials.max_in_flight` paid calls are out at once; as many items again, or twice as many in chunks,
-    may be downloading or uploading meanwhile. Rows are read when their turn comes: memory does not grow with the table.
+    At most `credentials.max_in_flight` paid calls are out at once; as many items again, or twice as many in several
+    chunks, may be downloading or uploading meanwhile. Rows are read when their turn comes: memory does not grow with
+    the table.
     A row that fails never stops the others, unless it fails for a reason that every row shares (a wrong key, no
     credits left, no bucket): then nothing more is sent, and the rest is recorded as failed for it.
     Once the budget has no room, the rows left are recorded as skipped, but for those that were paid for before.

@@ -43,7 +43,7 @@ _STATUSES: dict[Only, set[str]] = {
     "unpublished": {"failed", "skipped_budget"},
 }
 
-Given: TypeAlias = "Sequence[ImageRequest | Mapping[str, Any]]"
+Given: TypeAlias = Sequence[ImageRequest | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,15 @@ from flux_prefect.batch.tuning import tuned_interpreter
 def test_the_interpreter_is_as_before_afterwards() -> None:
     """Also where the batch fails."""
     interval = sys.getswitchinterval()
-    with pytest.raises(KeyError), tuned_interpreter():
-        assert sys.getswitchinterval() < interval
-        assert gc.get_freeze_count() > 1000
-        raise KeyError
 
+    def fail() -> None:
+        with tuned_interpreter():
+            assert sys.getswitchinterval() < interval
+            assert gc.get_freeze_count() > 1000
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert sys.getswitchinterval() == interval
     assert gc.get_freeze_count() == 0
 

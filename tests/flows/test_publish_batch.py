@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from botocore.awsrequest import AWSResponse
+from botocore.compat import HTTPHeaders
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError
@@ -29,6 +33,14 @@ from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import SpoolUnwritable
 
 ROOT = Path(__file__).parents[2]
+
+
+class _Body(io.BytesIO):
+    """A body as boto3 reads one from the network."""
+
+    def stream(self) -> Iterator[bytes]:
+        """All of it."""
+        yield self.read()
 
 
 @pytest.fixture
@@ -258,6 +270,27 @@ class TestFromPython:
 
         assert [item.id for item in report.items] == ["fox", "owl", "elk"]
         assert {item.run for item in report.items} == {report.items[0].run}
+
+    async def test_nothing_is_paid_where_the_bucket_takes_no_writes(
+        self,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+    ) -> None:
+        """Keys that may read and list alone are found out with the manifest, before the first call."""
+
+        def refuse(**_: Any) -> AWSResponse:
+            body: Any = _Body(b"<Error><Code>AccessDenied</Code></Error>")
+            return AWSResponse("http://s3", 403, HTTPHeaders(), body)
+
+        events: Any = bucket.get_client().meta.events
+        events.register("before-send.s3.PutObject", refuse)
+        before = sandbox.control.summary().billed_calls
+        with pytest.raises(BucketAccessDenied, match="s3:PutObject"):
+            await publish_batch(prompts, bucket, credentials)
+
+        assert sandbox.control.summary().billed_calls == before
 
     async def test_a_rerun_of_a_published_batch_is_one_look_a_picture(
         self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials

@@ -1,0 +1,120 @@
+"""Publish one shard of a batch: what `publish_sharded` starts on workers. Nobody starts it by hand."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import Annotated, Any, cast
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Completed, Crashed
+from pydantic import Field
+
+from flux_prefect.batch.carrying import Carried, carry_through, resume_pace
+from flux_prefect.batch.ending import end_cancelled
+from flux_prefect.batch.finds import Finds
+from flux_prefect.batch.jobs import open_job
+from flux_prefect.batch.manifest import ManifestWriter
+from flux_prefect.batch.plan import PlannedBatch
+from flux_prefect.batch.report import ItemRecord
+from flux_prefect.batch.shards import plan_shard
+from flux_prefect.batch.signs import TakenForLost, giving_signs, sign_of
+from flux_prefect.batch.stopping import is_to_be_cancelled
+from flux_prefect.batch.table import open_table
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight
+
+
+@flow(name="publish-shard")
+async def publish_shard(
+    source: str,
+    bucket: BucketChoice,
+    credentials: CredentialsChoice = None,
+    max_in_flight: InFlight = 8,
+    max_credits: CreditCap = None,
+    max_images: ImageCap = None,
+    prices: Annotated[dict[str, float], Field(description="Credits that a picture costs, by model.")] | None = None,
+    sign_seconds: Annotated[float, Field(gt=0)] = 15,
+) -> dict[str, int]:
+    """Publish the rows of one shard, under its share of the batch's cap and pace. Rows that fail do not fail the run.
+
+    It gives signs of life in the bucket meanwhile, tells there what it has spent, and leaves the manifest of its rows
+    beside them; the batch makes one manifest of all. Where the batch has taken it for lost, it stops to pay.
+
+    Args:
+        source: The shard's table, as the batch has written it.
+        bucket: s3://name/prefix, or a saved Image Bucket block or its name.
+        credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the worker's environment.
+        max_in_flight: Most paid calls at once.
+        max_credits: The share of the batch's cap, in credits.
+        max_images: The share of the batch's cap, in pictures.
+        prices: What the batch counts a picture of a model as costing.
+        sign_seconds: Between two signs of life.
+
+    Returns:
+        How many rows ended in each way.
+
+    Raises:
+        BucketError: the bucket or its keys are wrong.
+        SpoolUnwritable, PermissionError: the worker's spool or lock folder can't be used.
+        ValueError: the worker's environment has no key, or it knows no block of that name.
+    """
+    logger = get_run_logger()
+    destination = await ImageBucket.resolve(bucket)
+    account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
+    run = str(flow_run.id)
+    told = _Told()
+    async with AsyncExitStack() as cleanup:
+        job = await cleanup.enter_async_context(
+            open_job(destination, account, max_credits=max_credits, max_images=max_images, prices=prices)
+        )
+        table = await cleanup.enter_async_context(open_table(source, bucket=destination))
+        planned = PlannedBatch(plan_shard(table, job), run, Finds(), table)
+        cleanup.callback(planned.found.close)
+        manifest = ManifestWriter(destination, run, job.spool.root / "manifests", copies=None)
+        pacer = resume_pace(job)
+
+        def read_sign() -> dict[str, Any]:
+            return {
+                **told.sums(),
+                "credits_spent": job.budget.spent.credits,
+                "images_spent": int(job.budget.spent.images),
+                "ceiling": pacer.ceiling,
+                "prices": job.budget.observed,
+            }
+
+        try:
+            async with giving_signs(sign_of(destination, run), read_sign, every=sign_seconds, stop=job.budget.close):
+                told.carried = await carry_through(
+                    job, planned, manifest, density="chunks", on_record=told.add, logger=logger
+                )
+        except TakenForLost as lost:
+            return cast("dict[str, int]", Crashed(message=lost.message))
+        except TerminationSignal:
+            if not await is_to_be_cancelled(run):
+                raise
+            return cast("dict[str, int]", end_cancelled(manifest.uri))
+    report = told.carried.report
+    state: State[Any] = Completed(message=report.summary(), data=report.counts)
+    return cast("dict[str, int]", state)
+
+
+class _Told:
+    """What a shard's signs tell of its rows."""
+
+    def __init__(self) -> None:
+        self.carried: Carried | None = None
+        self._done = 0
+        self._images = 0
+
+    def add(self, record: ItemRecord) -> None:
+        self._done += 1
+        self._images += sum(image.created for image in record.images)
+
+    def sums(self) -> dict[str, Any]:
+        found = None if self.carried is None else self.carried.reconciliation
+        return {"done": self._done, "images": self._images, "reconciliation": found}

@@ -1,0 +1,275 @@
+"""Publish the pictures of a prompt table over many workers.
+
+From a shell: `python -m flows.publish_sharded prompts.csv --bucket s3://name/prefix --at-once 4`, where PREFECT_API_URL
+names the server, deployments/prefect.yaml is deployed there, and workers of its pool run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Annotated, Any, cast
+
+from prefect import flow
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from flows.publish_batch import Table, add_batch_arguments, tell_end
+from flux_prefect.batch.artifacts import leave_artifacts, live_progress
+from flux_prefect.batch.ending import announce_plan, end_batch, end_cancelled, end_dry_run
+from flux_prefect.batch.events import tell_batch
+from flux_prefect.batch.following import Following, Pace
+from flux_prefect.batch.jobs import Job, open_job
+from flux_prefect.batch.manifest import ManifestWriter
+from flux_prefect.batch.newest import Newest
+from flux_prefect.batch.plan import PlannedBatch, add_outlook, check_balance, make_plan
+from flux_prefect.batch.progress import Progress
+from flux_prefect.batch.report import BatchReport, ItemRecord, Tally
+from flux_prefect.batch.run_names import name_before_plan
+from flux_prefect.batch.shard_runs import ShardRuns
+from flux_prefect.batch.shards import Split, adoption_of, split_batch
+from flux_prefect.batch.stopping import is_to_be_cancelled, sigterm_as_cancellation
+from flux_prefect.batch.table import Only, open_table
+from flux_prefect.batch.table import Table as Rows
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.leases import BucketLeases
+from flux_prefect.shell import run_to_state
+from flux_prefect.spool import Experience
+
+
+def _name_run() -> str:
+    return name_before_plan(flow_run.parameters["source"])
+
+
+@flow(name="publish-sharded", flow_run_name=_name_run)
+async def publish_sharded(
+    source: Table,
+    bucket: BucketChoice,
+    credentials: CredentialsChoice = None,
+    deployment: str = "publish-shard/worker",
+    rows_a_shard: Annotated[int, Field(ge=1)] = 500,
+    at_once: Annotated[int, Field(ge=1, le=100)] = 4,
+    max_in_flight: InFlight = 32,
+    max_failed: Tolerated = 0,
+    max_credits: CreditCap = None,
+    max_images: ImageCap = None,
+    only: Annotated[Only, Field(title="Some rows")] | Annotated[None, Field(title="All rows")] = None,
+    lost_after_seconds: Annotated[float, Field(ge=5)] = 120,
+    dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
+) -> BatchReport:
+    """Have the pictures of every row of a table in a bucket, made by many workers under one cap and one pace.
+
+    The same as publish_batch, but that the rows which need work are cut into shards, each a run of a deployment. One
+    that is lost with its worker is started again. Where this run itself is killed, the same call goes on with its
+    shards; where it is cancelled or stopped, so are they, and the same call goes on as well. Two calls at once over the
+    same table are one batch: the second waits, then tells of it.
+
+    Args:
+        source: As for publish_batch. It is read here alone; workers read their shards from the bucket.
+        bucket: s3://name/prefix, or a saved Image Bucket block or its name, which all workers can resolve. Its server
+            must keep to conditional writes. Give the block a lease where workers are on several machines.
+        credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment, here and on
+            the workers. Where it names a concurrency limit, that is made or resized for this batch.
+        deployment: What runs one shard.
+        rows_a_shard: About how many rows a shard gets. What a shard costs is a flow run, so some hundreds at least.
+        at_once: Most shards at work at a time.
+        max_in_flight: Most paid calls at once over all shards, in even parts; with a concurrency limit each shard may
+            use all of it.
+        max_failed: How many items may end without their pictures before the run counts as Failed.
+        max_credits: A hard cap on what all shards together spend, in credits (2,000,000 to the US dollar). What a shard
+            leaves of its share goes to others; what a lost one may have spent is never given out again.
+        max_images: A hard cap on the pictures that are paid for.
+        only: Of a manifest as the source, the rows to take up again: failed, flagged, skipped_budget, or unpublished
+            for failed and skipped_budget together.
+        lost_after_seconds: How long a shard may give no sign before it counts as lost and is started again. One that
+            was only out of reach stops to pay at its next sign; until then both may pay for the same picture, unless
+            the bucket has a lease or both are on one host. Also how long the same call, given again, waits before it
+            takes over from this run, where this one was killed.
+        dry_run: Make the plan and stop. Costs nothing.
+
+    Returns:
+        Counts, costs, where the record of every row is, and the plan. Of a dry run: the plan alone.
+
+    Raises:
+        TableError: the table can't be read as a whole.
+        BucketError: the bucket or its keys are wrong, or it can't be reached for ten minutes.
+        ValueError: the deployment is missing, or bucket or credentials are blocks that are not saved.
+        BalanceTooLow: the account can't pay for what the plan may cost.
+        LeaseLost: this run was out of reach for too long, and another one may have gone on with the batch.
+        BatchFailed: more than max_failed items failed, were flagged or were invalid. Its `report` is the whole report.
+    """
+    logger = get_run_logger()
+    shared: dict[str, Any] = {"bucket": _name_bucket(bucket), "credentials": _name_credentials(credentials)}
+    destination = await ImageBucket.resolve(bucket)
+    account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
+    newest, tally = Newest(), Tally()
+    async with AsyncExitStack() as cleanup:
+        prefect = await cleanup.enter_async_context(get_client())
+        await _check_deployment(prefect, deployment)
+        resize = await _size_limit(prefect, account)
+        job = await cleanup.enter_async_context(
+            open_job(destination, account, max_credits=max_credits, max_images=max_images)
+        )
+        table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
+        if dry_run:
+            planned = await _plan(job, table, cleanup)
+            return cast("BatchReport", await end_dry_run(planned.plan, source, logger))
+        adoption = adoption_of(destination, source, table, only=only, endpoint=account.base_url)
+        seen = await adoption.read()  # whoever is at work on it may end, and remove it, while this run waits
+        lease = await cleanup.enter_async_context(BucketLeases(destination, lost_after_seconds).hold(adoption.uri))
+        if (version := await adoption.read() or seen) is not None:
+            split = Split.model_validate_json(version.content)
+            logger.info("Going on with the batch %s", split.run)
+        else:
+            planned = await _plan(job, table, cleanup)
+            check_balance(planned.plan)
+            split = await split_batch(planned, job, rows_a_shard=rows_a_shard)
+            await adoption.write(split.model_dump_json().encode(), over=None)
+        await announce_plan(split.plan, source, logger)
+        most = max(1, min(at_once, len(split.shards)))
+        shared["max_in_flight"] = max_in_flight if account.concurrency_limit else max(1, max_in_flight // most)
+        manifest = ManifestWriter(destination, split.run, job.spool.root / "manifests")
+
+        def keep(record: ItemRecord) -> None:
+            manifest.append(record)
+            tally.add(record)
+            newest.add(record)
+
+        following = Following(
+            job=job,
+            split=split,
+            runs=ShardRuns(prefect, split.run, deployment),
+            pace=Pace(most, lost_after_seconds, shared, resize),
+            keep=keep,
+            progress=Progress.of(split.plan),
+            check=lease.check,
+            logger=logger,
+        )
+        started = time.monotonic()
+        try:
+            with sigterm_as_cancellation():
+                async with manifest, live_progress(following.progress, logger):
+                    await following.follow()
+        except TerminationSignal:
+            if not await is_to_be_cancelled(str(flow_run.id)):
+                raise
+            return cast("BatchReport", end_cancelled(manifest.uri))
+        if following.whole and (version := await adoption.read()) is not None:
+            await adoption.remove(version.etag)
+    report = _sum_up(tally, following, manifest, time.monotonic() - started)
+    job.spool.keep_experience(account.base_url, _learn(job, report, following))
+    await leave_artifacts(report, newest.records(), destination, job.spool, logger)
+    tell_batch(report, destination, split.run, succeeded=report.unsuccessful <= max_failed)
+    logger.info("%s. Manifest: %s", report.summary(), report.manifest)
+    return cast("BatchReport", end_batch(report, max_failed))
+
+
+async def _plan(job: Job, table: Rows, cleanup: AsyncExitStack) -> PlannedBatch:
+    planned = await make_plan(table, job.bucket, job.account.base_url, job.budget, run=str(flow_run.id))
+    cleanup.callback(planned.found.close)
+    planned.plan = await add_outlook(planned.plan, job.client, job.known.seconds, job.account.max_in_flight)
+    return planned
+
+
+async def _check_deployment(prefect: PrefectClient, deployment: str) -> None:
+    try:
+        await prefect.read_deployment_by_name(deployment)
+    except ObjectNotFound as error:
+        raise ValueError(
+            f"deployment {deployment!r} does not exist on this Prefect server: deploy deployments/prefect.yaml, or "
+            "name the deployment of publish_shard that workers run. PREFECT_API_URL chooses the server."
+        ) from error
+
+
+async def _size_limit(prefect: PrefectClient, account: AimlApiCredentials) -> Callable[[int | None], Awaitable[None]]:
+    """Make the account's concurrency limit, where it names one; what makes it follow what the service takes."""
+    name, most = account.concurrency_limit, account.max_in_flight
+    size: int | None = None
+
+    async def resize(seen: int | None) -> None:
+        nonlocal size
+        wanted = most if seen is None else max(1, min(most, seen))
+        if name is not None and wanted != size:
+            await prefect.upsert_global_concurrency_limit_by_name(name, wanted)
+            size = wanted
+
+    await resize(None)
+    return resize
+
+
+def _name_bucket(bucket: ImageBucket | str) -> str:
+    if isinstance(bucket, str):
+        return bucket
+    if bucket._block_document_name is None:  # noqa: SLF001 - nowhere else is the name
+        raise ValueError("bucket is a block that is not saved, so no worker can load it: save it, or give s3://name.")
+    return bucket.reference
+
+
+def _name_credentials(credentials: AimlApiCredentials | str | None) -> str | None:
+    if credentials is None or isinstance(credentials, str):
+        return credentials
+    if credentials._block_document_name is None:  # noqa: SLF001 - nowhere else is the name
+        raise ValueError("credentials is a block that is not saved, so no worker can load it: save it first.")
+    return credentials._block_document_name  # noqa: SLF001 - as above
+
+
+def _sum_up(tally: Tally, following: Following, manifest: ManifestWriter, seconds: float) -> BatchReport:
+    report = tally.report(seconds=seconds, plan=following.split.plan)
+    report = report.model_copy(update={"manifest": manifest.uri, "records": manifest.path})
+    found = following.reconciliation()
+    return report if found is None else report.settle(found)
+
+
+def _learn(job: Job, report: BatchReport, following: Following) -> Experience:
+    """What this host learns of the endpoint: the pace of all workers together. Their limits are their own."""
+    seconds = job.known.seconds
+    if report.billed_calls:
+        seconds = report.seconds * min(job.account.max_in_flight, report.billed_calls) / report.billed_calls
+    return job.known.model_copy(update={"prices": {**job.known.prices, **following.prices}, "seconds": seconds})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status, 0 only where the run is Completed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.publish_sharded", description="Publish a prompt table's pictures over many workers."
+    )
+    add_batch_arguments(parser)
+    parser.set_defaults(max_in_flight=32)
+    parser.add_argument("--deployment", default="publish-shard/worker", metavar="NAME", help="what runs one shard")
+    parser.add_argument("--rows-a-shard", type=int, default=500, metavar="N", help="rows of a shard (default 500)")
+    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="most shards at work (default 4)")
+    parser.add_argument(
+        "--lost-after-seconds", type=float, default=120, metavar="N", help="silence that counts as death (default 120)"
+    )
+    given = parser.parse_args(arguments)
+    state = run_to_state(
+        publish_sharded(
+            given.source,
+            given.bucket,
+            given.credentials,
+            deployment=given.deployment,
+            rows_a_shard=given.rows_a_shard,
+            at_once=given.at_once,
+            max_in_flight=given.max_in_flight,
+            max_failed=given.max_failed,
+            max_credits=given.max_credits,
+            max_images=given.max_images,
+            only=given.only,
+            lost_after_seconds=given.lost_after_seconds,
+            dry_run=given.dry_run,
+            return_state=True,
+        )
+    )
+    return tell_end(state, given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""How a batch tells the plan that it begins with, and the state that it ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect.artifacts import acreate_table_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed, Failed
+
+from flux_prefect.batch.plan import Plan, describe_plan
+from flux_prefect.batch.progress import Logger
+from flux_prefect.batch.report import BatchFailed, BatchReport
+from flux_prefect.batch.run_names import name_before_plan, name_planned, rename_run
+
+
+async def announce_plan(plan: Plan, source: str | Sequence[Any], logger: Logger) -> None:
+    """Tell of a plan in the log, in the artifact `flux-plan`, and in the enclosing flow run's name.
+
+    Raises:
+        Exception: Prefect's server did not take the artifact.
+    """
+    await _show_plan(plan, logger)
+    await rename_run(name_planned(source, plan), instead_of=name_before_plan(source))
+
+
+async def end_dry_run(plan: Plan, source: str | Sequence[Any], logger: Logger) -> State[Any]:
+    """Tell of a plan as `announce_plan` does, and end with it.
+
+    Raises:
+        Exception: Prefect's server did not take the artifact.
+    """
+    await _show_plan(plan, logger)
+    await rename_run(f"dry run of {name_planned(source, plan)}", instead_of=name_before_plan(source))
+    return end_batch(BatchReport(plan=plan), max_failed=0)
+
+
+def end_batch(report: BatchReport, max_failed: int) -> State[Any]:
+    """The run's final state, so that its page shows the summary; whoever calls the flow gets what is inside.
+
+    Returns:
+        Completed with the report, or Failed with a `BatchFailed` where more than `max_failed` items are without their
+        pictures.
+    """
+    if report.unsuccessful > max_failed:
+        told = f"{report.unsuccessful} of {report.rows} items without their pictures (max_failed {max_failed})"
+        message = f"{told}: {report.summary()}"
+        return Failed(message=message, data=BatchFailed(message, report))
+    return Completed(message=report.summary(), data=report)
+
+
+def end_cancelled(manifest: str) -> State[Any]:
+    """The final state of a run that somebody has cancelled, and that has ended in order."""
+    return Cancelled(message=f"What was paid for is published. What became of every row: {manifest}")
+
+
+async def _show_plan(plan: Plan, logger: Logger) -> None:
+    logger.info("Plan: %s", plan.summary())
+    await acreate_table_artifact(
+        [{"plan": name, "value": value} for name, value in describe_plan(plan).items()],
+        key="flux-plan",
+        description=plan.summary(),
+    )

@@ -1,0 +1,273 @@
+"""A planned batch cut into shards: the table of each in the bucket, and what tells that all of them are there.
+
+<prefix>/manifests/<run>/shards/<shard>.jsonl            the rows of a shard, as a manifest of rows yet to be done
+<prefix>/manifests/<run>/shards/<shard>-<attempt>.jsonl  those of them that a later attempt is to do
+<prefix>/manifests/<run>/shards/settled.jsonl            the records of rows that the plan has settled
+<prefix>/manifests/sharded/<digest>.json                 while the batch is at work: its run, and its shards
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import math
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.jobs import Job
+from flux_prefect.batch.manifest import record_line
+from flux_prefect.batch.plan import Plan, PlannedBatch
+from flux_prefect.batch.pulling import for_each
+from flux_prefect.batch.records import read_records
+from flux_prefect.batch.report import ItemRecord, record_invalid, record_skipped, record_unchanged
+from flux_prefect.batch.run_names import name_source
+from flux_prefect.batch.shares import Need
+from flux_prefect.batch.table import Only, Row, Table
+from flux_prefect.batch.views import open_view
+from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.budget import Amount, Budget, spending_from
+from flux_prefect.conditional import ConditionalObject
+from flux_prefect.inline import run_inline
+from flux_prefect.pipeline import produce_image
+from flux_prefect.steps import recover
+
+_PATIENCE = 30.0
+_AT_ONCE = 8
+_ROWS_BETWEEN_BREATHS = 100
+_JSONL = "application/x-ndjson"
+
+
+class Shard(BaseModel):
+    """The sums of one shard."""
+
+    model_config = ConfigDict(frozen=True)
+
+    number: int = Field(description="Its place among the shards, from 0.")
+    rows: int = Field(description="Its rows.")
+    images: int = Field(description="Pictures that they ask for.")
+    credits: float = Field(description="What they cost at most, in credits.")
+    dearest: tuple[float, int] = Field(description="Credits and pictures of the dearest row.")
+    cheapest: tuple[float, int] = Field(description="Credits and pictures of the cheapest row.")
+
+    @property
+    def need(self) -> Need:
+        """What its rows can cost."""
+        return Need(Amount(self.credits, self.images), Amount(*self.dearest), Amount(*self.cheapest))
+
+
+class Split(BaseModel):
+    """A batch that was cut into shards, all of whose tables are in the bucket."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = Field(default=1, description="The form of this record.")
+    run: str = Field(description="What names the batch: the flow run that planned it. Seeds are drawn from it.")
+    shards: tuple[Shard, ...] = Field(description="The shards, by their numbers.")
+    settled: int = Field(description="Rows that needed no shard.")
+    plan: Plan = Field(description="The plan that it was made by.")
+
+
+def adoption_of(
+    bucket: ImageBucket, source: str | Sequence[Any], table: Table, *, only: Only | None, endpoint: str
+) -> ConditionalObject:
+    """Where a batch over this very table shows that it is at work. Reads the table once.
+
+    The same for the same rows under the same file name, the same `only`, bucket and endpoint; on any machine.
+
+    Raises:
+        TableError: the table can't be read to its end.
+    """
+    name = name_source(source) if isinstance(source, str) else ""
+    server = bucket.get_client().meta.endpoint_url
+    digest = hashlib.sha256(json.dumps([name, only, endpoint, bucket.bucket_name, bucket.prefix, server]).encode())
+    for row in table.rows():
+        request = None if row.request is None else row.request.payload()
+        line = json.dumps([row.number, row.id, request, row.carried, row.error], sort_keys=True, default=str)
+        digest.update(line.encode(errors="replace") + b"\n")
+    return ConditionalObject(bucket, f"manifests/sharded/{digest.hexdigest()[:40]}.json", patience=_PATIENCE)
+
+
+def shard_path(run: str, shard: int, attempt: int) -> str:
+    """Where the rows for an attempt at a shard are, below the prefix."""
+    return f"manifests/{run}/shards/{shard}{f'-{attempt}' if attempt else ''}.jsonl"
+
+
+def settled_path(run: str) -> str:
+    """Where the records of rows that needed no shard are, below the prefix."""
+    return f"manifests/{run}/shards/settled.jsonl"
+
+
+def shard_of(fingerprint: str, shards: int) -> int:
+    """The shard of a request. Rows that ask for the same are in one shard, so that one run pays for them once."""
+    return int(fingerprint[:8], 16) % shards
+
+
+async def split_batch(planned: PlannedBatch, job: Job, *, rows_a_shard: int) -> Split:
+    """Write the table of every shard into the bucket, and the records of rows that need none.
+
+    What this host has paid for already is published here and now: no other machine has its record. Again is harmless.
+    One PUT a shard. Memory: some 10 bytes a row.
+
+    Args:
+        planned: the table and its plan.
+        job: what the batch works with.
+        rows_a_shard: about how many rows a shard gets; requests are spread by their fingerprints.
+
+    Raises:
+        TableError: the table has changed and can't be read to its end any more.
+        BucketError: the bucket did not take the tables.
+    """
+    await _publish_kept(planned, job)
+    plan = planned.plan
+    shards = max(1, math.ceil((plan.requests + plan.paid) / rows_a_shard))
+    sums = [_Sums() for _ in range(shards)]
+    settled = 0
+    with tempfile.TemporaryFile() as waiting, tempfile.TemporaryFile() as done:
+        for number, row in enumerate(planned.rows()):
+            if number % _ROWS_BETWEEN_BREATHS == 0:
+                await asyncio.sleep(0)
+            if row.request is None:
+                done.write(record_line(record_invalid(row), planned.run))
+                settled += 1
+                continue
+            fingerprint = row.request.fingerprint(job.account.base_url)
+            if found := planned.found.get(fingerprint):
+                done.write(record_line(_record_found(row, found), planned.run))
+                settled += 1
+                if any(image.created for image in found):  # for the first row that asks for it
+                    planned.found.add(fingerprint, [image.model_copy(update={"created": False}) for image in found])
+                continue
+            sums[shard_of(fingerprint, shards)].add(waiting.tell(), job.budget.price_of(row.request))
+            waiting.write(record_line(record_skipped(row), planned.run))
+        done.flush()
+        waiting.flush()
+        size = waiting.tell()
+
+        async def put(item: tuple[int, _Sums]) -> None:
+            with tempfile.TemporaryFile() as lines, open_view(waiting, size) as written:
+                for place in item[1].places:
+                    written.seek(place)
+                    lines.write(written.readline())
+                await _put(job.bucket, shard_path(planned.run, item[0], 0), lines)
+
+        await for_each(enumerate(sums), put, at_once=_AT_ONCE)
+        await _put(job.bucket, settled_path(planned.run), done)
+    told = tuple(own.tell(number) for number, own in enumerate(sums))
+    return Split(run=planned.run, shards=told, settled=settled, plan=plan)
+
+
+async def write_attempt(bucket: ImageBucket, run: str, shard: int, attempt: int, rows: Iterable[ItemRecord]) -> str:
+    """Write the rows that a later attempt at a shard is to do; their address.
+
+    Raises:
+        BucketError: the bucket did not take them.
+    """
+    path = shard_path(run, shard, attempt)
+    await _put(bucket, path, io.BytesIO(b"".join(record_line(record, run) for record in rows)))
+    return f"{bucket.uri}/{path}"
+
+
+async def read_rows(bucket: ImageBucket, path: str) -> Iterator[ItemRecord]:
+    """The records of a small manifest below the prefix, in the table's order; none where there is no such object.
+
+    Raises:
+        BucketError: it can't be read.
+        TableError: it is no manifest.
+    """
+    try:
+        content = await bucket.read_path(path)
+    except ValueError:
+        return iter(())
+    return (ItemRecord.model_validate(record) for record in read_records(io.BytesIO(content), path))
+
+
+def plan_shard(table: Table, job: Job) -> Plan:
+    """The sums of a shard, whose rows were all looked for when the batch was planned. Asks nobody.
+
+    Raises:
+        TableError: the table can't be read to its end.
+    """
+    rows, invalid, most = 0, 0, Amount(0.0, 0)
+    for row in table.rows():
+        rows += 1
+        if row.request is None:
+            invalid += 1
+        else:
+            most += job.budget.price_of(row.request)
+    return Plan(
+        rows=rows,
+        invalid=invalid,
+        published=0,
+        repeats=0,
+        paid=0,
+        requests=rows - invalid,
+        images=int(most.images),
+        most_credits=most.credits,
+        max_credits=job.budget.max_credits,
+        max_images=job.budget.max_images,
+    )
+
+
+class _Sums:
+    """A shard while it fills: where its rows are, and what they cost."""
+
+    def __init__(self) -> None:
+        self.places = array("Q")
+        self._most = Amount(0.0, 0)
+        self._prices: set[tuple[float, int]] = set()
+
+    def add(self, place: int, price: Amount) -> None:
+        self.places.append(place)
+        self._most += price
+        self._prices.add((price.credits, int(price.images)))
+
+    def tell(self, number: int) -> Shard:
+        return Shard(
+            number=number,
+            rows=len(self.places),
+            images=int(self._most.images),
+            credits=self._most.credits,
+            dearest=(max((c for c, _ in self._prices), default=0.0), max((i for _, i in self._prices), default=0)),
+            cheapest=(min((c for c, _ in self._prices), default=0.0), min((i for _, i in self._prices), default=0)),
+        )
+
+
+def _record_found(row: Row, images: Sequence[PublishedImage]) -> ItemRecord:
+    record = record_unchanged(row, images)
+    return record.model_copy(update={"status": "published"}) if any(image.created for image in images) else record
+
+
+async def _publish_kept(planned: PlannedBatch, job: Job) -> None:
+    """Publish what this host has paid for and not published yet; what that would cost anything for is left."""
+    if not planned.plan.paid:
+        return
+    endpoint, seen = job.account.base_url, set[str]()
+
+    def kept() -> Iterator[ImageRequest]:
+        for row in planned.rows():
+            if row.request is None or (fingerprint := row.request.fingerprint(endpoint)) in seen:
+                continue
+            if planned.found.get(fingerprint) is None and recover(row.request, endpoint, job.spool) is not None:
+                seen.add(fingerprint)
+                yield row.request
+
+    async def publish(request: ImageRequest) -> None:
+        production = await produce_image(request, job.bucket, job.account, run=run_inline)
+        images = [outcome.image for outcome in production.images if outcome.image is not None]
+        if len(images) == request.num_images:
+            planned.found.add(production.fingerprint, images)
+
+    with spending_from(Budget(default_price=0.0, max_images=0)):
+        await for_each(kept(), publish, at_once=_AT_ONCE)
+
+
+async def _put(bucket: ImageBucket, path: str, file: BinaryIO) -> None:
+    file.seek(0)
+    await bucket.put_file(path, file, content_type=_JSONL, cache_control="no-cache")

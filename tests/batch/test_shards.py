@@ -1,0 +1,141 @@
+"""A planned batch cut into shards, in a real bucket."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prefect import flow
+
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.jobs import Job, open_job
+from flux_prefect.batch.plan import make_plan
+from flux_prefect.batch.report import ItemRecord
+from flux_prefect.batch.shards import (
+    Split,
+    adoption_of,
+    read_rows,
+    settled_path,
+    shard_of,
+    shard_path,
+    split_batch,
+    write_attempt,
+)
+from flux_prefect.batch.table import Table, open_table
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.pipeline import produce_image
+from flux_prefect.sandbox.launching import RunningSandbox
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def make_table(number: int, **more: Any) -> list[dict[str, Any]]:
+    """Rows that no other test has."""
+    lot = uuid4().hex
+    return [{"id": f"row-{n}", "prompt": f"{lot} {n}", "seed": n, **more} for n in range(1, number + 1)]
+
+
+async def split(rows: list[dict[str, Any]], job: Job, *, rows_a_shard: int) -> Split:
+    """Plan a table and cut it."""
+    run = uuid4().hex
+    planned = await make_plan(Table(rows), job.bucket, job.account.base_url, job.budget, run=run)
+    cut = await split_batch(planned, job, rows_a_shard=rows_a_shard)
+    planned.found.close()
+    return cut
+
+
+async def read_shards(cut: Split, bucket: ImageBucket) -> list[list[ItemRecord]]:
+    """The rows of every shard."""
+    return [list(await read_rows(bucket, shard_path(cut.run, shard.number, 0))) for shard in cut.shards]
+
+
+@given(fingerprint=st.text("0123456789abcdef", min_size=32, max_size=32), shards=st.integers(1, 200))
+def test_a_request_has_one_shard(fingerprint: str, shards: int) -> None:
+    """It depends on nothing but the request and their number."""
+    assert 0 <= shard_of(fingerprint, shards) == shard_of(fingerprint, shards) < shards
+
+
+async def test_every_row_is_in_one_shard_or_settled(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    """Repeats are with what they repeat; numbers, seeds and other columns are the table's; the sums are right."""
+    rows = make_table(40, sku="007")
+    rows[3].pop("seed")
+    rows += [{"id": "bad", "prompt": ""}, {**rows[7], "id": "again", "num_images": 1}, {**rows[7], "id": "once more"}]
+    async with open_job(bucket, credentials, max_credits=None, max_images=None) as job:
+        cut = await split(rows, job, rows_a_shard=10)
+        shards = await read_shards(cut, bucket)
+        settled = list(await read_rows(bucket, settled_path(cut.run)))
+
+    assert len(cut.shards) == 4
+    assert [shard.rows for shard in cut.shards] == [len(shard) for shard in shards]
+    assert sum(shard.images for shard in cut.shards) == 42
+    assert {record.row for shard in shards for record in shard} == set(range(1, 44)) - {41}
+    assert [(record.row, record.status) for record in settled] == [(41, "invalid")]
+    assert cut.settled == 1
+    (home,) = [shard for shard in shards if any(record.row == 8 for record in shard)]
+    assert {8, 42, 43} <= {record.row for record in home}
+    by_row = {record.row: record for shard in shards for record in shard}
+    assert all(record.request is not None and record.request.seed for record in by_row.values())
+    assert by_row[1].carried == {"sku": "007"}
+
+
+async def test_a_shard_is_a_table(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    """A run reads it like any other, and so what a later attempt is to do."""
+    async with open_job(bucket, credentials, max_credits=None, max_images=None) as job:
+        cut = await split(make_table(5), job, rows_a_shard=100)
+        (rows,) = await read_shards(cut, bucket)
+        again = await write_attempt(bucket, cut.run, 0, 3, rows[2:])
+        address = f"{bucket.uri}/{shard_path(cut.run, 0, 0)}"
+        async with open_table(address, bucket=bucket) as first, open_table(again, bucket=bucket) as later:
+            assert [(row.number, row.request) for row in first.rows()] == [(one.row, one.request) for one in rows]
+            assert [row.number for row in later.rows()] == [3, 4, 5]
+
+
+async def test_what_this_host_has_paid_for_is_published_at_once(
+    bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+) -> None:
+    """No other machine has its record. It costs nothing, and counts for the batch, once."""
+    rows = make_table(3)
+    elsewhere = bucket.model_copy(update={"prefix": uuid4().hex})
+    request = ImageRequest.model_validate({name: rows[1][name] for name in ("prompt", "seed")})
+
+    @flow(name="pay-elsewhere-and-split")
+    async def pay_and_split() -> Split:
+        await produce_image(request, elsewhere, credentials)
+        async with open_job(bucket, credentials, max_credits=None, max_images=None) as job:
+            return await split([*rows, {**rows[1], "id": "again"}], job, rows_a_shard=100)
+
+    cut = await pay_and_split()
+    settled = list(await read_rows(bucket, settled_path(cut.run)))
+
+    assert [(record.row, record.status) for record in settled] == [(2, "published"), (4, "unchanged")]
+    assert [shard.rows for shard in cut.shards] == [2]
+    assert sandbox.control.summary().billed_calls == 1
+
+
+async def test_a_table_is_known_again(bucket: ImageBucket) -> None:
+    """By its name and rows, where it is published to, and which of its rows are taken; however it was read."""
+    rows = make_table(3)
+
+    def key(rows: list[dict[str, Any]], **changes: Any) -> str:
+        told = {"bucket": bucket, "source": "in/prompts.csv", "only": None, "endpoint": "https://a", **changes}
+        return adoption_of(
+            told["bucket"], told["source"], Table(rows), only=told["only"], endpoint=told["endpoint"]
+        ).uri
+
+    assert key(rows) == key(json.loads(json.dumps(rows))) == key(rows, source="elsewhere/prompts.csv")
+    others = [
+        key(rows[:2]),
+        key([*rows[:2], {**rows[2], "seed": 99}]),
+        key([*rows[:2], {**rows[2], "note": "x"}]),
+        key(rows, source="other.csv"),
+        key(rows, only="failed"),
+        key(rows, endpoint="https://b"),
+        key(rows, bucket=bucket.model_copy(update={"prefix": "other"})),
+    ]
+    assert Counter([key(rows), *others]).most_common(1)[0][1] == 1

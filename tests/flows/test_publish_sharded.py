@@ -1,0 +1,297 @@
+"""Batches in shards over two workers that share nothing but the bucket and Prefect's server.
+
+What becomes of them when workers die, when the batch itself dies, when it is stopped, and when the money ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from benchmarks.hosts import Host, deploy_shard, own_environment
+from nursery import wait_until
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelling
+from pydantic import SecretStr
+from team import ROOT, Team
+
+from flows.publish_sharded import publish_sharded
+from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.report import BatchReport
+from flux_prefect.batch.shards import shard_of
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.sandbox.launching import RunningSandbox
+
+SHARD = "publish-shard/worker"
+LOST_AFTER = 8.0
+"""Seconds. The tests wait for it."""
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def team(prefect_server: str) -> Iterator[Team]:
+    """The server, with what runs a shard deployed on it."""
+    deploy_shard(prefect_server)
+    team = Team(prefect_server)
+    with team.client:
+        yield team
+
+
+@pytest.fixture(scope="module")
+def two_hosts(
+    team: Team, running_sandbox: RunningSandbox, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Host]]:
+    """Two machines, with a bucket as the place of Prefect's results; each test finds their workers running."""
+    results = f"results-{uuid4().hex}"
+    ImageBucket(
+        bucket_name="images",
+        prefix=results,
+        endpoint_url=running_sandbox.environment["AWS_ENDPOINT_URL_S3"],
+        region_name="us-east-1",
+        aws_access_key_id=running_sandbox.environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=SecretStr(running_sandbox.environment["AWS_SECRET_ACCESS_KEY"]),
+    ).save(results)
+    environment = {
+        **team.environment,
+        **running_sandbox.environment,
+        "PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": f"image-bucket/{results}",
+    }
+    made = [Host(tmp_path_factory.mktemp(name), environment) for name in ("north", "south")]
+    with ExitStack() as stack:
+        for host in made:
+            stack.callback(host.kill)
+        yield made
+
+
+@pytest.fixture
+def hosts(two_hosts: list[Host]) -> list[Host]:
+    """Both, at work."""
+    for host in two_hosts:
+        host.start()
+    return two_hosts
+
+
+@pytest.fixture
+def service(sandbox: RunningSandbox) -> RunningSandbox:
+    """A service whose pictures are quickly drawn."""
+    sandbox.control.settings(latency=0.3, fast=True, fast_bytes=20_000)
+    return sandbox
+
+
+def make_rows(number: int) -> list[dict[str, Any]]:
+    """Requests that no other test makes, half of them without a seed."""
+    lot = uuid4().hex
+    return [{"id": f"row-{n}", "prompt": f"{lot} {n}", **({"seed": n} if n % 2 else {})} for n in range(1, number + 1)]
+
+
+def write_table(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """A file of them."""
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+class Command:
+    """The same batch as a command that can be given again, on a machine of its own."""
+
+    def __init__(self, team: Team, sandbox: RunningSandbox, folder: Path, bucket: str) -> None:
+        self._folder = folder
+        self._bucket = bucket
+        self._environment = own_environment({**team.environment, **sandbox.environment}, folder / "parent")
+
+    @contextmanager
+    def start(self, table: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Start it. What is left of it at the end is killed."""
+        with (self._folder / "said.txt").open("ab") as said:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "flows.publish_sharded", str(table), "--bucket", self._bucket),
+                    *("--lost-after-seconds", f"{LOST_AFTER:g}"),
+                    *options,
+                ],
+                cwd=ROOT,
+                env=self._environment,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+            )
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+@pytest.fixture
+def command(team: Team, service: RunningSandbox, tmp_path: Path, bucket: ImageBucket) -> Command:
+    """A batch into this test's bucket."""
+    return Command(team, service, tmp_path, bucket.uri)
+
+
+async def read_latest(bucket: ImageBucket) -> list[dict[str, Any]]:
+    """The records of the latest manifest."""
+    content = await bucket.read_path("manifests/latest.jsonl")
+    return [json.loads(line) for line in content.splitlines()]
+
+
+async def list_adoptions(bucket: ImageBucket) -> list[str]:
+    """What shows that batches are at work."""
+    return [key for key in await bucket.list_keys(most=10_000) or () if "/manifests/sharded/" in key]
+
+
+def shard_runs(team: Team, report: BatchReport) -> list[FlowRun]:
+    """The runs of a batch's shards."""
+    batch = str(report.manifest).split("/")[-2]
+    return [run for run in team.runs(SHARD) if f"flux-batch-{batch}" in run.tags]
+
+
+def billed(sandbox: RunningSandbox) -> Counter[str]:
+    """How often each prompt was paid for."""
+    return Counter(str(row.prompt) for row in sandbox.control.ledger().rows if row.billed)
+
+
+@pytest.mark.usefixtures("hosts")
+async def test_sixty_rows_over_two_workers(team: Team, service: RunningSandbox, bucket: ImageBucket) -> None:
+    """Each is paid for once, repeats with it; the manifest has every row once; a second call finds all of it there."""
+    rows = make_rows(60)
+    rows[1]["seed"] = 2
+    table = [*rows, {"id": "bad", "prompt": ""}, {**rows[0], "id": "again"}, {**rows[1], "id": "once more"}]
+
+    report = await publish_sharded(
+        table, bucket.uri, rows_a_shard=15, max_in_flight=16, max_failed=1, lost_after_seconds=60
+    )
+    records = await read_latest(bucket)
+
+    assert report.counts == {"published": 60, "unchanged": 2, "invalid": 1}
+    assert (report.billed_calls, report.calls) == (60, 60)
+    assert billed(service) == Counter({row["prompt"]: 1 for row in rows})
+    assert [record["id"] for record in records] == [row["id"] for row in table]
+    assert [record["row"] for record in records] == list(range(1, 64))
+    assert len(shard_runs(team, report)) == 4
+    assert {run.state_name for run in shard_runs(team, report)} == {"Completed"}
+    assert await list_adoptions(bucket) == []
+
+    seeded = [row for row in table if "seed" in row]
+    again = await publish_sharded(seeded, bucket.uri, lost_after_seconds=60)
+    assert again.counts == {"unchanged": len(seeded)}
+    assert shard_runs(team, again) == []
+
+
+async def test_a_killed_worker_costs_no_picture(
+    team: Team, service: RunningSandbox, bucket: ImageBucket, hosts: list[Host]
+) -> None:
+    """Its shard is started again elsewhere; only calls in flight can be paid for again; its page tells of the loss."""
+    service.control.settings(latency=1.0)
+    rows = make_rows(24)
+
+    def strike() -> Host:
+        wait_until(lambda: service.control.summary().billed_calls >= 8)
+        struck = max(hosts, key=lambda host: len(host.spool.open_calls()))
+        struck.kill()
+        return struck
+
+    killing = asyncio.create_task(asyncio.to_thread(strike))
+    report = await publish_sharded(
+        rows, bucket.uri, rows_a_shard=12, at_once=2, max_in_flight=4, lost_after_seconds=LOST_AFTER
+    )
+    noted = (await killing).spool.open_calls()
+    paid = billed(service)
+
+    assert report.counts == {"published": 24}
+    assert [record["row"] for record in await read_latest(bucket)] == list(range(1, 25))
+    assert set(paid) == {row["prompt"] for row in rows}
+    assert paid.total() - 24 <= len(noted) <= 4
+    assert report.billed_calls <= paid.total()
+    assert "Lost" in {run.state_name for run in shard_runs(team, report)}
+
+
+@pytest.mark.usefixtures("hosts")
+async def test_a_killed_batch_goes_on_where_it_is_started_again(
+    team: Team, service: RunningSandbox, command: Command, bucket: ImageBucket, tmp_path: Path
+) -> None:
+    """On another machine, too. Its shards never noticed: none is started again, and the seeds that it drew hold."""
+    service.control.settings(latency=1.0)
+    rows = make_rows(20)
+    table = write_table(tmp_path, rows)
+    with command.start(table, "--rows-a-shard", "10", "--max-in-flight", "2") as process:
+        wait_until(lambda: service.control.summary().billed_calls >= 4)
+        process.kill()
+    report = await publish_sharded(str(table), bucket.uri, lost_after_seconds=LOST_AFTER)
+
+    assert report.counts == {"published": 20}
+    assert [item.row for item in report.items] == list(range(1, 21))
+    assert billed(service) == Counter({row["prompt"]: 1 for row in rows})
+    assert len(shard_runs(team, report)) == 2
+
+
+@pytest.mark.usefixtures("hosts")
+async def test_a_cap_holds_over_all_shards_and_is_used_up(
+    team: Team, service: RunningSandbox, bucket: ImageBucket
+) -> None:
+    """What one shard leaves of its share, as all of its rows fail for nothing, another one gets in a further round."""
+    lot = uuid4().hex
+    shards: tuple[list[dict[str, Any]], ...] = ([], [])
+    for seed in range(1, 200):
+        request = ImageRequest(prompt=f"{lot} {seed}.", seed=seed)
+        own = shards[shard_of(request.fingerprint(service.url), 2)]
+        own.append({"prompt": request.prompt, "seed": seed})
+    failing, others = shards[0][:6], shards[1][:10]
+    for row in failing:
+        service.control.inject("moderation", times=1, prompt_contains=row["prompt"])
+
+    report = await publish_sharded(
+        [*failing, *others], bucket.uri, rows_a_shard=8, max_images=8, max_failed=6, lost_after_seconds=60
+    )
+
+    assert report.counts == {"published": 8, "skipped_budget": 2, "failed": 6}
+    assert service.control.summary().billed_images == 8
+    assert len(shard_runs(team, report)) == 3
+    assert len(await read_latest(bucket)) == 16
+
+
+@pytest.mark.usefixtures("hosts")
+async def test_a_cancelled_batch_stops_its_shards_and_can_be_taken_up(
+    team: Team, service: RunningSandbox, command: Command, bucket: ImageBucket, tmp_path: Path
+) -> None:
+    """What was in flight is published; the same call does the rest, and pays for nothing again."""
+    service.control.settings(latency=1.0)
+    rows = make_rows(10)
+    table = write_table(tmp_path, rows)
+    with command.start(table, "--max-in-flight", "1") as process:
+        wait_until(lambda: service.control.summary().billed_calls >= 2)
+        batches = [run for run in team.client.read_flow_runs() if run.deployment_id is None]
+        run = max(batches, key=lambda run: str(run.created))
+        team.client.set_flow_run_state(run.id, Cancelling())
+        process.terminate()  # as Prefect's runner does
+        process.wait(60)
+    paid = service.control.summary().billed_calls
+    assert team.client.read_flow_run(run.id).state_name == "Cancelled"
+    assert 2 <= paid < 10
+    assert Counter(record["status"] for record in await read_latest(bucket)) == {"published": paid, "failed": 10 - paid}
+    report = await publish_sharded(str(table), bucket.uri, lost_after_seconds=LOST_AFTER)
+
+    assert report.counts == {"published": 10}
+    assert report.billed_calls == 10
+    assert billed(service) == Counter({row["prompt"]: 1 for row in rows})
+
+
+@pytest.mark.usefixtures("team")
+async def test_what_no_worker_could_load_is_refused(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    """Blocks that are not saved, and a deployment that is missing, before anything is planned."""
+    rows = make_rows(1)
+    with pytest.raises(ValueError, match="bucket is a block that is not saved"):
+        await publish_sharded(rows, bucket)
+    with pytest.raises(ValueError, match="credentials is a block that is not saved"):
+        await publish_sharded(rows, bucket.uri, credentials)
+    with pytest.raises(ValueError, match="deployment 'publish-shard/nobody' does not exist"):
+        await publish_sharded(rows, bucket.uri, deployment="publish-shard/nobody")
