@@ -23,7 +23,7 @@ demo: $(READY) ## Publish a dozen pictures to a local S3 server, twice; ARGS=--s
 	@$(RUN) -m flux_prefect.demo $(ARGS)
 
 test: $(READY) ## Run the tests; ARGS are pytest's
-	@$(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	@$(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: $(READY) ## Kill a batch of 200 pictures 200 times and look at what is left (some ten minutes)
 	@PYTHONPATH=. $(RUN) tests/chaos.py $(ARGS)

@@ -122,6 +122,12 @@ def request_(sandbox: RunningSandbox) -> ImageRequest:  # noqa: ARG001 - only ev
     return ImageRequest(prompt=f"a lighthouse at dusk {uuid4().hex}", seed=7, aspect_ratio="1:1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take minutes, so that no core waits for the last of them at the end."""
+    minutes = ("flows", "browser", "tests")  # by folder
+    items.sort(key=lambda item: minutes.index(item.path.parent.name) if item.path.parent.name in minutes else 3)
+
+
 def pytest_unconfigure() -> None:
     """Leave nothing in the system's temporary folder."""
     shutil.rmtree(_HOME, ignore_errors=True)

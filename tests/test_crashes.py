@@ -152,7 +152,8 @@ def test_killed_during_the_upload_nothing_is_paid_for_again(
     item = Publisher(tmp_path, request_, bucket, environment).finish()
 
     assert item["status"] == "published"
-    assert sandbox.control.summary() == before
+    after = sandbox.control.summary()
+    assert (after.calls, after.billed_calls) == (before.calls, before.billed_calls)
     assert before.billed_calls == 1
     keys = [str(entry["Key"]) for entry in list_pictures(bucket)]
     assert sorted(key.endswith(".json") for key in keys) == [False, True]

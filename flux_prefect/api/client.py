@@ -387,12 +387,14 @@ class AimlApiClient:
         try:
             yield
         except _NEVER_SENT as error:
+            _forget_headers(error)
             raise NotSent(
                 f"No connection to {self.base_url} ({_reason(error)}): nothing was sent. "
                 "Check base_url and the network.",
                 client_request_id=call_id,
             ) from error
         except (httpx.RequestError, TimeoutError) as error:
+            _forget_headers(error)
             reason = f"not over after {seconds:g} s" if isinstance(error, TimeoutError) else _reason(error)
             advice = f" It may have been paid: look for {call_id} in the service's log." if call_id else ""
             raise AnswerLost(
@@ -447,6 +449,12 @@ def _check_base_url(base_url: str) -> str:
 def _if_lost(call_id: str | None) -> Billed:
     """What a lost answer means for money: only a paid call has an id of ours."""
     return Billed.NO if call_id is None else Billed.UNKNOWN
+
+
+def _forget_headers(error: Exception) -> None:
+    """Take the request off an error of the HTTP library: what pickles causes with their errors would store the key."""
+    if isinstance(error, httpx.RequestError):
+        error.request = httpx.Request(error.request.method, error.request.url)
 
 
 def _reason(error: Exception) -> str:

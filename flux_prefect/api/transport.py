@@ -121,10 +121,13 @@ class _Body(httpx.AsyncByteStream):
 
 @contextmanager
 def _told_as_httpx_does(request: httpx.Request) -> Iterator[None]:
+    failure: httpx.TransportError | None = None
     try:
         yield
     except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-        raise _kind(error)(_reason(error), request=request) from error
+        failure = _kind(error)(_reason(error), request=request)
+    if failure is not None:
+        raise failure  # not from aiohttp's own error, which may hold the request's headers, and the key among them
 
 
 def _kind(error: Exception) -> type[httpx.TransportError]:

@@ -21,7 +21,7 @@ from flux_prefect.spool import Spool
 from .processes import cpu_seconds, family_cpu_seconds
 
 ROOT = Path(__file__).parents[2]
-POOL = "images"
+POOL = "shards"
 
 
 class Host:
@@ -88,7 +88,7 @@ def own_environment(environment: Mapping[str, str], folder: Path) -> dict[str, s
 def deploy_shard(api_url: str) -> None:
     """Make the work pool on a new server, and deploy what runs a shard there: `publish-shard/worker`."""
     with temporary_settings({PREFECT_API_URL: api_url}), SyncPrefectClient(api_url) as client:
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
         found = publish_shard.from_source(str(ROOT), "flows/publish_shard.py:publish_shard")
         assert isinstance(found, Flow)  # no coroutine, as no loop is running
         found.deploy("worker", work_pool_name=POOL, print_next_steps=False, ignore_warnings=True)

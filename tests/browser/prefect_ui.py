@@ -6,10 +6,11 @@ They are found by what is written on them, as a person finds them: neither versi
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from playwright.async_api import Locator, Page, expect
+from playwright.async_api import Locator, Page, TimeoutError, expect  # noqa: A004 - its own kind
 from prefect.client.schemas.objects import Artifact
 
 Version = Literal["v1", "v2"]
@@ -81,6 +82,18 @@ class PrefectUI:
     async def press(self, *names: str) -> None:
         """Press the button that has one of these names."""
         await self.page.get_by_role("button", name=re.compile(f"^({'|'.join(names)})$")).click()
+
+    async def save_block(self) -> None:
+        """Press the button below a block's form until the block's page is there.
+
+        Again where nothing comes of it: a server that is busy with other writes refuses one now and then.
+        """
+        for _ in range(3):
+            await self.press("Save", "Create")
+            with suppress(TimeoutError):
+                await self.page.wait_for_url("**/blocks/block/**", timeout=15_000)
+                return
+        raise AssertionError("the block was not saved")
 
     async def open_artifact(self, artifact: Artifact) -> None:
         """From a run's page to one of its artifacts, click by click."""

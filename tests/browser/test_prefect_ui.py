@@ -132,15 +132,13 @@ async def test_a_block_from_its_form_is_loaded_by_name(ui: PrefectUI, team: Team
     await ui.fill("API key", OTHER_API_KEY)
     await ui.fill("Max In Flight", "5")
     await ui.shoot(str(screenshots / f"credentials-{ui.version}.png"))
-    await ui.press("Save", "Create")
-    await ui.page.wait_for_url("**/blocks/block/**")
+    await ui.save_block()
     await ui.open("blocks/catalog/image-bucket/create")
     await ui.fill("Name" if ui.version == "v2" else "Block Name", f"bucket-{ui.version}")
     await ui.fill("Bucket Name", "images")
     await ui.fill("Prefix", "shop")
     await ui.shoot(str(screenshots / f"bucket-{ui.version}.png"))
-    await ui.press("Save", "Create")
-    await ui.page.wait_for_url("**/blocks/block/**")
+    await ui.save_block()
 
     with temporary_settings({PREFECT_API_URL: team.url}):
         credentials: AimlApiCredentials = await AimlApiCredentials.aload(f"account-{ui.version}")
