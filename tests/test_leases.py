@@ -123,7 +123,8 @@ async def test_a_lease_says_who_holds_it_and_no_time(bucket: ImageBucket, leases
         record = read_record(bucket)
         assert list_leases(bucket) == [f"{bucket.prefix}/{NAME}"]
 
-    assert (record.fence, record.writes) == (1, 1)
+    assert record.fence == 1
+    assert record.writes >= 1  # a slow machine has renewed it by now
     assert set(record.model_dump()) == {"holder", "host", "pid", "fence", "writes"}
 
 

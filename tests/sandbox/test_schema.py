@@ -30,8 +30,6 @@ schema = schemathesis.openapi.from_path(str(DOCUMENT))
 schema.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 
 
-# Threads that other tests have left, such as Dask's, draw random numbers meanwhile.
-@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @pytest.mark.parametrize("shape", ["images", "data", "both"])
 @schema.parametrize()
 @settings(
