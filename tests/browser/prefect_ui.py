@@ -6,7 +6,6 @@ They are found by what is written on them, as a person finds them: neither versi
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +18,8 @@ VERSIONS: tuple[Version, ...] = ("v2", "v1")
 _INPUT = "*[self::input or self::textarea]"
 _PATHS: dict[Version, str] = {"v1": "", "v2": "/v2"}
 _ANY_LENGTH = 8000
+_PRESSES = 3
+_ANSWER_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,14 @@ class PrefectUI:
         """Press the button that has one of these names."""
         await self.page.get_by_role("button", name=re.compile(f"^({'|'.join(names)})$")).click()
 
-    async def save_block(self) -> None:
-        """Press the button below a block's form until the block's page is there.
+    async def start_run(self) -> None:
+        """Press the button below the form of a custom run until the server has taken the run."""
+        await self._send("/create_flow_run", "Submit")
 
-        Again where nothing comes of it: a server that is busy with other writes refuses one now and then.
-        """
-        for _ in range(3):
-            await self.press("Save", "Create")
-            with suppress(TimeoutError):
-                await self.page.wait_for_url("**/blocks/block/**", timeout=15_000)
-                return
-        raise AssertionError("the block was not saved")
+    async def save_block(self) -> None:
+        """Press the button below a block's form until the block's page is there."""
+        await self._send("/block_documents/", "Save", "Create")
+        await self.page.wait_for_url("**/blocks/block/**")
 
     async def open_artifact(self, artifact: Artifact) -> None:
         """From a run's page to one of its artifacts, click by click."""
@@ -109,6 +107,30 @@ class PrefectUI:
     async def expect_state(self, state: str, seconds: float) -> None:
         """Look at a run's page until it shows the state."""
         await expect(self.page.get_by_text(state, exact=True).first).to_be_visible(timeout=1000 * seconds)
+
+    async def _send(self, path: str, *names: str) -> None:
+        """Press a button until the server has taken what it sends to a path.
+
+        A press is repeated as a person repeats it: where the server refuses the write, as Prefect's does while
+        SQLite is locked (neither UI asks again of itself), or where the press led to nothing.
+        """
+        came_of_it: list[int | str] = []
+        for _ in range(_PRESSES):
+            try:
+                async with self.page.expect_response(
+                    lambda response: response.request.method == "POST" and response.url.endswith(path),
+                    timeout=_ANSWER_SECONDS * 1000,
+                ) as answer:
+                    await self.press(*names)
+                response = await answer.value
+            except TimeoutError:
+                came_of_it.append("nothing")
+                continue
+            if response.ok:
+                return
+            came_of_it.append(response.status)
+        said = await self.page.locator("body").inner_text()
+        raise AssertionError(f"{_PRESSES} presses of {names}: {came_of_it}; the page: {said}")
 
     def _under(self, label: str, what: str) -> Locator:
         named = f"//*[normalize-space(text())='{label}' or normalize-space(text())='{label} (Optional)']"

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
-import anyio
 import anyio.to_thread
 import pytest
 import pytest_asyncio
 from leaks import OTHER_API_KEY
 from playwright.async_api import Locator, Page, expect
 from prefect.blocks.core import Block
-from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from team import Team
 
@@ -72,8 +70,8 @@ async def test_a_run_from_the_form_ends_in_pictures(
     await ui.choose_block("credentials", "AimlApiCredentials", "studio")
     await ui.fill("max_in_flight", "3")
     await ui.shoot(str(screenshots / f"form-{ui.version}.png"))
-    await ui.press("Submit")
-    run = await wait_for_run(team, before)
+    await ui.start_run()
+    run = next(run for run in team.runs(BATCH) if run.id not in before)
     await ui.open(f"runs/flow-run/{run.id}")
     await ui.expect_state("Completed", RUN_SECONDS)
     await ui.shoot(str(screenshots / f"run-{ui.version}.png"))
@@ -201,13 +199,3 @@ async def expect_request(page: Page) -> None:
     request = json.loads(await details.inner_text())["request"]
     assert request["prompt"] == PROMPTS["plain"]
     assert request["model"] == "flux/kontext-max/text-to-image"
-
-
-async def wait_for_run(team: Team, before: set[UUID]) -> FlowRun:
-    """The run that was not there before."""
-    with anyio.fail_after(20):
-        while True:
-            new = [run for run in team.runs(BATCH) if run.id not in before]
-            if new:
-                return new[0]
-            await anyio.sleep(0.2)
