@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Read when the tasks are imported. With pauses of 2 to 60 s, a table's last row would outlive no run.
+os.environ.setdefault("FLUX_PREFECT_RETRY_DELAY_SECONDS", "[0]")
+
 from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 
@@ -81,11 +84,15 @@ def run_chaos(folder: Path, *, rows: int, kills: int, max_in_flight: int, seed: 
         os.environ.update(sandbox.environment)
         sandbox.control.settings(fast=True)
         while done < kills:
+            sandbox.control.clear_faults()  # what a killed run has left over: a row is tried five times
             sandbox.control.inject(chance.choice(PASSING), times=chance.randint(1, 3))
-            child = _start(tables[-1], max_in_flight, chance.choice(DENSITIES))
-            if _ended_within(child, chance.uniform(0.5, 4.0)):
+            child = _start(folder, tables[-1], max_in_flight, chance.choice(DENSITIES))
+            status = _ended_within(child, chance.uniform(0.5, 4.0))
+            if status == 0:
                 tables.append(_write_table(folder, rows, f"{seed} {len(tables) + 1}"))
                 continue
+            if status is not None:
+                raise AssertionError(f"a run that nobody killed ended with status {status}: {_log(folder)}")
             in_flight += sandbox.control.summary().in_flight
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -93,9 +100,9 @@ def run_chaos(folder: Path, *, rows: int, kills: int, max_in_flight: int, seed: 
             console.print(f"kill {done}: {sandbox.control.summary().billed_calls} billed so far")
         sandbox.control.clear_faults()
         for density in DENSITIES:  # the second finds everything there
-            status = os.waitpid(_start(tables[-1], max_in_flight, density), 0)[1]
+            status = os.waitpid(_start(folder, tables[-1], max_in_flight, density), 0)[1]
             if status != 0:
-                raise AssertionError(f"a last run, which nobody killed, ended with status {status}")
+                raise AssertionError(f"a last run, which nobody killed, ended with status {status}: {_log(folder)}")
         return _settle(sandbox, folder / "spool", rows * len(tables), done, in_flight)
 
 
@@ -106,16 +113,21 @@ def _write_table(folder: Path, rows: int, name: str) -> Path:
     return table
 
 
-def _start(table: Path, max_in_flight: int, density: Density) -> int:
+def _log(folder: Path) -> str:
+    """What the last run said."""
+    return (folder / "run.log").read_text(encoding="utf-8", errors="replace")
+
+
+def _start(folder: Path, table: Path, max_in_flight: int, density: Density) -> int:
     """A process of its own that runs the batch, forked so that it need not import everything again."""
     child = os.fork()
     if child:
         return child
     status = 1
     with contextlib.suppress(BaseException):
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
+        log = os.open(folder / "run.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         batch: Any = publish_batch(
             str(table), BUCKET, max_in_flight=max_in_flight, density=density, return_state=True
         )  # Prefect types what is really a coroutine as the state
@@ -123,13 +135,15 @@ def _start(table: Path, max_in_flight: int, density: Density) -> int:
     os._exit(status)
 
 
-def _ended_within(child: int, seconds: float) -> bool:
+def _ended_within(child: int, seconds: float) -> int | None:
+    """Its status, or None where it still runs."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return True
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
         time.sleep(0.02)
-    return False
+    return None
 
 
 def _settle(sandbox: RunningSandbox, spool: Path, rows: int, kills: int, in_flight: int) -> Outcome:

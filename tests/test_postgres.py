@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from benchmarks.postgres import NoPostgres, Postgres, find_binaries, start_postgres
 from leaks import KEYS
-from postgres import Postgres, find_binaries, start_postgres
 from team import ROOT, Team, start_team
 
 from flux_prefect.batch.report import BatchReport
@@ -25,12 +25,13 @@ PICTURES = 12
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
     """A Postgres with an empty database."""
-    binaries = find_binaries()
-    if binaries is None:
+    try:
+        find_binaries()
+    except NoPostgres as missing:
         if os.environ.get("CI"):
-            pytest.fail("No Postgres here: apt install postgresql")
-        pytest.skip("No Postgres here: apt install postgresql")
-    with start_postgres(binaries) as server:
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
+    with start_postgres() as server:
         yield server
 
 

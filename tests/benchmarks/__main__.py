@@ -14,6 +14,7 @@ from flux_prefect.sandbox.launching import SandboxFailed
 from . import forecast, hotspots, memory, rerun, sharded, throughput
 from .contestants import Name
 from .measuring import RunFailed
+from .postgres import NoPostgres
 from .prefect_server import ServerFailed
 
 _NAMES = ("throughput", "memory", "rerun", "forecast")
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("Stopped.")
         return 130
-    except (RunFailed, SandboxFailed, ServerFailed) as error:
+    except (NoPostgres, RunFailed, SandboxFailed, ServerFailed) as error:
         console.print(f"Not measured. {error}", style="red", markup=False, soft_wrap=True)
         return 1
     return 0
