@@ -26,7 +26,8 @@ class PromptSeedCachePolicy(CachePolicy):
     not cached. A task with a `Generation` argument (a later step) is keyed by that generation's fingerprint
     and, where it has one, by its `index` argument.
 
-    SERIALIZABLE over a lock that dies with its holder: the same key at the same time is computed once on a host.
+    Unless told otherwise SERIALIZABLE over a lock that dies with its holder: the same key at the same time is computed
+    once on a host.
 
     Args:
         step: what the task makes of the request. Two tasks with different results need different steps.
@@ -63,4 +64,5 @@ def _one(inputs: dict[str, Any], kind: type[Any]) -> Any:
 
 
 GENERATION = PromptSeedCachePolicy(step="generation")
-PICTURE = PromptSeedCachePolicy(step="picture")
+PICTURE = PromptSeedCachePolicy(step="picture", isolation_level=IsolationLevel.READ_COMMITTED, lock_manager=None)
+"""Without a lock: to fetch a picture twice at the same time costs no credits, and either file is whole."""

@@ -97,7 +97,8 @@ async def _through_cache(
 ) -> _R:
     store = await _store(task)
     holder = step.id.hex
-    await store.aacquire_lock(key, holder)
+    if store.lock_manager is not None:
+        await store.aacquire_lock(key, holder)
     try:
         if not step.refresh and await store.aexists(key):
             return cast("_R", (await store.aread(key, holder)).result)
@@ -108,7 +109,8 @@ async def _through_cache(
             _logger().exception("The result of %s could not be kept; the work goes on with it", task.name)
         return result
     finally:
-        store.release_lock(key, holder)
+        if store.lock_manager is not None:
+            store.release_lock(key, holder)
 
 
 async def _write(store: ResultStore, key: str, holder: str, result: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -208,15 +209,24 @@ def _remove(lock: FileLock) -> None:
 
 def _make_private(directory: Path) -> None:
     try:
-        if not directory.is_dir():
+        found = _stat(directory)
+        if found is None or not stat.S_ISDIR(found.st_mode):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = directory.stat().st_uid
+            found = directory.stat()
     except OSError as error:
         raise _unusable(directory, error) from error
-    if owner != os.getuid():
+    if found.st_uid != os.getuid():
         raise PermissionError(
-            f"The lock folder {directory} belongs to user {owner}: set FLUX_PREFECT_LOCKS to a folder of your own."
+            f"The lock folder {directory} belongs to user {found.st_uid}: "
+            "set FLUX_PREFECT_LOCKS to a folder of your own."
         )
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _unusable(directory: Path, error: OSError) -> PermissionError:

@@ -11,26 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
-from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flux_prefect.api.client import MAX_PIXELS
-from flux_prefect.api.disk import explain
+from flux_prefect.api.disk import explain, own_part, writer_of
 from flux_prefect.api.downloading import DownloadedPicture
 from flux_prefect.api.errors import Billed, DownloadError, FluxError, ServiceError
 from flux_prefect.api.models import Generation, normalize_endpoint
 from flux_prefect.api.pictures import inspect_picture
 from flux_prefect.naming import EXTENSIONS
 from flux_prefect.settings import current_settings
-
-_WRITER = re.compile(r"\.(\d+)-[0-9a-f]{8}\.part$")
 
 
 class SpoolUnwritable(FluxError):
@@ -109,7 +105,7 @@ class Spool:
         try:
             for name in ("calls", "records", "endpoints", "pictures"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            proof = _own_part(self.root / "write-check")
+            proof = own_part(self.root / "write-check")
             try:
                 proof.write_bytes(b"x")
             finally:
@@ -120,8 +116,8 @@ class Spool:
     def sweep(self) -> None:
         """Remove the half-written files of this host's dead processes. For the start of a run; never raises."""
         for part in self.root.rglob("*.part"):
-            writer = _WRITER.search(part.name)
-            if writer is not None and not _is_alive(int(writer[1])):
+            writer = writer_of(part)
+            if writer is not None and not _is_alive(writer):
                 with suppress(OSError):
                     part.unlink()
 
@@ -253,11 +249,6 @@ class Spool:
         return self.root / "records" / f"{fingerprint}.json"
 
 
-def _own_part(path: Path) -> Path:
-    """Where a file is written before it takes its name: apart from everybody else who writes the same."""
-    return path.with_name(f"{path.name}.{os.getpid()}-{uuid4().hex[:8]}.part")
-
-
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -269,7 +260,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _write(path: Path, text: str, settle: Callable[[int], None] | None = None) -> None:
-    part = _own_part(path)
+    part = own_part(path)
     try:
         with _open_new(part) as file:
             file.write(text.encode())

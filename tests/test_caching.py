@@ -164,10 +164,10 @@ def test_a_policy_is_serializable_over_a_lock_that_dies_with_its_holder(
     duplicate: Callable[[PromptSeedCachePolicy], PromptSeedCachePolicy],
 ) -> None:
     """It keeps step, isolation and locks, also in the copies that Prefect makes of it."""
-    policy = duplicate(PICTURE)
+    policy = duplicate(GENERATION)
     assert policy.isolation_level is IsolationLevel.SERIALIZABLE
     assert isinstance(policy.lock_manager, HostLockManager)
-    assert _key(policy, generation=_generation(), index=0) == _key(PICTURE, generation=_generation(), index=0)
+    assert _key(policy, request=REQUEST, credentials=ACCOUNT) == _key(request=REQUEST, credentials=ACCOUNT)
 
 
 def test_a_copy_excludes_the_original() -> None:

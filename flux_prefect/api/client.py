@@ -50,7 +50,7 @@ from flux_prefect.api.models import (
 from flux_prefect.api.pacing import NoSlot, Pacer
 from flux_prefect.api.refusals import read_refusal
 from flux_prefect.api.retrying import backoff
-from flux_prefect.api.transport import AiohttpTransport, find_proxy
+from flux_prefect.api.transport import find_proxy, open_transport, send
 
 BALANCE_PATH = "/v2/billing"
 OLD_BALANCE_PATH = "/v1/billing/balance"
@@ -70,6 +70,8 @@ _REFUSAL_SECONDS = 10.0  # for that body, once the status is known
 _LOG_PAGE = 16 * 1024 * 1024  # bytes; a row is documented with some 400, and may grow
 _ENQUIRY_SECONDS = 60.0  # for the balance, or a page of the log
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds, where the service names none
+
+_HEADERS = {"User-Agent": "flux_prefect", "Accept": "application/json", "Accept-Encoding": "gzip, deflate"}
 
 _NEVER_SENT = (
     httpx.ConnectError,
@@ -151,16 +153,10 @@ class AimlApiClient:
         self._max_bytes = max_bytes
         # A fresh connection for each paid call: on a kept one that the service closes at that moment, nobody can tell
         # whether the call was taken.
-        if transport is None and find_proxy(httpx.URL(self.base_url)) is None:
-            transport = AiohttpTransport(tls=_tls(), keep=False)
-        self._api = httpx.AsyncClient(
-            verify=_tls(),
-            transport=transport,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            timeout=httpx.Timeout(timeouts.connect, read=timeouts.read),
-            follow_redirects=False,
-            headers={"User-Agent": "flux_prefect", "Accept": "application/json"},
+        self._transport = transport or open_transport(
+            tls=_tls(), keep=False, proxy=find_proxy(httpx.URL(self.base_url))
         )
+        self._limits = {"timeout": httpx.Timeout(timeouts.connect, read=timeouts.read).as_dict()}
         self._downloader = Downloader(
             endpoint=self.base_url,
             tls=_tls(),
@@ -190,7 +186,7 @@ class AimlApiClient:
         try:
             await self._downloader.aclose()
         finally:
-            await self._api.aclose()
+            await self._transport.aclose()
 
     async def generate(
         self,
@@ -309,8 +305,8 @@ class AimlApiClient:
     async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedPicture:
         """Bring one picture into `destination`: the bytes as delivered, whole, checked, and on the disk.
 
-        Streams to `<destination>.part`, decodes the whole picture, then moves it into place at once: `destination`
-        is never half a file. Two downloads to one destination at the same time are the caller's to prevent. An
+        Streams to a file of its own beside it (`….part`), decodes the whole picture, then moves it into place at once:
+        `destination` is never half a file, also where several download to it at the same time. An
         inline picture (`data:`) goes the same way. The API key is not sent.
 
         A whole picture in another format is kept as `<destination>.rejected`. After any other failure nothing is
@@ -362,10 +358,13 @@ class AimlApiClient:
         payload: dict[str, Any] | None = None,
         call_id: str | None = None,
     ) -> _Answer:
-        headers = {"Authorization": f"Bearer {self._key.get_secret_value()}"}
+        headers = {**_HEADERS, "Authorization": f"Bearer {self._key.get_secret_value()}"}
         if call_id is not None:
             headers["X-Client-Request-Id"] = call_id
-        async with self._api.stream(method, f"{self.base_url}{path}", json=payload, headers=headers) as response:
+        request = httpx.Request(
+            method, f"{self.base_url}{path}", json=payload, headers=headers, extensions=self._limits
+        )
+        async with send(self._transport, request) as response:
             if not response.is_success:
                 return _Answer(response.status_code, response.headers, await _read_what_comes(response))
             body = bytearray()
@@ -387,14 +386,12 @@ class AimlApiClient:
         try:
             yield
         except _NEVER_SENT as error:
-            _forget_headers(error)
             raise NotSent(
                 f"No connection to {self.base_url} ({_reason(error)}): nothing was sent. "
                 "Check base_url and the network.",
                 client_request_id=call_id,
             ) from error
         except (httpx.RequestError, TimeoutError) as error:
-            _forget_headers(error)
             reason = f"not over after {seconds:g} s" if isinstance(error, TimeoutError) else _reason(error)
             advice = f" It may have been paid: look for {call_id} in the service's log." if call_id else ""
             raise AnswerLost(
@@ -449,12 +446,6 @@ def _check_base_url(base_url: str) -> str:
 def _if_lost(call_id: str | None) -> Billed:
     """What a lost answer means for money: only a paid call has an id of ours."""
     return Billed.NO if call_id is None else Billed.UNKNOWN
-
-
-def _forget_headers(error: Exception) -> None:
-    """Take the request off an error of the HTTP library: what pickles causes with their errors would store the key."""
-    if isinstance(error, httpx.RequestError):
-        error.request = httpx.Request(error.request.method, error.request.url)
 
 
 def _reason(error: Exception) -> str:

@@ -1,13 +1,30 @@
-"""What to do about a failure of the disk."""
+"""Files that are whole or not there, and what to do about a failure of the disk."""
 
 from __future__ import annotations
 
 import errno
+import os
+import re
+from pathlib import Path
+from uuid import uuid4
 
 _TOO_MANY_FILES = {
     errno.EMFILE: "this process has as many files open as it may: raise its limit (ulimit -n), or lower max_in_flight",
     errno.ENFILE: "the whole machine has as many files open as it may: close some, or lower max_in_flight",
 }
+
+_WRITER = re.compile(r"\.(\d+)-[0-9a-f]{8}\.part$")
+
+
+def own_part(path: Path) -> Path:
+    """Where a file is written before it takes its name: apart from everybody else who writes the same."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{uuid4().hex[:8]}.part")
+
+
+def writer_of(part: Path) -> int | None:
+    """The process that writes, or wrote, a file that `own_part` has named; None of any other."""
+    found = _WRITER.search(part.name)
+    return None if found is None else int(found[1])
 
 
 def explain(error: OSError, remedy: str) -> str:

@@ -18,7 +18,7 @@ import httpx
 from pydantic import Field
 
 from flux_prefect.api.addresses import AddressRules, CheckedResolver
-from flux_prefect.api.disk import explain
+from flux_prefect.api.disk import explain, own_part
 from flux_prefect.api.errors import (
     DownloadError,
     DownloadInterrupted,
@@ -32,12 +32,12 @@ from flux_prefect.api.errors import (
 from flux_prefect.api.models import OutputFormat
 from flux_prefect.api.pictures import Picture, inspect_picture
 from flux_prefect.api.retrying import parse_retry_after
-from flux_prefect.api.transport import AiohttpTransport, find_proxy
+from flux_prefect.api.transport import find_proxy, open_transport, send
 
 MAX_REDIRECTS = 5
 
-_CHUNK = 64 * 1024
-_BUFFER = 1024 * 1024  # a picture's usual size: written at once then, in the thread that flushes it
+_HEADERS = {"User-Agent": "flux_prefect", "Accept": "image/*", "Accept-Encoding": "identity"}
+_MOST_UNWRITTEN = 1024 * 1024  # a picture's usual size: written at once then, in the thread that flushes it
 _AT_ONCE = 8
 """Downloads at once. The HTTP library's work for a request grows with the connections it holds; more bring no more
 bytes a second."""
@@ -77,20 +77,20 @@ class Downloader:
     ) -> None:
         self._rules = AddressRules(endpoint)
         self._tls = tls
-        self._timeout = timeout
+        self._limits = {"timeout": timeout.as_dict()}
         self._deadline = deadline
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._turns = anyio.Semaphore(_AT_ONCE)
         self._transport = transport
-        self._clients: dict[str | None, httpx.AsyncClient] = {}
+        self._transports: dict[str | None, httpx.AsyncBaseTransport] = {}
         self._proxies: dict[tuple[str, str], str | None] = {}
 
     async def aclose(self) -> None:
         """Close all connections."""
-        while self._clients:
-            _, client = self._clients.popitem()
-            await client.aclose()
+        while self._transports:
+            _, transport = self._transports.popitem()
+            await transport.aclose()
 
     async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedPicture:
         """Bring one picture into `destination`: whole, checked, flushed to disk, and moved there at once.
@@ -161,29 +161,27 @@ class Downloader:
         for _ in range(1 + MAX_REDIRECTS):
             proxy = self._proxy_for(url)
             await self._rules.check_url(url, proxied=proxy is not None)
-            headers = {"Accept": "image/*", "Accept-Encoding": "identity"}
-            async with self._client(proxy).stream("GET", url, headers=headers) as response:
+            request = httpx.Request("GET", url, headers=_HEADERS, extensions=self._limits)
+            async with send(self._transport_by(proxy), request) as response:
                 if not response.has_redirect_location:
-                    _check_status(response)
-                    await self._receive(response, part)
+                    _check_status(response, url.host)
+                    await self._receive(response, part, url.host)
                     return
                 url = url.join(response.headers["location"])
         raise UnsafeURL(f"The picture's URL redirects more than {MAX_REDIRECTS} times, last to {url.host}.")
 
-    async def _receive(self, response: httpx.Response, part: _PartFile) -> None:
+    async def _receive(self, response: httpx.Response, part: _PartFile, host: str) -> None:
         announced = response.headers.get("content-length", "")
         length = int(announced) if announced.isascii() and announced.isdigit() else None
         if length is not None and length > self._max_bytes:
             raise self._too_large(f"{length:,} bytes")
-        async for chunk in response.aiter_bytes(_CHUNK):
+        async for chunk in response.aiter_bytes():
             if part.size + len(chunk) > self._max_bytes:
                 raise self._too_large(f"over {part.size:,} bytes")
             part.write(chunk)
         # Of packed bytes, which nobody asked for, the HTTP library has compared the length itself.
         if length is not None and part.size != length and "content-encoding" not in response.headers:
-            raise DownloadInterrupted(
-                f"The download from {response.url.host} was cut: {part.size:,} bytes of {length:,}."
-            )
+            raise DownloadInterrupted(f"The download from {host} was cut: {part.size:,} bytes of {length:,}.")
 
     def _too_large(self, size: str) -> ImageTooLarge:
         return ImageTooLarge(
@@ -197,20 +195,13 @@ class Downloader:
             self._proxies[place] = None if self._transport is not None else find_proxy(url)
         return self._proxies[place]
 
-    def _client(self, proxy: str | None) -> httpx.AsyncClient:
-        if proxy not in self._clients:
-            transport = self._transport
-            if transport is None and proxy is None:
-                transport = AiohttpTransport(tls=self._tls, keep=True, resolver=CheckedResolver(self._rules))
-            self._clients[proxy] = httpx.AsyncClient(
-                verify=self._tls,
-                timeout=self._timeout,
-                transport=transport,
-                proxy=proxy,
-                trust_env=False,
-                follow_redirects=False,
-            )
-        return self._clients[proxy]
+    def _transport_by(self, proxy: str | None) -> httpx.AsyncBaseTransport:
+        if self._transport is not None:
+            return self._transport
+        if proxy not in self._transports:
+            resolver = CheckedResolver(self._rules)
+            self._transports[proxy] = open_transport(tls=self._tls, keep=True, proxy=proxy, resolver=resolver)
+        return self._transports[proxy]
 
 
 class _PartFile:
@@ -218,21 +209,25 @@ class _PartFile:
 
     def __init__(self, destination: Path) -> None:
         self._destination = destination
-        self.path = destination.with_name(f"{destination.name}.part")
+        self.path = own_part(destination)
         self.size = 0
+        self._unwritten: list[bytes] = []  # rather than in a buffer, which would be one more copy
+        self._unwritten_bytes = 0
         with self._disk():
             destination.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("wb", buffering=_BUFFER)
+            self._file = self.path.open("wb", buffering=0)
 
     def write(self, chunk: bytes) -> None:
-        with self._disk():
-            self._file.write(chunk)
+        self._unwritten.append(chunk)
         self.size += len(chunk)
+        self._unwritten_bytes += len(chunk)
+        if self._unwritten_bytes > _MOST_UNWRITTEN:
+            self._write_out()
 
     def flush(self) -> None:
         """Wait until the bytes are on the disk."""
+        self._write_out()
         with self._disk():
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
 
@@ -250,6 +245,15 @@ class _PartFile:
         with suppress(OSError):
             self.path.unlink()
 
+    def _write_out(self) -> None:
+        with self._disk():
+            for chunk in self._unwritten:
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+        self._unwritten.clear()
+        self._unwritten_bytes = 0
+
     @contextmanager
     def _disk(self) -> Iterator[None]:
         try:
@@ -262,8 +266,8 @@ class _PartFile:
             ) from error
 
 
-def _check_status(response: httpx.Response) -> None:
-    status, host = response.status_code, response.url.host
+def _check_status(response: httpx.Response, host: str) -> None:
+    status = response.status_code
     if response.is_success:
         return
     if status in _GONE:

@@ -44,6 +44,7 @@ ImageCount = Annotated[int, Field(ge=1, le=4, description="Pictures a request, 1
 
 _SUCCEEDED = {"succeeded": True, "success": True, "failed": False, "error": False}
 _TIME = TypeAdapter(datetime)
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 class ImageRequest(BaseModel):
@@ -116,13 +117,8 @@ class ImageRequest(BaseModel):
         """
         if self.seed is None:
             raise ValueError("seed is missing: only a request with a seed can be recognised again")
-        canonical = json.dumps(
-            {"version": 1, "endpoint": normalize_endpoint(endpoint), "request": self.payload()},
-            sort_keys=True,
-            separators=(",", ":"),
-            ensure_ascii=True,
-        )
-        return _digest(canonical)
+        canonical = {"version": 1, "endpoint": normalize_endpoint(endpoint), "request": self.payload()}
+        return _digest(_CANONICAL.encode(canonical))
 
 
 class GeneratedImage(BaseModel):

@@ -5,6 +5,7 @@ import base64
 import errno
 import gzip
 import hashlib
+import os
 import socket
 import urllib.parse
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +17,9 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from flux_prefect.api import downloading
 from flux_prefect.api.client import AimlApiClient, Timeouts
+from flux_prefect.api.disk import writer_of
 from flux_prefect.api.errors import (
     Billed,
     DownloadError,
@@ -96,13 +99,13 @@ async def test_a_picture_arrives_as_it_was_delivered(jpeg: bytes, destination: P
     assert KEY not in repr(request.headers.raw)
 
 
-async def test_what_a_crash_left_is_written_over(jpeg: bytes, destination: Path) -> None:
-    """Half a file from yesterday does not end up in today's."""
-    destination.parent.mkdir()
-    destination.with_name("picture.jpeg.part").write_bytes(b"x" * 50_000)
+async def test_several_at_the_same_time_do_not_mix(jpeg: bytes, destination: Path) -> None:
+    """Each writes a file of its own, whole; the last one's stays."""
     async with make_client(lambda _: httpx.Response(200, content=jpeg)) as client:
-        await client.download(PUBLIC, destination, expected="jpeg")
+        pictures = await asyncio.gather(*(client.download(PUBLIC, destination, expected="jpeg") for _ in range(5)))
+    assert {picture.path for picture in pictures} == {destination}
     assert destination.read_bytes() == jpeg
+    assert left_behind(destination) == [destination.name]
 
 
 @pytest.mark.parametrize("content_type", ["text/html", "application/octet-stream", None])
@@ -344,7 +347,8 @@ async def test_a_cancelled_download_leaves_nothing(jpeg: bytes, destination: Pat
         download = asyncio.create_task(client.download(f"{server.url}/1", destination, expected="jpeg"))
         await begun.wait()
         await asyncio.sleep(0.02)
-        assert left_behind(destination) == ["picture.jpeg.part"]
+        (part,) = left_behind(destination)
+        assert writer_of(Path(part)) == os.getpid()  # so that a sweep finds it
         download.cancel()
         with pytest.raises(asyncio.CancelledError):
             await download
@@ -408,9 +412,15 @@ async def test_a_spool_that_cannot_be_made_is_named(jpeg: bytes, tmp_path: Path)
     assert raised.value.billed is Billed.YES
 
 
-async def test_a_full_disk_is_named(jpeg: bytes, tmp_path: Path) -> None:
-    """The kernel's own full device takes the place of the part file."""
-    (tmp_path / "picture.jpeg.part").symlink_to("/dev/full")
+@pytest.mark.parametrize("most_unwritten", [0, 1_000_000])
+async def test_a_full_disk_is_named(
+    jpeg: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_unwritten: int
+) -> None:
+    """The kernel's own full device takes the place of the part file, for a picture written in pieces and at once."""
+    monkeypatch.setattr(downloading, "_MOST_UNWRITTEN", most_unwritten)
+    full = tmp_path / "full.part"
+    full.symlink_to("/dev/full")
+    monkeypatch.setattr(downloading, "own_part", lambda _: full)
     async with make_client(lambda _: httpx.Response(200, content=jpeg)) as client:
         with pytest.raises(DownloadError, match="No space left") as raised:
             await client.download(PUBLIC, tmp_path / "picture.jpeg", expected="jpeg")
