@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -33,6 +32,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import to_json
 
 from flux_prefect.api.errors import FluxError
 from flux_prefect.api.models import ImageRequest
@@ -743,7 +743,7 @@ def _sidecar(file: ImageFile, key: str, published_at: datetime, run: PublishingR
         "published_at": published_at.isoformat(),
         "run": run.model_dump(),
     }
-    return json.dumps(record, indent=2, ensure_ascii=False).encode()
+    return to_json(record, indent=2)  # json's own encoder is Python where it indents
 
 
 def _reveal(secret: SecretStr | None) -> str | None:

@@ -106,8 +106,10 @@ def current_settings() -> FluxSettings:
     Raises:
         BadSettings: a value can't be used.
     """
-    values = tuple(os.environ.get(f"{_PREFIX}{name.upper()}") for name in FluxSettings.model_fields)
-    return _read(values, get_current_settings().home)
+    return _read(tuple(map(os.environ.get, _VARIABLES)), get_current_settings().home)
+
+
+_VARIABLES = tuple(f"{_PREFIX}{name.upper()}" for name in FluxSettings.model_fields)
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,6 +6,7 @@ Source of every field, bound and default: the service's own page for `flux/konte
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -44,7 +45,6 @@ ImageCount = Annotated[int, Field(ge=1, le=4, description="Pictures a request, 1
 
 _SUCCEEDED = {"succeeded": True, "success": True, "failed": False, "error": False}
 _TIME = TypeAdapter(datetime)
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 class ImageRequest(BaseModel):
@@ -117,8 +117,7 @@ class ImageRequest(BaseModel):
         """
         if self.seed is None:
             raise ValueError("seed is missing: only a request with a seed can be recognised again")
-        canonical = {"version": 1, "endpoint": normalize_endpoint(endpoint), "request": self.payload()}
-        return _digest(_CANONICAL.encode(canonical))
+        return _fingerprint(self, endpoint)
 
 
 class GeneratedImage(BaseModel):
@@ -192,6 +191,17 @@ class LogEntry(BaseModel):
         if self.succeeded is False:
             return Billed.NO
         return Billed.YES if self.succeeded and self.credits is None else Billed.UNKNOWN
+
+
+@functools.lru_cache(maxsize=512)  # every step of a picture asks for it
+def _fingerprint(request: ImageRequest, endpoint: str) -> str:
+    canonical = json.dumps(
+        {"version": 1, "endpoint": normalize_endpoint(endpoint), "request": request.payload()},
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=True,
+    )
+    return _digest(canonical)
 
 
 def normalize_endpoint(endpoint: str) -> str:

@@ -111,9 +111,14 @@ async def leave_artifacts(
         spool: where pictures are that need no reading from the bucket.
         logger: of the run.
     """
-    page = await _attempt("page of all pictures", publish_page(report, bucket), logger)
-    await _attempt("summary", show_summary(report, bucket, page), logger)
-    await _attempt("gallery", show_gallery(newest, report, bucket, spool, page), logger)
+    page, thumbnails = await asyncio.gather(
+        _attempt("page of all pictures", publish_page(report, bucket), logger),
+        _attempt("pictures in the gallery", draw_thumbnails(newest, bucket, spool), logger),
+    )
+    await asyncio.gather(
+        _attempt("summary", show_summary(report, bucket, page), logger),
+        _attempt("gallery", show_gallery(newest, thumbnails or {}, report, bucket, page), logger),
+    )
 
 
 async def _attempt(what: str, work: Awaitable[_Value], logger: Logger) -> _Value | None:
@@ -140,25 +145,39 @@ async def show_summary(report: BatchReport, bucket: ImageBucket, page: str | Non
     await acreate_markdown_artifact(text, "flux-summary", description=report.summary())
 
 
+async def draw_thumbnails(records: Sequence[ItemRecord], bucket: ImageBucket, spool: Spool) -> dict[str, str]:
+    """The thumbnails that a gallery of these records shows, as `data:` URIs by the pictures' s3:// addresses.
+
+    Args:
+        records: the newest first.
+        bucket: where the pictures were published.
+        spool: where pictures are that need no reading from the bucket.
+    """
+    images = list(islice((image for record in records for image in record.images), PAGE))
+    thumbnails = await make_thumbnails(images, bucket, spool)
+    return {image.uri: thumbnail for image, thumbnail in zip(images, thumbnails, strict=True) if thumbnail}
+
+
 async def show_gallery(
-    records: Sequence[ItemRecord], report: BatchReport, bucket: ImageBucket, spool: Spool, page: str | None
+    records: Sequence[ItemRecord],
+    thumbnails: dict[str, str],
+    report: BatchReport,
+    bucket: ImageBucket,
+    page: str | None,
 ) -> None:
     """Leave the artifact `flux-gallery` at the enclosing flow run: 48 pictures or reasons, under 1 MiB.
 
     Args:
         records: the newest first.
+        thumbnails: `data:` URIs by the pictures' s3:// addresses.
         report: of the batch.
         bucket: where it was published.
-        spool: where pictures are that need no reading from the bucket.
         page: the key of the page with all of them, where there is one.
 
     Raises:
         Exception: Prefect's server did not take it.
     """
-    images = list(islice((image for record in records for image in record.images), PAGE))
-    thumbnails = await make_thumbnails(images, bucket, spool)
-    drawn = {image.uri: thumbnail for image, thumbnail in zip(images, thumbnails, strict=True) if thumbnail}
-    text = write_markdown_gallery(records, drawn, report, bucket, page)
+    text = write_markdown_gallery(records, thumbnails, report, bucket, page)
     await acreate_markdown_artifact(text, "flux-gallery", description=report.summary())
 
 

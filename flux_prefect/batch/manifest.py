@@ -27,7 +27,7 @@ from typing_extensions import Self
 
 from flux_prefect.api.errors import FluxError
 from flux_prefect.batch.columns import PICTURE_COLUMNS, write_columns
-from flux_prefect.batch.parquet import has_pyarrow
+from flux_prefect.batch.parquet import has_pyarrow, load_pyarrow
 from flux_prefect.batch.records import VERSION, mend, ordered_lines
 from flux_prefect.batch.report import ItemRecord
 from flux_prefect.batch.views import open_view
@@ -164,6 +164,8 @@ class ManifestWriter:
             raise self._unwritable(error) from error
 
     async def _upload_while_open(self) -> None:
+        if has_pyarrow():
+            await anyio.to_thread.run_sync(load_pyarrow)  # now, while the first answers are awaited
         while not self._closing.is_set():
             with anyio.move_on_after(self._upload_every):
                 await self._closing.wait()
