@@ -285,6 +285,57 @@ async def test_a_cancelled_batch_stops_its_shards_and_can_be_taken_up(
     assert billed(service) == Counter({row["prompt"]: 1 for row in rows})
 
 
+@pytest.mark.usefixtures("hosts")
+async def test_a_limit_over_all_workers_follows_what_the_service_takes(
+    team: Team, service: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials
+) -> None:
+    """It is made as wide as was asked for, and grows narrower with the service; each picture is paid for once."""
+    service.control.settings(latency=1.0, max_in_flight=3)
+    name = f"limit-{uuid4().hex[:8]}"
+    saved = credentials.model_copy(update={"concurrency_limit": name})
+    await saved.asave(name)
+    rows = make_rows(40)
+    sizes: list[int] = []
+
+    async def watch() -> None:
+        while True:
+            found = [limit for limit in team.client.read_global_concurrency_limits() if limit.name == name]
+            sizes.extend(limit.limit for limit in found)
+            await asyncio.sleep(0.2)
+
+    watching = asyncio.create_task(watch())
+    report = await publish_sharded(
+        rows, bucket.uri, name, rows_a_shard=20, at_once=2, max_in_flight=12, lost_after_seconds=30
+    )
+    watching.cancel()
+
+    assert report.counts == {"published": 40}
+    assert billed(service) == Counter({row["prompt"]: 1 for row in rows})
+    assert service.control.summary().peak_in_flight <= 12
+    assert sizes[0] == 12
+    assert sizes[-1] < 12
+
+
+@pytest.mark.usefixtures("hosts")
+async def test_two_calls_at_once_are_one_batch(
+    team: Team, service: RunningSandbox, command: Command, bucket: ImageBucket, tmp_path: Path
+) -> None:
+    """The second waits for the first, and then tells of it: no row is paid for, or becomes part of a shard, twice."""
+    service.control.settings(latency=1.0)
+    rows = [{**row, "seed": n} for n, row in enumerate(make_rows(16), start=1)]
+    table = write_table(tmp_path, rows)
+    with command.start(table, "--rows-a-shard", "8", "--max-in-flight", "4") as first:
+        wait_until(lambda: service.control.summary().billed_calls >= 2)
+        report = await publish_sharded(str(table), bucket.uri, rows_a_shard=8, lost_after_seconds=LOST_AFTER)
+        assert first.wait(60) == 0
+
+    assert report.count("published") + report.count("unchanged") == 16
+    assert [item.row for item in report.items] == list(range(1, 17))
+    assert billed(service) == Counter({row["prompt"]: 1 for row in rows})
+    assert len({run.id for run in team.runs(SHARD) if run.parameters["bucket"] == bucket.uri}) == 2
+    assert await list_adoptions(bucket) == []
+
+
 @pytest.mark.usefixtures("team")
 async def test_what_no_worker_could_load_is_refused(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
     """Blocks that are not saved, and a deployment that is missing, before anything is planned."""
