@@ -156,6 +156,7 @@ class AimlApiClient:
         self._transport = transport or open_transport(
             tls=_tls(), keep=False, proxy=find_proxy(httpx.URL(self.base_url))
         )
+        self._closed = False
         self._limits = {"timeout": httpx.Timeout(timeouts.connect, read=timeouts.read).as_dict()}
         self._downloader = Downloader(
             endpoint=self.base_url,
@@ -182,7 +183,8 @@ class AimlApiClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections."""
+        """Close all connections. What is sent or downloaded afterwards is a RuntimeError."""
+        self._closed = True
         try:
             await self._downloader.aclose()
         finally:
@@ -327,6 +329,7 @@ class AimlApiClient:
                 one. Redirects are followed at most 5 times and checked the same.
             DownloadError: another refusal, or the disk could not be written.
         """
+        self._check_open()
         return await self._downloader.download(url, destination, expected=expected)
 
     async def _post(self, request: ImageRequest, call_id: str) -> _Answer:
@@ -358,6 +361,7 @@ class AimlApiClient:
         payload: dict[str, Any] | None = None,
         call_id: str | None = None,
     ) -> _Answer:
+        self._check_open()
         headers = {**_HEADERS, "Authorization": f"Bearer {self._key.get_secret_value()}"}
         if call_id is not None:
             headers["X-Client-Request-Id"] = call_id
@@ -379,6 +383,10 @@ class AimlApiClient:
                         retryable=False,
                     )
             return _Answer(response.status_code, response.headers, bytes(body))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("This client is closed: open another one.")
 
     @contextmanager
     def _typed_errors(self, call_id: str | None, seconds: float) -> Iterator[None]:
