@@ -92,7 +92,7 @@ def prefect_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def nursery(prefect_server: str, running_sandbox: RunningSandbox) -> Iterator[Nursery]:
-    """A warm process that forks batches, on the session's sandbox and Prefect."""
+    """A warm process that forks flows, on the session's sandbox and Prefect."""
     with Nursery({**os.environ, **running_sandbox.environment, "PREFECT_API_URL": prefect_server}) as warm:
         yield warm
 

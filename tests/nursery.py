@@ -1,18 +1,20 @@
-"""Batches as processes of their own, forked from one warm process: each begins at once instead of after four seconds.
+"""Flows as processes of their own, forked from one warm process: each begins at once instead of after four seconds.
 
-A batch is `flows.publish_batch.main` up to the interpreter's own end. The warm process takes an order a line on its
+Each is the `main` of a flow's module up to the interpreter's own end. The warm process takes an order a line on its
 standard input, and answers each with a line.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -68,15 +70,17 @@ class Nursery:
     def start(self, folder: Path, *arguments: str, **environment: str) -> Batch:
         """Start a batch with these arguments and changes to the environment."""
         folder.mkdir(parents=True, exist_ok=True)
-        pid = self._order(
-            {
-                "arguments": [*arguments, "--report", str(folder / "report.json")],
-                "environment": environment,
-                "said": str(folder / "said.txt"),
-            }
-        )
-        self._running.add(pid)
-        return Batch(self, pid, folder)
+        said = folder / "said.txt"
+        arguments = (*arguments, "--report", str(folder / "report.json"))
+        return Batch(self, self._fork("flows.publish_batch", arguments, environment, said, said), folder)
+
+    def run(self, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """What `python -m module` comes to with these arguments, and with the spool of the test that asks."""
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            spool = {"FLUX_PREFECT_SPOOL": os.environ["FLUX_PREFECT_SPOOL"]}
+            status = self.wait(self._fork(module, arguments, spool, out, err))
+            return subprocess.CompletedProcess([module, *arguments], status, out.read_text(), err.read_text())
 
     def wait(self, pid: int) -> int:
         """Wait for the end of a batch; its exit status, or minus the signal that ended it."""
@@ -94,6 +98,19 @@ class Nursery:
             os.kill(pid, signal.SIGKILL)
         self._process.communicate()
 
+    def _fork(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], out: Path, err: Path) -> int:
+        pid = self._order(
+            {
+                "module": module,
+                "arguments": arguments,
+                "environment": environment,
+                "out": str(out),
+                "err": str(err),
+            }
+        )
+        self._running.add(pid)
+        return pid
+
     def _order(self, order: dict[str, object]) -> int:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -102,22 +119,23 @@ class Nursery:
         return int(self._process.stdout.readline())
 
 
-def serve() -> list[str]:
-    """Take orders until the last; in a process that is to run a batch, return the batch's arguments."""
+def serve() -> int:
+    """Take orders until the last; in a process that is to run a flow, run it and return its exit status."""
     for line in iter(sys.stdin.readline, ""):
         order = json.loads(line)
         if "wait" in order:
             answer(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]))
             continue
+        flow = importlib.import_module(order["module"])
         child = os.fork()
         if not child:
             os.environ.update(order["environment"])
-            said = os.open(order["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            out = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            err = out if order["err"] == order["out"] else os.open(order["err"], os.O_WRONLY | os.O_CREAT, 0o600)
             nothing = os.open(os.devnull, os.O_RDONLY)
-            for ours, theirs in ((nothing, 0), (said, 1), (said, 2)):
+            for ours, theirs in ((nothing, 0), (out, 1), (err, 2)):
                 os.dup2(ours, theirs)
-            arguments: list[str] = order["arguments"]
-            return arguments
+            return int(flow.main(order["arguments"]))
         answer(child)
     os._exit(0)
 
@@ -137,6 +155,4 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 if __name__ == "__main__":
-    from flows.publish_batch import main  # here, as the tests' own process has no need of it
-
-    sys.exit(main(serve()))
+    sys.exit(serve())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from nursery import Nursery
 from prefect.utilities.callables import parameter_schema
 
 from flows.audit_bucket import AuditFailed, audit_bucket
@@ -25,8 +23,6 @@ from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import Spool
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -171,7 +167,7 @@ def test_the_form_has_help_and_bounds() -> None:
     assert schema.properties["at_once"]["maximum"] == 64
 
 
-def test_from_a_shell(sandbox: RunningSandbox, bucket: ImageBucket, prefect_server: str, tmp_path: Path) -> None:
+def test_from_a_shell(bucket: ImageBucket, nursery: Nursery, tmp_path: Path) -> None:
     """What is wrong is on the screen, and the exit status says so."""
     key = "0" * 32 + "-0.jpg"
     image = PublishedImage(
@@ -195,15 +191,7 @@ def test_from_a_shell(sandbox: RunningSandbox, bucket: ImageBucket, prefect_serv
     record = ItemRecord(row=1, id="fox", status="published", request=None, images=(image,))
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_bytes(record_line(record, "a-run"))
-    ended = subprocess.run(
-        [sys.executable, "-m", "flows.audit_bucket", str(manifest), "--bucket", bucket.uri],
-        cwd=ROOT,
-        env={**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect_server},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ended = nursery.run("flows.audit_bucket", str(manifest), "--bucket", bucket.uri)
 
     assert ended.returncode == 1
     assert "missing" in ended.stdout

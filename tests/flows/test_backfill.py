@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from datetime import date, timedelta
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from nursery import Nursery
 from prefect.utilities.callables import parameter_schema
 
 from flows.backfill import BackfillFailed, BackfillReport, backfill
@@ -20,7 +17,6 @@ from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 
-ROOT = Path(__file__).parents[2]
 FIRST = date(2026, 3, 1)
 SMALL = PictureSettings(aspect_ratio="1:1")
 PRICE = 168_000
@@ -142,25 +138,11 @@ def test_the_form_has_help_and_bounds() -> None:
     assert schema.properties["start"]["format"] == "date"
 
 
-def test_from_a_shell(sandbox: RunningSandbox, bucket: ImageBucket, prefect_server: str) -> None:
+def test_from_a_shell(sandbox: RunningSandbox, bucket: ImageBucket, nursery: Nursery) -> None:
     """A day a line."""
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "flows.backfill"),
-            "flows/examples/products.csv",
-            "--bucket",
-            bucket.uri,
-            "--template",
-            "a {{ name }}",
-            *("--start", "2026-03-01", "--end", "2026-03-02", "--newest-first", "--dry-run"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect_server},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    table = ("flows/examples/products.csv", "--bucket", bucket.uri, "--template", "a {{ name }}")
+    days = ("--start", "2026-03-01", "--end", "2026-03-02", "--newest-first", "--dry-run")
+    ended = nursery.run("flows.backfill", *table, *days)
 
     assert ended.returncode == 0, ended.stderr
     assert "Completed: 2 of 2 days published" in ended.stdout

@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.compat import HTTPHeaders
+from nursery import Nursery
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError
@@ -33,6 +34,7 @@ from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import SpoolUnwritable
 
 ROOT = Path(__file__).parents[2]
+MODULE = "flows.publish_batch"
 
 
 class _Body(io.BytesIO):
@@ -443,10 +445,10 @@ class TestFromAShell:
         return {**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect_server}
 
     def test_published_pictures_exit_with_0(
-        self, table: Path, bucket: ImageBucket, environment: dict[str, str], tmp_path: Path
+        self, table: Path, bucket: ImageBucket, nursery: Nursery, tmp_path: Path
     ) -> None:
         """Plain lines, a table of the items, a gallery that opens from disk."""
-        ended = self._run(environment, str(table), "--bucket", bucket.uri, "--gallery", str(tmp_path / "gallery"))
+        ended = nursery.run(MODULE, str(table), "--bucket", bucket.uri, "--gallery", str(tmp_path / "gallery"))
 
         assert ended.returncode == 0, ended.stderr
         assert "Completed: 3 published; 3 calls billed, 504,000 credits ($0.25)" in ended.stdout
@@ -457,25 +459,25 @@ class TestFromAShell:
         assert len(list((tmp_path / "gallery" / "pictures").iterdir())) == 3
 
     def test_failed_pictures_exit_with_1(
-        self, table: Path, bucket: ImageBucket, environment: dict[str, str], sandbox: RunningSandbox
+        self, table: Path, bucket: ImageBucket, nursery: Nursery, sandbox: RunningSandbox
     ) -> None:
         """The reason is on the screen."""
         sandbox.control.inject("moderation", times=1)
-        ended = self._run(environment, str(table), "--bucket", bucket.uri)
+        ended = nursery.run(MODULE, str(table), "--bucket", bucket.uri)
 
         assert ended.returncode == 1
         assert "1 of 3 items without their pictures" in ended.stderr
 
-    def test_a_missing_table_exits_with_1(self, bucket: ImageBucket, environment: dict[str, str]) -> None:
+    def test_a_missing_table_exits_with_1(self, bucket: ImageBucket, nursery: Nursery) -> None:
         """With what to correct."""
-        ended = self._run(environment, "nowhere.csv", "--bucket", bucket.uri)
+        ended = nursery.run(MODULE, "nowhere.csv", "--bucket", bucket.uri)
 
         assert ended.returncode == 1
         assert "source 'nowhere.csv' can't be read: No such file or directory" in ended.stderr
 
-    def test_wrong_arguments_exit_with_2(self, environment: dict[str, str]) -> None:
+    def test_wrong_arguments_exit_with_2(self, nursery: Nursery) -> None:
         """As every command line does."""
-        assert self._run(environment, "prompts.csv").returncode == 2
+        assert nursery.run(MODULE, "prompts.csv").returncode == 2
 
     def test_a_person_at_a_terminal_sees_a_bar(
         self, table: Path, bucket: ImageBucket, environment: dict[str, str]
@@ -503,18 +505,6 @@ class TestFromAShell:
         assert "━" in text
         assert "3/3" in text
         assert "Finished in state" not in text
-
-    def _run(self, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "flows.publish_batch", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
 
 
 @pytest.mark.usefixtures("prefect_server")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from datetime import date, datetime, timezone
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from nursery import Nursery
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ParameterTypeError
@@ -25,7 +22,6 @@ from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 
-ROOT = Path(__file__).parents[2]
 SUNDAY, MONDAY = date(2026, 3, 1), date(2026, 3, 2)
 SMALL = PictureSettings(aspect_ratio="1:1")
 
@@ -132,22 +128,12 @@ def test_the_form_has_help_and_bounds() -> None:
     ids=["good", "no-day", "5-images"],
 )
 def test_from_a_shell(
-    arguments: list[str], status: int, told: str, sandbox: RunningSandbox, bucket: ImageBucket, prefect_server: str
+    arguments: list[str], status: int, told: str, sandbox: RunningSandbox, bucket: ImageBucket, nursery: Nursery
 ) -> None:
     """The example table, with a template for the rows that have none."""
     template = "a {{ colour }} {{ name }} {{ scene }}"
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "flows.publish_daily", "flows/examples/products.csv"),
-            *("--bucket", bucket.uri, "--template", template, *arguments),
-        ],
-        cwd=ROOT,
-        env={**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect_server},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    table = ("flows/examples/products.csv", "--bucket", bucket.uri, "--template", template)
+    ended = nursery.run("flows.publish_daily", *table, *arguments)
 
     assert ended.returncode == status, ended.stderr
     assert told in (ended.stdout if status == 0 else ended.stderr)

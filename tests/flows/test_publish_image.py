@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from nursery import Nursery
 from prefect.utilities.callables import parameter_schema
 
 from flows.publish_image import publish_image
@@ -16,8 +12,6 @@ from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -82,18 +76,10 @@ def test_from_a_shell(
     told: str,
     sandbox: RunningSandbox,
     bucket: ImageBucket,
-    prefect_server: str,
+    nursery: Nursery,
 ) -> None:
     """The exit status and what is on the screen; bad input never reaches the service."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "flows.publish_image", *arguments, "--bucket", bucket.uri],
-        cwd=ROOT,
-        env={**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect_server},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ended = nursery.run("flows.publish_image", *arguments, "--bucket", bucket.uri)
 
     assert ended.returncode == status, ended.stderr
     assert told in (ended.stdout if status == 0 else ended.stderr)

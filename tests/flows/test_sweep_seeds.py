@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from nursery import Nursery
 from PIL import Image
 from prefect.artifacts import Artifact
 from prefect.utilities.callables import parameter_schema
@@ -20,8 +17,6 @@ from flux_prefect.batch.report import BatchFailed
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
-
-ROOT = Path(__file__).parents[2]
 
 
 async def read_sheet(bucket: ImageBucket, uri: str) -> Image.Image:
@@ -135,29 +130,10 @@ def test_the_form_has_help_and_bounds() -> None:
     assert fields["guidance_scales"]["items"]["maximum"] == 20
 
 
-def test_from_a_shell(sandbox: RunningSandbox, bucket: ImageBucket, prefect_server: str) -> None:
+def test_from_a_shell(sandbox: RunningSandbox, bucket: ImageBucket, nursery: Nursery) -> None:
     """Ranges of seeds are written with a hyphen."""
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "flows.sweep_seeds"),
-            "a fox",
-            "--bucket",
-            bucket.uri,
-            "--seeds",
-            "7",
-            "20-22",
-            "--aspect-ratios",
-            "1:1",
-            "3:2",
-            "--dry-run",
-        ],
-        cwd=ROOT,
-        env={**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect_server},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    options = ("--seeds", "7", "20-22", "--aspect-ratios", "1:1", "3:2", "--dry-run")
+    ended = nursery.run("flows.sweep_seeds", "a fox", "--bucket", bucket.uri, *options)
 
     assert ended.returncode == 0, ended.stderr
     assert "Completed: dry run: 8 rows: 8 to generate" in ended.stdout
