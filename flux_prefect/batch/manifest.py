@@ -30,6 +30,7 @@ from flux_prefect.batch.columns import PICTURE_COLUMNS, write_columns
 from flux_prefect.batch.parquet import has_pyarrow, load_pyarrow
 from flux_prefect.batch.records import VERSION, mend, ordered_lines
 from flux_prefect.batch.report import ItemRecord
+from flux_prefect.batch.sources import TableError
 from flux_prefect.batch.views import open_view
 from flux_prefect.bucket import BucketError, ImageBucket
 
@@ -82,6 +83,7 @@ class ManifestWriter:
         self._uploading = anyio.Lock()
         self._uploaded = 0
         self._size = 0
+        self._in_columns = False
 
     @property
     def uri(self) -> str:
@@ -164,8 +166,8 @@ class ManifestWriter:
             raise self._unwritable(error) from error
 
     async def _upload_while_open(self) -> None:
-        if has_pyarrow():
-            await anyio.to_thread.run_sync(load_pyarrow)  # now, while the first answers are awaited
+        # Now, while the first answers are awaited: it takes time.
+        self._in_columns = await anyio.to_thread.run_sync(_can_write_columns)
         while not self._closing.is_set():
             with anyio.move_on_after(self._upload_every):
                 await self._closing.wait()
@@ -186,7 +188,7 @@ class ManifestWriter:
         with tempfile.TemporaryFile(dir=folder) as lines, tempfile.TemporaryFile(dir=folder) as columns:
             await anyio.to_thread.run_sync(_order, self.path, lines)
             await self._put(lines, f"{self._run}/manifest.jsonl", _JSONL)
-            if has_pyarrow():
+            if self._in_columns:
                 await anyio.to_thread.run_sync(write_columns, partial(_iterate, lines), columns)
                 await self._put(columns, f"{self._run}/manifest.parquet", _PARQUET)
                 if self._copies is not None:
@@ -218,6 +220,18 @@ def record_line(record: ItemRecord, run: str) -> bytes:
     content["seed"] = None if record.request is None else record.request.seed
     # A service's message can hold half a character, which no file can.
     return json.dumps(content, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def _can_write_columns() -> bool:
+    """Whether there is to be a Parquet file. Never an error: what was paid for is in the JSON Lines."""
+    if not has_pyarrow():
+        return False
+    try:
+        load_pyarrow()
+    except TableError as error:
+        logger.warning("The manifest will be in JSON Lines alone: pyarrow is installed and can't be loaded. %s", error)
+        return False
+    return True
 
 
 def _open(path: Path) -> io.FileIO:
