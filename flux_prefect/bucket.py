@@ -34,6 +34,7 @@ from pydantic import (
 )
 from pydantic_core import to_json
 
+from flux_prefect.api.disk import explain
 from flux_prefect.api.errors import FluxError
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.naming import (
@@ -43,7 +44,7 @@ from flux_prefect.naming import (
     object_key,
     sidecar_key,
 )
-from flux_prefect.spool import ImageFile
+from flux_prefect.spool import ImageFile, SpoolUnreadable
 
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
@@ -412,14 +413,12 @@ class ImageBucket(WritableFileSystem):
 
         Raises:
             PictureChanged: the file's bytes are no longer those that were checked.
+            SpoolUnreadable: the file can't be opened for now. It stays in the spool.
             KeyOccupied: the key holds something else.
             BucketError: the bucket did not take it. The file stays in the spool.
         """
         if not file.is_whole():
-            raise PictureChanged(
-                f"{file.path} is gone or changed since it was checked: fetch it again with "
-                "download_image.with_options(refresh_cache=True)."
-            )
+            raise _changed(file)
         generation = file.generation
         key = self.key_of(generation.request, generation.fingerprint, file.index)
         record_key = sidecar_key(key, file.sha256)
@@ -437,7 +436,7 @@ class ImageBucket(WritableFileSystem):
 
         def put(client: S3Client) -> str | None:
             self._put_new(client, record_key, record, content_type="application/json")
-            with file.path.open("rb") as body:
+            with _open_picture(file) as body:
                 return self._put_new(
                     client,
                     key,
@@ -717,6 +716,25 @@ def _read_access(credentials: Any, *, reference: str | None) -> _AwsAccess:
     if credentials.region_name is not None:
         options["region_name"] = credentials.region_name
     return _AwsAccess(reference, credentials.get_boto3_session, options)
+
+
+def _open_picture(file: ImageFile) -> BinaryIO:
+    try:
+        return file.path.open("rb")
+    except FileNotFoundError as error:
+        raise _changed(file) from error
+    except OSError as error:
+        raise SpoolUnreadable(
+            f"{file.path} can't be read {explain(error, 'make it readable for this user')}, then run again. "
+            "It is paid for, and stays where it is."
+        ) from error
+
+
+def _changed(file: ImageFile) -> PictureChanged:
+    return PictureChanged(
+        f"{file.path} is gone or changed since it was checked: fetch it again with "
+        "download_image.with_options(refresh_cache=True)."
+    )
 
 
 def _sidecar(file: ImageFile, key: str, published_at: datetime, run: PublishingRun) -> bytes:

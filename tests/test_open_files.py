@@ -15,11 +15,12 @@ import pytest
 from flux_prefect.api.disk import explain
 from flux_prefect.api.errors import ImageUnwritable
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket import ImageBucket, PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.locking import HostLockManager
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import Spool, SpoolUnreadable, SpoolUnwritable
-from flux_prefect.steps import generate, recover
+from flux_prefect.steps import download, generate, recover
 
 REMEDY = r"\(Too many open files\): this process has .* \(ulimit -n\), or lower max_in_flight"
 
@@ -72,6 +73,20 @@ async def test_a_download_names_the_limit(tmp_path: Path, credentials: AimlApiCr
         with no_more_files(), pytest.raises(ImageUnwritable, match=f"could not be written {REMEDY}") as refused:
             await client.download("data:image/png;base64,AAAA", tmp_path / "picture.png", expected="png")
     assert "make room" not in refused.value.message
+
+
+async def test_an_upload_names_the_limit(tmp_path: Path, credentials: AimlApiCredentials, bucket: ImageBucket) -> None:
+    """The picture stays where it is, and is published once there are files again."""
+    spool = Spool(tmp_path)
+    async with credentials.get_client() as client:
+        generation = await generate(ImageRequest(prompt=uuid4().hex, seed=1), client, spool)
+        file = await download(generation, 0, client, spool)
+    await bucket.check()  # so that there is a connection
+    with no_more_files(), pytest.raises(SpoolUnreadable, match=f"can't be read {REMEDY}") as refused:
+        await bucket.publish(file, PublishingRun())
+
+    assert refused.value.retryable
+    assert (await bucket.publish(file, PublishingRun())).created
 
 
 @pytest.mark.parametrize(
