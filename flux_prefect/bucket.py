@@ -55,7 +55,7 @@ _Result = TypeVar("_Result")
 _TIMES_OVER = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted"}
 _ACCESS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403"}
 _CHECKSUM = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "BadChecksum"}
-_HTTP_SERVER_ERROR = 500
+_HTTP_SERVER_ERROR, _HTTP_NOT_IMPLEMENTED = 500, 501
 _CHUNK = 1024 * 1024
 _AWS_BUCKET, _AWS_CREDENTIALS = "s3-bucket", "aws-credentials"  # types of saved blocks that prefect-aws has
 
@@ -693,6 +693,12 @@ class ImageBucket(WritableFileSystem):
             return BucketAccessDenied(
                 f"{self._server()} refuses {error.operation_name} on {where} ({said}): check the keys, and that they "
                 "allow s3:ListBucket, s3:GetObject and s3:PutObject, and with lease_seconds s3:DeleteObject."
+            )
+        if code == "NotImplemented" or status == _HTTP_NOT_IMPLEMENTED:
+            return BucketError(
+                f"{self._server()} does not know how to do {error.operation_name} on {where} as it was asked ({said}): "
+                "leave out the fields of the Image Bucket block that it has no support for, such as storage_class, "
+                "or use another server."
             )
         if code in _TIMES_OVER or code == "ConditionalRequestConflict" or status >= _HTTP_SERVER_ERROR:
             return BucketUnavailable(f"{self._server()} could not do {error.operation_name} on {where} now ({said}).")

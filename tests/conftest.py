@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -28,6 +29,9 @@ os.environ |= {
     "AWS_SHARED_CREDENTIALS_FILE": str(_HOME / "no-aws-credentials"),
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Iterator  # noqa: E402 - the environment comes first
 from uuid import uuid4  # noqa: E402

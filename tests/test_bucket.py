@@ -18,6 +18,7 @@ from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
+from s3_proxy import Answer, Passing, open_proxy
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
 from flux_prefect.bucket import (
@@ -226,6 +227,24 @@ async def test_an_unreachable_server_can_be_tried_again(bucket: ImageBucket) -> 
     with pytest.raises(BucketUnavailable, match="endpoint_url") as caught:
         await nowhere.check()
     assert caught.value.retryable
+
+
+async def test_what_a_server_does_not_know_is_not_tried_again(bucket: ImageBucket, file: ImageFile) -> None:
+    """A 501 stays one."""
+
+    def meddle(request: Passing) -> Answer:
+        if request.method == "PUT":
+            return Answer(501, {}, b"<Error><Code>NotImplemented</Code><Message>no such class</Message></Error>")
+        return request.forward()
+
+    assert bucket.endpoint_url is not None
+    with open_proxy(bucket.endpoint_url) as proxy:
+        proxy.meddle = meddle
+        simple = ImageBucket.model_validate({**_fields(bucket), "endpoint_url": proxy.url})
+        with pytest.raises(BucketError, match=r"NotImplemented: no such class.*storage_class") as caught:
+            await simple.publish(file, RUN)
+        assert proxy.count("PUT", "") == 1
+    assert not caught.value.retryable
 
 
 def test_an_address_names_bucket_and_prefix() -> None:
