@@ -141,21 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_batch_arguments(parser)
     parser.add_argument("--density", choices=["auto", "steps", "chunks"], default="auto", help="how many task runs")
     given = parser.parse_args(arguments)
-    state = run_to_state(
-        publish_batch(
-            given.source,
-            given.bucket,
-            given.credentials,
-            max_in_flight=given.max_in_flight,
-            max_failed=given.max_failed,
-            max_credits=given.max_credits,
-            max_images=given.max_images,
-            only=given.only,
-            density=given.density,
-            dry_run=given.dry_run,
-            return_state=True,
-        )
-    )
+    state = run_to_state(publish_batch(**read_batch_arguments(given), density=given.density, return_state=True))
     return tell_end(state, given)
 
 
@@ -174,6 +160,22 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; costs nothing")
     parser.add_argument("--gallery", type=Path, metavar="FOLDER", help="write a page with the pictures there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report there as JSON")
+
+
+def read_batch_arguments(given: argparse.Namespace) -> dict[str, Any]:
+    """The parameters that all flows over a prompt table have, from what `add_batch_arguments` has added."""
+    names = [
+        "source",
+        "bucket",
+        "credentials",
+        "max_in_flight",
+        "max_failed",
+        "max_credits",
+        "max_images",
+        "only",
+        "dry_run",
+    ]
+    return {name: getattr(given, name) for name in names}
 
 
 def tell_end(state: State[Any], given: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.publish_batch import Table, add_batch_arguments, tell_end
+from flows.publish_batch import Table, add_batch_arguments, read_batch_arguments, tell_end
 from flux_prefect.batch.artifacts import leave_artifacts, live_progress
 from flux_prefect.batch.ending import announce_plan, end_batch, end_cancelled, end_dry_run
 from flux_prefect.batch.events import tell_batch
@@ -252,19 +252,11 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     state = run_to_state(
         publish_sharded(
-            given.source,
-            given.bucket,
-            given.credentials,
+            **read_batch_arguments(given),
             deployment=given.deployment,
             rows_a_shard=given.rows_a_shard,
             at_once=given.at_once,
-            max_in_flight=given.max_in_flight,
-            max_failed=given.max_failed,
-            max_credits=given.max_credits,
-            max_images=given.max_images,
-            only=given.only,
             lost_after_seconds=given.lost_after_seconds,
-            dry_run=given.dry_run,
             return_state=True,
         )
     )

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from nursery import wait_until
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket import ImageBucket
@@ -79,14 +80,6 @@ def list_pictures(bucket: ImageBucket) -> list[dict[str, object]]:
     """What is in the bucket beside the runs' manifests, with the time of its writing."""
     listed = bucket.get_client().list_objects_v2(Bucket="images", Prefix=bucket.prefix)["Contents"]
     return [dict(entry) for entry in listed if "/manifests/" not in entry["Key"]]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Look until something is so."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it never came to be so"
-        time.sleep(0.02)
 
 
 def test_killed_after_the_answer_nothing_is_paid_for_again(
