@@ -6,7 +6,8 @@ import argparse
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prefect.client.schemas.objects import State
@@ -59,18 +60,29 @@ def run_to_state(run: Awaitable[State[Any]]) -> State[Any]:
         if isinstance(run, Coroutine):
             run.close()  # nobody will await it
         raise
-    setup_logging()
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_worth_a_line)
 
     async def wait() -> State[Any]:
         return await run
 
     try:
-        return asyncio.run(wait())
+        with _quiet_terminal():
+            return asyncio.run(wait())
     except KeyboardInterrupt:
         print("Stopped. What was paid for is kept: the same command goes on from there.", file=sys.stderr)  # noqa: T201 - a command line's last word
         raise SystemExit(INTERRUPTED) from None
+
+
+@contextmanager
+def _quiet_terminal() -> Iterator[None]:
+    setup_logging()
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(_worth_a_line)
+    try:
+        yield
+    finally:  # the process may be a notebook, or another program that goes on
+        for handler in handlers:
+            handler.removeFilter(_worth_a_line)
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:

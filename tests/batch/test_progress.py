@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from uuid import uuid4
 
 import pytest
 from pictures import pretend
@@ -14,13 +13,7 @@ from flux_prefect.batch.progress import Progress, describe_seconds, show_progres
 from flux_prefect.batch.report import ItemRecord, ItemStatus
 from flux_prefect.bucket import ImageBucket
 
-
-@pytest.fixture
-def logger() -> logging.Logger:
-    """One that nobody else has configured: levels and caches of a shared one depend on the tests before."""
-    logger = logging.getLogger(uuid4().hex)
-    logger.setLevel(logging.INFO)
-    return logger
+LOGGER = logging.getLogger("test_progress")
 
 
 def _record(status: ItemStatus = "published", message: str | None = None, credits_used: float = 168_000) -> ItemRecord:
@@ -43,11 +36,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_plain_lines_where_nobody_watches(
-    logger: logging.Logger, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plain_lines_where_nobody_watches(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a terminal a short batch is told once, at its end, in the log and without any control characters."""
-    with caplog.at_level(logging.INFO), show_progress(Progress(3), logger) as tell:
+    with caplog.at_level(logging.INFO), show_progress(Progress(3), LOGGER) as tell:
         tell(_record())
         tell(_record("unchanged", credits_used=0))
         assert caplog.messages == []
@@ -58,27 +49,25 @@ def test_plain_lines_where_nobody_watches(
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_failure_is_told_at_once(
-    logger: logging.Logger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, *, terminal: bool
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, *, terminal: bool
 ) -> None:
     """In both forms: which item, how it ended and why."""
     if terminal:
         monkeypatch.setattr(sys, "stderr", Terminal())
-    with caplog.at_level(logging.WARNING), show_progress(Progress(2), logger) as tell:
+    with caplog.at_level(logging.WARNING), show_progress(Progress(2), LOGGER) as tell:
         tell(_record("failed", message="the answer was lost"))
         assert caplog.messages == ["dusk failed: AnswerLost: the answer was lost"]
         tell(_record())
     assert len(caplog.messages) == 1
 
 
-def test_a_bar_where_somebody_watches(
-    logger: logging.Logger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bar_where_somebody_watches(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a terminal the bar shows items and money, and the log stays quiet."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
-    with caplog.at_level(logging.INFO), show_progress(Progress(2), logger) as tell:
+    with caplog.at_level(logging.INFO), show_progress(Progress(2), LOGGER) as tell:
         tell(_record())
         tell(_record())
     shown = terminal.getvalue()
@@ -87,9 +76,9 @@ def test_a_bar_where_somebody_watches(
     assert caplog.messages == []
 
 
-def test_many_failures_fill_no_log(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+def test_many_failures_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
     """The first twenty are told one by one, then a line says where the others are."""
-    with caplog.at_level(logging.INFO), show_progress(Progress(100), logger) as tell:
+    with caplog.at_level(logging.INFO), show_progress(Progress(100), LOGGER) as tell:
         for _ in range(50):
             tell(_record("failed", message="no"))
     assert caplog.messages == [
@@ -166,16 +155,16 @@ def test_times_are_told_as_people_do(seconds: float, told: str) -> None:
     assert describe_seconds(seconds) == told
 
 
-def test_an_empty_batch_tells_nothing(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_empty_batch_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """No items, no lines."""
-    with caplog.at_level(logging.INFO), show_progress(Progress(0), logger):
+    with caplog.at_level(logging.INFO), show_progress(Progress(0), LOGGER):
         pass
     assert caplog.messages == []
 
 
-def test_a_run_logger_will_do(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_logger_will_do(caplog: pytest.LogCaptureFixture) -> None:
     """Prefect gives runs an adapter instead of a logger."""
-    adapter: logging.LoggerAdapter[logging.Logger] = logging.LoggerAdapter(logger, {})
+    adapter: logging.LoggerAdapter[logging.Logger] = logging.LoggerAdapter(LOGGER, {})
     with caplog.at_level(logging.INFO), show_progress(Progress(1), adapter) as tell:
         tell(_record())
     assert caplog.messages == ["1 of 1 done, 168,000 credits ($0.08) so far"]
