@@ -83,7 +83,7 @@ async def publish_shard(
                 **told.sums(),
                 "credits_spent": job.budget.spent.credits,
                 "images_spent": int(job.budget.spent.images),
-                "ceiling": pacer.ceiling,
+                "in_flight": pacer.learnt,
                 "prices": job.budget.observed,
             }
 

@@ -13,15 +13,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from typing_extensions import Self
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 60
 
 
 class Batch:
@@ -144,14 +142,6 @@ def answer(number: int) -> None:
     """Send a line back."""
     sys.stdout.write(f"{number}\n")
     sys.stdout.flush()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Look until something is so."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it never came to be so"
-        time.sleep(0.02)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from nursery import wait_until
+from waiting import wait_for
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket import ImageBucket
@@ -92,7 +92,7 @@ def test_killed_after_the_answer_nothing_is_paid_for_again(
     """Killed while it downloads; the next run goes on from the cached answer."""
     sandbox.control.inject("stall_download", times=1, seconds=30)
     publisher = Publisher(tmp_path, request_, bucket, environment)
-    wait_until(lambda: sandbox.control.summary().downloads == 1)
+    wait_for(lambda: sandbox.control.summary().downloads == 1)
     publisher.kill()
     item = Publisher(tmp_path, request_, bucket, environment).finish()
 
@@ -112,7 +112,7 @@ def test_killed_during_the_call_the_report_names_it(
     """Only the call that was out may be paid for twice, and its request id is in the next report."""
     sandbox.control.settings(latency=3.0)
     publisher = Publisher(tmp_path, request_, bucket, environment)
-    wait_until(lambda: bool(list((tmp_path / "spool" / "calls").glob("*.json"))))
+    wait_for(lambda: bool(list((tmp_path / "spool" / "calls").glob("*.json"))))
     time.sleep(0.3)
     publisher.kill()
     sandbox.control.settings(latency=0.0)
@@ -213,7 +213,7 @@ def test_the_second_process_goes_on_at_once_when_the_first_is_killed(
     folder = tmp_path / "second"
     folder.mkdir()
     first = Publisher(tmp_path, request_, bucket, environment)
-    wait_until(lambda: sandbox.control.summary().downloads == 1)
+    wait_for(lambda: sandbox.control.summary().downloads == 1)
     second = Publisher(folder, request_, bucket, environment)
     time.sleep(6)  # the second is up and waits for the first
     assert sandbox.control.summary().calls == 1

@@ -16,8 +16,9 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from nursery import Batch, Nursery, wait_until
+from nursery import Batch, Nursery
 from pydantic import SecretStr
+from waiting import wait_for
 
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
@@ -139,7 +140,7 @@ def test_a_host_killed_during_a_call_is_relieved(
     sandbox.control.settings(latency=1.0)
     table = write_table(tmp_path, 3)
     first = hosts[0].publish(table, leased.reference, "--max-in-flight", "1")
-    wait_until(lambda: len(pictures(list_objects(leased))) == 1 and sandbox.control.summary().in_flight == 1)
+    wait_for(lambda: len(pictures(list_objects(leased))) == 1 and sandbox.control.summary().in_flight == 1)
     first.signal(signal.SIGKILL)
     killed_at = time.monotonic()
     assert first.wait() == -signal.SIGKILL
@@ -161,7 +162,7 @@ def test_what_a_dead_host_had_paid_for_is_used(
     sandbox.control.inject("stall_download", times=1, seconds=60)
     table = write_table(tmp_path, 1)
     first = hosts[0].publish(table, leased.reference)
-    wait_until(lambda: sandbox.control.summary().downloads == 1)
+    wait_for(lambda: sandbox.control.summary().downloads == 1)
     first.signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     second = hosts[1].publish(table, leased.reference)
@@ -182,7 +183,7 @@ def test_a_host_that_was_stopped_past_its_lease_sends_nothing_more(
     sandbox.control.settings(latency=2.0)
     table = write_table(tmp_path, 3)
     first = hosts[0].publish(table, leased.reference, "--density", "steps", "--max-in-flight", "1", "--max-failed", "3")
-    wait_until(lambda: len(list_objects(leased)) >= 2 and sandbox.control.summary().in_flight == 1)
+    wait_for(lambda: len(list_objects(leased)) >= 2 and sandbox.control.summary().in_flight == 1)
     first.signal(signal.SIGSTOP)
     assert pictures(list_objects(leased)) == []
     sandbox.control.settings(latency=0.0)

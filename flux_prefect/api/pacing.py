@@ -197,6 +197,14 @@ class Pacer:
         return self._learning.ceiling
 
     @property
+    def learnt(self) -> int | None:
+        """How many calls the service takes, as far as its refusals have shown: the ceiling, else a lowered limit.
+
+        None where no refusal has lowered the limit: that one was only asked for.
+        """
+        return self.ceiling or (self.limit if self.limit < self.max_in_flight else None)
+
+    @property
     def in_flight(self) -> int:
         """How many slots are held now. For a moment after a halving it may be over `limit`."""
         return self._in_flight

@@ -336,10 +336,10 @@ class Following:
             images=sum(sign.images for sign in signs),
             spent=sum(sign.credits_spent for sign in signs),
         )
-        ceilings = [work.attempts[-1].sign.ceiling for work in self._running]
-        known = [ceiling for ceiling in ceilings if ceiling is not None]
+        taken = [work.attempts[-1].sign.in_flight for work in self._running]
+        known = [number for number in taken if number is not None]
         # A shard that was never refused a call could have more than it asked for.
-        await self.pace.resize(sum(known) if known and len(known) == len(ceilings) else None)
+        await self.pace.resize(sum(known) if known and len(known) == len(taken) else None)
 
     async def _is_lost(self, attempt: _Attempt, state: State[Any]) -> bool:
         if state.id != attempt.state:

@@ -256,9 +256,7 @@ def _allow_open_files(needed: int) -> None:
 
 def learn(known: Experience, report: BatchReport, budget: Budget, pacer: Pacer) -> Experience:
     """What the next batch at this endpoint can begin with: prices, pace and in-flight limit as this one found them."""
-    # The limit itself may be halved just now; and one that no refusal has lowered was only asked for, not learnt.
-    in_flight = pacer.ceiling or (pacer.limit if pacer.limit < pacer.max_in_flight else None)
     seconds = known.seconds
     if report.billed_calls:
         seconds = report.seconds * min(pacer.limit, report.billed_calls) / report.billed_calls
-    return Experience(prices={**known.prices, **budget.observed}, seconds=seconds, in_flight=in_flight)
+    return Experience(prices={**known.prices, **budget.observed}, seconds=seconds, in_flight=pacer.learnt)

@@ -47,7 +47,7 @@ class Sign(BaseModel):
     images: int = Field(default=0, description="Pictures published.")
     credits_spent: float = Field(default=0, description="What its calls cost, or may have cost, in credits.")
     images_spent: int = Field(default=0, description="Pictures that it paid for, or may have paid for.")
-    ceiling: int | None = Field(default=None, description="Calls at once that the service took, where it refused more.")
+    in_flight: int | None = Field(default=None, description="Calls at once that the service took, if it refused more.")
     prices: dict[str, float] = Field(default_factory=dict, description="Most credits that a picture cost, by model.")
     ended: bool = Field(default=False, description="It is the last one: nothing is spent after it.")
     reconciliation: Reconciliation | None = Field(

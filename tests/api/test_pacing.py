@@ -113,6 +113,7 @@ async def test_all_calls_may_go_at_once_until_one_is_refused() -> None:
     with anyio.fail_after(1):
         async with _hold(pacer, 50):
             assert pacer.in_flight == 50
+    assert pacer.learnt is None
 
 
 async def test_one_burst_of_refusals_halves_the_limit_once() -> None:
@@ -125,22 +126,24 @@ async def test_one_burst_of_refusals_halves_the_limit_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "held", "limit", "ceiling"),
+    ("sent", "held", "limit", "ceiling", "learnt"),
     [
-        (8, 7, 4, 7),
-        (8, 4, 4, 4),
-        (8, 3, 3, 3),
-        (8, 1, 1, 1),
-        (50, 7, 7, 7),
-        (8, 0, 1, None),  # a service that takes nothing tells nothing of how much it takes
-        (2, 1, 4, None),  # nor does one that refuses while few calls are out
+        (8, 7, 4, 7, 7),
+        (8, 4, 4, 4, 4),
+        (8, 3, 3, 3, 3),
+        (8, 1, 1, 1, 1),
+        (50, 7, 7, 7, 7),
+        (8, 0, 1, None, 1),  # a service that takes nothing tells nothing of how much it takes
+        (2, 1, 4, None, 4),  # nor does one that refuses while few calls are out
     ],
 )
-async def test_a_burst_leaves_what_the_service_holds(sent: int, held: int, limit: int, ceiling: int | None) -> None:
+async def test_a_burst_leaves_what_the_service_holds(
+    sent: int, held: int, limit: int, ceiling: int | None, learnt: int
+) -> None:
     """At most half of what it was, and what was not refused is remembered as the ceiling."""
     pacer = Pacer(max(sent, 8))
     await _burst(pacer, sent=sent, held=held)
-    assert (pacer.limit, pacer.ceiling) == (limit, ceiling)
+    assert (pacer.limit, pacer.ceiling, pacer.learnt) == (limit, ceiling, learnt)
 
 
 async def test_below_the_ceiling_the_limit_grows_with_every_accepted_call() -> None:

@@ -13,10 +13,11 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from nursery import Nursery, wait_until
+from nursery import Nursery
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+from waiting import wait_for
 
 from flows.publish_batch import publish_batch
 from flux_prefect.batch.plan import Plan
@@ -133,7 +134,7 @@ def test_a_killed_batch_is_finished_in_the_other_density(
     table.write_text("\n".join(json.dumps({"prompt": f"{name} {seed}", "seed": seed}) for seed in range(1, 13)))
     order = (str(table), "--bucket", bucket.uri, "--max-in-flight", "3", "--density")
     killed = nursery.start(tmp_path / "killed", *order, first, FLUX_PREFECT_SPOOL=str(spool.root))
-    wait_until(lambda: sandbox.control.summary().billed_calls >= 5 and len(spool.open_calls()) > 0)
+    wait_for(lambda: sandbox.control.summary().billed_calls >= 5 and len(spool.open_calls()) > 0)
     killed.signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     noted = {call.client_request_id for call in spool.open_calls()}

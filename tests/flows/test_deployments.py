@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,6 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Pending
 from ruamel.yaml import YAML
 from team import ROOT, Team, start_team
+from waiting import wait_for
 
 from deployments.serve import PREFECT_FILE, read_deployments
 from flows.products_to_catalogue import products_to_catalogue
@@ -49,16 +50,6 @@ def deployed(team: Team) -> Team:
     """The server with all of prefect.yaml on it."""
     team.deploy(PREFECT_FILE)
     return team
-
-
-def wait_for(condition: Callable[[], FlowRun | None], seconds: float = 60) -> FlowRun:
-    """Look until there is such a run."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if (found := condition()) is not None:
-            return found
-        time.sleep(0.3)
-    raise AssertionError("it never came to be so")
 
 
 def test_every_flow_is_deployed(deployed: Team) -> None:
@@ -154,9 +145,15 @@ def worker(team: Team, sandbox: RunningSandbox, tmp_path: Path) -> Iterator[None
         yield
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("worker")
 def test_a_schedule_starts_a_day_and_its_batch_starts_the_audit(
-    team: Team, hasty: Path, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+    team: Team,
+    hasty: Path,
+    bucket: ImageBucket,
+    credentials: AimlApiCredentials,
+    sandbox: RunningSandbox,
+    tmp_path: Path,
 ) -> None:
     """Nobody starts a run: the schedule does, the batch's event does, and the paused schedule does not."""
     with temporary_settings({PREFECT_API_URL: team.url}):
@@ -167,7 +164,11 @@ def test_a_schedule_starts_a_day_and_its_batch_starts_the_audit(
     def finished(name: str) -> FlowRun | None:
         return next((run for run in team.runs(name) if run.state and run.state.is_completed()), None)
 
-    day, audit = wait_for(lambda: finished(DAILY)), wait_for(lambda: finished(AUDIT))
+    def tell() -> str:
+        runs = [f"{run.name}: {run.state!r}" for name in (DAILY, AUDIT) for run in team.runs(name)]
+        return "\n".join([*runs, (tmp_path / "worker.log").read_text()])
+
+    day, audit = (wait_for(partial(finished, name), seconds=100, every=0.3, tell=tell) for name in (DAILY, AUDIT))
 
     assert day.auto_scheduled
     assert day.state is not None

@@ -6,10 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 from uuid import uuid4
 
 import pytest
@@ -19,14 +18,13 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
+from waiting import wait_for
 
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
 
 ROOT = Path(__file__).parents[2]
 BATCH, AUDIT = "publish-batch/on-demand", "audit-bucket/after-each-batch"
-
-_Found = TypeVar("_Found")
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +55,12 @@ def served(client: SyncPrefectClient, sandbox: RunningSandbox, tmp_path: Path) -
         ) as process,
     ):
         try:
-            wait_for(lambda: polled(client))
+            wait_for(lambda: polled(client), seconds=90, every=0.3)
             yield process
         finally:
             process.kill()
             for deployment in client.read_deployments():
                 client.delete_deployment(deployment.id)
-
-
-def wait_for(condition: Callable[[], _Found | None]) -> _Found:
-    """Look until there is something."""
-    end = time.monotonic() + 90
-    while time.monotonic() < end:
-        if (found := condition()) is not None:
-            return found
-        time.sleep(0.3)
-    raise AssertionError("it never came to be so")
 
 
 def find(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
@@ -120,7 +108,7 @@ def test_one_process_runs_a_batch_and_the_audit_that_follows_it(
     client.create_flow_run_from_deployment(
         batch.id, parameters={"source": rows, "bucket": bucket.uri, "credentials": None}
     )
-    published, audited = wait_for(lambda: completed(client, BATCH)), wait_for(lambda: completed(client, AUDIT))
+    published, audited = (wait_for(partial(completed, client, name), seconds=90, every=0.3) for name in (BATCH, AUDIT))
 
     assert published.state is not None
     assert str(published.state.message).startswith("1 published")

@@ -14,11 +14,12 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from nursery import Batch, Nursery, wait_until
+from nursery import Batch, Nursery
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
+from waiting import wait_for
 
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
@@ -130,7 +131,7 @@ async def test_a_signal_ends_a_batch_in_order(
 ) -> None:
     """Calls in flight are awaited and published, nothing new is sent, the manifest tells of every row once."""
     batch = command.start(density)
-    wait_until(lambda: len(spool.open_calls()) == AT_ONCE)
+    wait_for(lambda: len(spool.open_calls()) == AT_ONCE)
     batch.signal(number)
 
     assert batch.wait() == status, batch.said
@@ -145,7 +146,7 @@ def test_a_grace_that_is_too_short_loses_no_account(
 ) -> None:
     """Calls that nobody awaits any more are noted with their rows; the same again pays for nothing else twice."""
     batch = command.start(density, FLUX_PREFECT_GRACE_SECONDS="0.2")
-    wait_until(lambda: len(spool.open_calls()) == AT_ONCE)
+    wait_for(lambda: len(spool.open_calls()) == AT_ONCE)
     batch.signal(signal.SIGTERM)
     assert batch.wait() == -signal.SIGTERM, batch.said
     noted = {call.client_request_id for call in spool.open_calls()}
@@ -154,7 +155,7 @@ def test_a_grace_that_is_too_short_loses_no_account(
     assert [record["row"] for record in records] == list(range(1, ROWS + 1))
     assert {(record["status"], record["error"]) for record in records} == {("failed", "RunStopped")}
     assert {call for record in records for call in record["possibly_billed"]} == noted
-    wait_until(lambda: slow.control.summary().in_flight == 0)
+    wait_for(lambda: slow.control.summary().in_flight == 0)
 
     slow.control.settings(latency=0.0)
     assert command.start().finish() == {"published": ROWS}
@@ -194,7 +195,7 @@ async def test_a_run_cancelled_in_prefect_ends_in_order_and_cancelled(
     parameters = {"source": rows, "bucket": bucket.uri, "max_in_flight": AT_ONCE}
     async with get_client() as client:
         run = await start(client, "publish-batch/stopped", parameters)
-        await asyncio.to_thread(wait_until, lambda: len(spool.open_calls()) == AT_ONCE)
+        await asyncio.to_thread(wait_for, lambda: len(spool.open_calls()) == AT_ONCE)
         await client.set_flow_run_state(run, Cancelling())
         for _ in range(300):
             state = await read(client, run)
