@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Self
 
@@ -38,10 +39,21 @@ class Batch:
         """Wait for its end; the exit status, or minus the signal that ended it."""
         return self._nursery.wait(self.pid)
 
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self.signal(signal.SIGKILL)
+        assert self.wait() == -signal.SIGKILL
+
+    def report(self) -> dict[str, Any]:
+        """Wait for its end, which must be good; its report."""
+        assert self.wait() == 0, self.said
+        report = json.loads((self._folder / "report.json").read_text(encoding="utf-8"))
+        assert isinstance(report, dict)
+        return report
+
     def finish(self) -> dict[str, int]:
         """Wait for its end, which must be good; how many rows ended in each way."""
-        assert self.wait() == 0, self.said
-        counts = json.loads((self._folder / "report.json").read_text(encoding="utf-8"))["counts"]
+        counts = self.report()["counts"]
         assert isinstance(counts, dict)
         return counts
 
