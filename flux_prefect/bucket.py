@@ -15,7 +15,6 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, TypeVar
 from urllib.parse import quote, urlsplit
 
-import anyio.to_thread
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
@@ -37,6 +36,7 @@ from pydantic_core import to_json
 from flux_prefect.api.disk import explain
 from flux_prefect.api.errors import FluxError
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.api.threads import run_in_thread
 from flux_prefect.naming import (
     DEFAULT_KEY_TEMPLATE,
     check_key_template,
@@ -669,7 +669,7 @@ class ImageBucket(WritableFileSystem):
             ) from error
 
     async def _run(self, work: Callable[[S3Client], _Result], key: str) -> _Result:
-        return await anyio.to_thread.run_sync(self.perform, work, key)
+        return await run_in_thread(self.perform, work, key)
 
     def _connect(self, where: str) -> S3Client:
         try:

@@ -17,7 +17,6 @@ from typing import Any, ParamSpec, TypeVar, cast
 from uuid import UUID, uuid4
 
 import anyio
-import anyio.to_thread
 from prefect.cache_policies import CachePolicy
 from prefect.client.schemas.objects import TaskRun
 from prefect.context import TaskRunContext
@@ -27,6 +26,8 @@ from prefect.logging import get_run_logger
 from prefect.results import ResultStore, get_result_store
 from prefect.states import Failed
 from prefect.tasks import Task
+
+from flux_prefect.api.threads import run_in_thread
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -116,7 +117,7 @@ async def _through_cache(
 async def _write(store: ResultStore, key: str, holder: str, result: Any) -> None:
     if isinstance(store.result_storage, LocalFileSystem):
         # The same in one thread: asynchronously, opening, writing and closing the file are a thread's work each.
-        await anyio.to_thread.run_sync(lambda: store.write(result, key=key, holder=holder))
+        await run_in_thread(lambda: store.write(result, key=key, holder=holder))
     else:
         await store.awrite(result, key=key, holder=holder)
 

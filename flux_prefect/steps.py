@@ -14,7 +14,6 @@ from datetime import datetime, timezone
 from uuid import uuid4
 
 import anyio
-import anyio.to_thread
 
 from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.errors import (
@@ -26,6 +25,7 @@ from flux_prefect.api.errors import (
     UnexpectedFormat,
 )
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
+from flux_prefect.api.threads import run_in_thread
 from flux_prefect.budget import current_budget
 from flux_prefect.leases import current_lease
 from flux_prefect.spool import ImageFile, PaidCall, Spool
@@ -169,7 +169,7 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
         )
     picture = None
     if spool.picture_path(generation, index).exists():
-        picture = await anyio.to_thread.run_sync(spool.find_picture, generation, index)
+        picture = await run_in_thread(spool.find_picture, generation, index)
     if picture is None:
         picture = await client.download(
             _url(generation, image, spool),

@@ -13,7 +13,6 @@ from pathlib import Path
 from ssl import SSLContext
 
 import anyio
-import anyio.to_thread
 import httpx
 from pydantic import Field
 
@@ -32,6 +31,7 @@ from flux_prefect.api.errors import (
 from flux_prefect.api.models import OutputFormat
 from flux_prefect.api.pictures import Picture, inspect_picture
 from flux_prefect.api.retrying import parse_retry_after
+from flux_prefect.api.threads import run_in_thread
 from flux_prefect.api.transport import find_proxy, open_transport, send
 
 MAX_REDIRECTS = 5
@@ -105,7 +105,7 @@ class Downloader:
             else:
                 async with self._turns:
                     await self._fetch(url, part)
-            picture = await anyio.to_thread.run_sync(self._settle, part, expected)
+            picture = await run_in_thread(self._settle, part, expected)
         except NotAnImage as error:
             error.retryable = not inline  # the same bytes would come again
             raise
