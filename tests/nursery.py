@@ -64,12 +64,12 @@ class Batch:
 
 
 class Nursery:
-    """The warm process. Leaving the `with` block ends it, and whatever it has started."""
+    """The warm process, in a folder. Leaving the `with` block ends it, and whatever it has started."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], folder: Path = ROOT) -> None:
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            cwd=ROOT,
+            cwd=folder,
             env={**environment, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -52,9 +52,10 @@ def host(nursery: Nursery, sandbox: RunningSandbox, tmp_path: Path) -> Host:  # 
 def stranger(
     prefect_server: str, running_sandbox: RunningSandbox, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Nursery]:
-    """What runs flows in an empty Prefect home."""
-    home = {"PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(tmp_path_factory.mktemp("stranger"))}
-    with Nursery({**os.environ, **running_sandbox.environment, **home}) as nursery:
+    """What runs flows in another folder, with an empty Prefect home."""
+    folder = tmp_path_factory.mktemp("stranger")
+    home = {"PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(folder / "home")}
+    with Nursery({**os.environ, **running_sandbox.environment, **home}, folder) as nursery:
         yield nursery
 
 
@@ -154,7 +155,7 @@ def test_an_empty_machine_finds_everything_in_the_bucket(
     host: Host,
     other_host: Host,
 ) -> None:
-    """An empty Prefect home and an empty spool: no call, no download, nothing written."""
+    """Another folder, an empty Prefect home and an empty spool: no call, no download, nothing written."""
     host.publish(request_, bucket).finish()
     before = sandbox.control.summary()
     listed = list_pictures(bucket)
