@@ -28,22 +28,15 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from flows.publish_batch import publish_batch
-from flux_prefect.api.errors import FluxError
-from flux_prefect.batch.auditing import (
-    CannotMend,
-    Finding,
-    check_key,
-    find_in_spool,
-    inspect_published,
-    set_aside,
-)
+from flux_prefect.batch.auditing import Finding, check_key, find_in_spool, inspect_published, set_aside
 from flux_prefect.batch.pulling import for_each
 from flux_prefect.batch.records import read_records
-from flux_prefect.batch.report import BatchFailed, BatchReport, ItemRecord
-from flux_prefect.batch.sources import Source, TableError, open_source
+from flux_prefect.batch.report import BatchReport, ItemRecord
+from flux_prefect.batch.sources import Source, open_source
 from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.budget import describe_credits
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import AuditFailed, BatchFailed, FluxError, RepairImpossible, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 
@@ -98,18 +91,6 @@ class AuditReport(BaseModel):
         if self.batch is not None:
             line += f", {describe_credits(self.batch.credits_used)}"
         return f"{line}; {self.still_wrong:,} still wrong" if self.still_wrong else line
-
-
-class AuditFailed(FluxError):
-    """Pictures are not in the bucket as the manifest says.
-
-    Attributes:
-        report: the whole report.
-    """
-
-    def __init__(self, message: str, report: AuditReport) -> None:
-        super().__init__(message)
-        self.report = report
 
 
 def _by_row(picture: AuditedPicture) -> int:
@@ -250,22 +231,22 @@ class _Audit:
         """Whether the picture is back; False where it is to be generated, and its key is free for it.
 
         Raises:
-            CannotMend, BucketError: neither is possible or allowed.
+            RepairImpossible, BucketError: neither is possible or allowed.
         """
         if found.finding == "unreadable" or not (self._repair or self._account):
-            raise CannotMend("")
+            raise RepairImpossible("")
         if found.finding == "wrong_checksum" and not self._replace:
-            raise CannotMend("it stays, as replace is not set")
+            raise RepairImpossible("it stays, as replace is not set")
         if self._repair:
             try:
                 file = await find_in_spool(self._bucket, image)
-            except CannotMend:
+            except RepairImpossible:
                 if self._account is None:
                     raise
             else:
                 await self._free(found, image)
                 if (await self._bucket.publish(file, self._run)).sha256 != image.sha256:
-                    raise CannotMend("something else took its key meanwhile")
+                    raise RepairImpossible("something else took its key meanwhile")
                 return True
         self._check_generable(found, item, image)
         await self._free(found, image)
@@ -273,11 +254,11 @@ class _Audit:
 
     def _check_generable(self, found: AuditedPicture, item: ItemRecord, image: PublishedImage) -> None:
         if found.finding == "missing_sidecar":
-            raise CannotMend("its record is in no spool here, and a picture that is there is not paid for again")
+            raise RepairImpossible("its record is in no spool here, and a picture that is there is not paid for again")
         if self._account is None or item.request is None or item.request.seed is None:
-            raise CannotMend("its request is not in the manifest")
+            raise RepairImpossible("its request is not in the manifest")
         if item.request.fingerprint(self._account.base_url) != image.fingerprint:
-            raise CannotMend("it was made at another endpoint than the credentials are for")
+            raise RepairImpossible("it was made at another endpoint than the credentials are for")
         check_key(self._bucket, item.request, image)
 
     async def _free(self, found: AuditedPicture, image: PublishedImage) -> None:

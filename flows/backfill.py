@@ -22,13 +22,11 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from flows.publish_daily import Template, TemplateTable, add_daily_arguments, publish_daily, read_pictures
-from flux_prefect.api.errors import FluxError
-from flux_prefect.batch.plan import BalanceTooLow
-from flux_prefect.batch.report import BatchFailed, BatchReport
-from flux_prefect.batch.table import TableError
+from flux_prefect.batch.report import BatchReport
 from flux_prefect.batch.templates import USUAL_PICTURES, PictureSettings
 from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import BackfillFailed, BalanceTooLow, BatchFailed, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, run_to_state
@@ -75,18 +73,6 @@ class BackfillReport(BaseModel):
         line = f"{len(self.days) - len(self.failed)} of {len(self.days)} days published"
         line += f", {describe_credits(self.credits_used)}"
         return f"{line}; failed: {', '.join(map(str, self.failed))}" if self.failed else line
-
-
-class BackfillFailed(FluxError):
-    """Days failed; the others are published.
-
-    Attributes:
-        report: the whole report.
-    """
-
-    def __init__(self, message: str, report: BackfillReport) -> None:
-        super().__init__(message)
-        self.report = report
 
 
 @flow(name="backfill", flow_run_name="backfill {start} to {end}")

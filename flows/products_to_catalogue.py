@@ -23,9 +23,10 @@ from flows.publish_batch import publish_batch
 from flux_prefect.api.models import AspectRatio
 from flux_prefect.batch.events import find_asset
 from flux_prefect.batch.parquet import load_pyarrow
-from flux_prefect.batch.report import BatchFailed, BatchReport, ItemRecord
-from flux_prefect.batch.sources import TableError, open_source
+from flux_prefect.batch.report import BatchReport, ItemRecord
+from flux_prefect.batch.sources import open_source
 from flux_prefect.bucket import ImageBucket
+from flux_prefect.errors import BatchFailed, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
 from flux_prefect.naming import clean_prefix
 from flux_prefect.seeds import draw_seed

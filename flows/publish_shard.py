@@ -21,11 +21,12 @@ from flux_prefect.batch.manifest import ManifestWriter
 from flux_prefect.batch.plan import PlannedBatch
 from flux_prefect.batch.report import ItemRecord
 from flux_prefect.batch.shards import plan_shard
-from flux_prefect.batch.signs import TakenForLost, giving_signs, sign_of
+from flux_prefect.batch.signs import giving_signs, sign_of
 from flux_prefect.batch.stopping import is_to_be_cancelled
 from flux_prefect.batch.table import open_table
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import ShardSuperseded
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight
 
 
@@ -92,7 +93,7 @@ async def publish_shard(
                 told.carried = await carry_through(
                     job, planned, manifest, density="chunks", on_record=told.add, logger=logger
                 )
-        except TakenForLost as lost:
+        except ShardSuperseded as lost:
             return cast("dict[str, int]", Crashed(message=lost.message))
         except TerminationSignal:
             if not await is_to_be_cancelled(run):

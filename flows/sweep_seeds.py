@@ -32,10 +32,11 @@ from flows.publish_batch import publish_batch
 from flux_prefect.api.models import AspectRatio, ImageRequest, OutputFormat, SafetyTolerance, Seed, TextToImageModel
 from flux_prefect.batch.contact_sheets import Cell, ContactSheet
 from flux_prefect.batch.plan import tabulate_plan
-from flux_prefect.batch.report import BatchFailed, BatchReport, ItemRecord, tabulate
+from flux_prefect.batch.report import BatchReport, ItemRecord, tabulate
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import BatchFailed, TooManyCombinations
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
@@ -45,10 +46,6 @@ Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
 Guidance = Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)]
 
 _MARKDOWN = re.compile(r"([!-/:-@\[-`{-~])")  # all of ASCII's punctuation, any of which may be escaped
-
-
-class TooManyCombinations(ValueError):
-    """The lists multiply to more than allowed. Nothing was sent."""
 
 
 class SweepReport(BaseModel):

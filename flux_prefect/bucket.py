@@ -34,9 +34,17 @@ from pydantic import (
 from pydantic_core import to_json
 
 from flux_prefect.api.disk import explain
-from flux_prefect.api.errors import FluxError
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.api.threads import run_in_thread
+from flux_prefect.errors import (
+    BucketAccessDenied,
+    BucketError,
+    BucketMissing,
+    BucketUnavailable,
+    ImageChanged,
+    KeyOccupied,
+    SpoolUnreadable,
+)
 from flux_prefect.naming import (
     DEFAULT_KEY_TEMPLATE,
     check_key_template,
@@ -44,7 +52,7 @@ from flux_prefect.naming import (
     object_key,
     sidecar_key,
 )
-from flux_prefect.spool import ImageFile, SpoolUnreadable
+from flux_prefect.spool import ImageFile
 
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
@@ -58,36 +66,6 @@ _CHECKSUM = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzC
 _HTTP_SERVER_ERROR, _HTTP_NOT_IMPLEMENTED = 500, 501
 _CHUNK = 1024 * 1024
 _AWS_BUCKET, _AWS_CREDENTIALS = "s3-bucket", "aws-credentials"  # types of saved blocks that prefect-aws has
-
-
-class BucketError(FluxError):
-    """The bucket did not do what was asked. Pictures in the spool stay there, so nothing is lost."""
-
-
-class BucketMissing(BucketError):
-    """The bucket does not exist at this endpoint."""
-
-    fatal = True
-
-
-class BucketAccessDenied(BucketError):
-    """The keys are wrong or missing, or don't allow this."""
-
-    fatal = True
-
-
-class BucketUnavailable(BucketError):
-    """The server can't be reached or asks for patience."""
-
-    retryable = True
-
-
-class PictureChanged(BucketError):
-    """The file in the spool is gone or no longer has the bytes that were checked; S3 refuses those."""
-
-
-class KeyOccupied(BucketError):
-    """Something else than our picture stands under its key."""
 
 
 class PublishedImage(BaseModel):
@@ -412,7 +390,7 @@ class ImageBucket(WritableFileSystem):
         every publisher returns it. The server verifies the SHA-256 of what it stores. At most two PUTs and a HEAD.
 
         Raises:
-            PictureChanged: the file's bytes are no longer those that were checked.
+            ImageChanged: the file's bytes are no longer those that were checked.
             SpoolUnreadable: the file can't be opened for now. It stays in the spool.
             KeyOccupied: the key holds something else.
             BucketError: the bucket did not take it. The file stays in the spool.
@@ -478,7 +456,7 @@ class ImageBucket(WritableFileSystem):
         """The bytes of a published picture, proved to be those that were published.
 
         Raises:
-            PictureChanged: the object has other bytes.
+            ImageChanged: the object has other bytes.
             BucketError: it can't be read.
         """
 
@@ -487,7 +465,7 @@ class ImageBucket(WritableFileSystem):
 
         content = await self._run(read, image.key)
         if hashlib.sha256(content).hexdigest() != image.sha256:
-            raise PictureChanged(f"{image.uri} no longer has the bytes that were published: its SHA-256 differs.")
+            raise ImageChanged(f"{image.uri} no longer has the bytes that were published: its SHA-256 differs.")
         return content
 
     async def read_path(self, path: str) -> bytes:
@@ -688,7 +666,7 @@ class ImageBucket(WritableFileSystem):
                 f"The bucket {self.bucket_name!r} does not exist at {self._server()}: create it, or correct its name."
             )
         if code in _CHECKSUM:
-            return PictureChanged(f"The file for {where} changed since it was checked; S3 refused it ({said}).")
+            return ImageChanged(f"The file for {where} changed since it was checked; S3 refused it ({said}).")
         if code in _ACCESS or status in {401, 403}:
             return BucketAccessDenied(
                 f"{self._server()} refuses {error.operation_name} on {where} ({said}): check the keys, and that they "
@@ -736,8 +714,8 @@ def _open_picture(file: ImageFile) -> BinaryIO:
         ) from error
 
 
-def _changed(file: ImageFile) -> PictureChanged:
-    return PictureChanged(
+def _changed(file: ImageFile) -> ImageChanged:
+    return ImageChanged(
         f"{file.path} is gone or changed since it was checked: fetch it again with "
         "download_image.with_options(refresh_cache=True)."
     )

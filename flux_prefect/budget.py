@@ -10,18 +10,8 @@ from dataclasses import dataclass
 
 import anyio
 
-from flux_prefect.api.errors import Billed, FluxError
 from flux_prefect.api.models import CREDITS_PER_USD, ImageRequest
-
-
-class BudgetExhausted(FluxError):
-    """The call was not sent, as its cost does not fit under the cap any more. The next run picks it up."""
-
-
-class RunStopped(FluxError):
-    """The call was not sent, as the run was told to end. The next run picks it up."""
-
-    fatal = True
+from flux_prefect.errors import Billed, BudgetExhausted, RunStopped
 
 
 class Budget:

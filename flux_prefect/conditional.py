@@ -10,7 +10,8 @@ import anyio
 import anyio.to_thread
 from botocore.exceptions import ClientError
 
-from flux_prefect.bucket import BucketError, BucketUnavailable, ImageBucket
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.errors import BucketUnavailable, ConditionsIgnored
 
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
@@ -20,12 +21,6 @@ _Result = TypeVar("_Result")
 _NOT_FOUND, _NOT_IMPLEMENTED = 404, 501
 _REFUSED = {_NOT_FOUND, 409, 412}  # gone meanwhile, somebody else writes at this moment, another version
 _NOBODYS_ETAG = '"00000000000000000000000000000000"'
-
-
-class ConditionsIgnored(BucketError):
-    """The server does not keep to If-None-Match and If-Match, so nothing can be decided in its buckets."""
-
-    fatal = True
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import ConfigDict, Field, HttpUrl, SecretStr, field_validator
 
 from flux_prefect.api.client import AimlApiClient, Timeouts
-from flux_prefect.api.errors import NotSent
 from flux_prefect.api.models import normalize_endpoint
 from flux_prefect.api.pacing import shared_pacer
+from flux_prefect.errors import NotSent
 
 _logger = logging.getLogger(__name__)
 

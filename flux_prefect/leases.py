@@ -35,9 +35,9 @@ from uuid import uuid4
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flux_prefect.api.errors import FluxError
-from flux_prefect.bucket import BucketError, BucketUnavailable, ImageBucket, KeyOccupied
+from flux_prefect.bucket import ImageBucket
 from flux_prefect.conditional import ConditionalObject, Version
+from flux_prefect.errors import BucketError, BucketUnavailable, KeyOccupied, LeaseLost
 
 _Result = TypeVar("_Result")
 
@@ -52,10 +52,6 @@ _PATIENCE = 1 / 4  # a renewal whose connection hangs leaves time for another
 _MOST_PATIENCE = 10.0
 _END_SECONDS = 5.0
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-class LeaseLost(FluxError):
-    """The call was not sent, as another machine may be making the picture by now. The next run picks it up."""
 
 
 class LeaseRecord(BaseModel):

@@ -13,11 +13,20 @@ from prefect.blocks.core import Block
 from prefect.tasks import Task
 from prefect.utilities.annotations import quote
 
-from flux_prefect.api.errors import Billed, ContentFlagged, FluxError, ImageGone
 from flux_prefect.api.models import Generation, ImageRequest
-from flux_prefect.bucket import BucketError, BucketUnavailable, ImageBucket, PictureChanged, PublishedImage
-from flux_prefect.budget import BudgetExhausted
+from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import (
+    Billed,
+    BucketError,
+    BucketUnavailable,
+    BudgetExhausted,
+    ContentFlagged,
+    FluxError,
+    ImageChanged,
+    ImageGone,
+    UnexpectedError,
+)
 from flux_prefect.leases import BucketLeases
 from flux_prefect.locking import HostLockManager
 from flux_prefect.spool import ImageFile, PaidCall, Spool
@@ -32,10 +41,6 @@ _logger = logging.getLogger(__name__)
 _LOCKS = HostLockManager()
 _GENERATE_AGAIN = generate_image.with_options(refresh_cache=True)
 _DOWNLOAD_AGAIN = download_image.with_options(refresh_cache=True)
-
-
-class UnforeseenError(FluxError):
-    """An exception of no kind that is known here. What was paid for before it stays in the spool."""
 
 
 class Status(str, Enum):
@@ -261,7 +266,7 @@ class _Producer:
                 file = await self._fetch_again(generation, index)
             try:
                 image = await self.run(upload_to_s3, file, self.bucket)
-            except PictureChanged:
+            except ImageChanged:
                 file.path.unlink(missing_ok=True)
                 image = await self.run(upload_to_s3, await self._fetch_again(generation, index), self.bucket)
         except Exception as error:  # noqa: BLE001 - whatever it was, the money of the others is told
@@ -282,8 +287,8 @@ class _Producer:
 def _typed(error: Exception) -> FluxError:
     if isinstance(error, FluxError):
         return error
-    _logger.error("An error that nobody foresaw", exc_info=error)
-    return UnforeseenError(f"{type(error).__name__}: {error}. It is a defect: its traceback is in the log.")
+    _logger.error("Unexpected error", exc_info=error)
+    return UnexpectedError(f"{type(error).__name__}: {error}. It is a defect: its traceback is in the log.")
 
 
 async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:

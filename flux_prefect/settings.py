@@ -16,6 +16,8 @@ from prefect.settings import get_current_settings
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from flux_prefect.errors import InvalidSettings
+
 _PREFIX = "FLUX_PREFECT_"
 _MOST_OF_A_VALUE = 60  # characters, a line's worth
 
@@ -28,10 +30,6 @@ _ALLOWED: Mapping[Any, str] = {
     Path: "the path of a folder",
 }
 _ALLOWED_LIST = "a list of numbers, 0 or more each, such as [2, 8, 30, 60]"
-
-
-class BadSettings(ValueError):
-    """A variable has a value that can't be used. The message names the variable, the value and what is allowed."""
 
 
 def _default_spool() -> Path:
@@ -96,7 +94,7 @@ def settings_at_import() -> FluxSettings:
     """
     try:
         return current_settings()
-    except BadSettings:
+    except InvalidSettings:
         return FluxSettings.model_construct()
 
 
@@ -104,7 +102,7 @@ def current_settings() -> FluxSettings:
     """The settings as the environment stands now. Read anew only where it changed: reading takes milliseconds.
 
     Raises:
-        BadSettings: a value can't be used.
+        InvalidSettings: a value can't be used.
     """
     return _read(tuple(map(os.environ.get, _VARIABLES)), get_current_settings().home)
 
@@ -120,7 +118,7 @@ def _read(values: tuple[str | None, ...], home: Path) -> FluxSettings:  # noqa: 
         wrong = {str(problem["loc"][0]) for problem in error.errors()}
     except SettingsError as error:  # a list that is no JSON; its name stands in the message alone
         wrong = {name for name in FluxSettings.model_fields if f'"{name}"' in str(error)}
-    raise BadSettings(" ".join(_explain(name) for name in FluxSettings.model_fields if name in wrong))
+    raise InvalidSettings(" ".join(_explain(name) for name in FluxSettings.model_fields if name in wrong))
 
 
 def _explain(name: str) -> str:

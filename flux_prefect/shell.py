@@ -13,7 +13,8 @@ from typing import Any
 from prefect.client.schemas.objects import State
 from prefect.logging.configuration import setup_logging
 
-from flux_prefect.settings import BadSettings, current_settings
+from flux_prefect.errors import InvalidSettings
+from flux_prefect.settings import current_settings
 
 FAILED = 1
 """The exit status of a run that is not Completed."""
@@ -43,7 +44,7 @@ def refuse_bad_settings() -> None:
     """
     try:
         current_settings()
-    except BadSettings as error:
+    except InvalidSettings as error:
         print(error, file=sys.stderr)  # noqa: T201 - a command line's last word
         raise SystemExit(MISUSED) from None
 

@@ -22,23 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flux_prefect.api.client import MAX_PIXELS
 from flux_prefect.api.disk import explain, own_part, writer_of
 from flux_prefect.api.downloading import DownloadedPicture
-from flux_prefect.api.errors import Billed, DownloadError, FluxError, ServiceError
 from flux_prefect.api.models import Generation, normalize_endpoint
 from flux_prefect.api.pictures import inspect_picture
+from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.naming import EXTENSIONS
 from flux_prefect.settings import current_settings
-
-
-class SpoolUnwritable(FluxError):
-    """The spool folder can't be written. Found before anything is sent, so nothing was paid for it."""
-
-    fatal = True
-
-
-class SpoolUnreadable(FluxError):
-    """A record may be there and can't be read now. Whoever would pay for what it may hold must not."""
-
-    retryable = True
 
 
 class PaidCall(BaseModel):

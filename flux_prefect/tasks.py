@@ -15,11 +15,11 @@ from prefect.runtime import flow_run
 from prefect.tasks import Task
 
 from flux_prefect import steps
-from flux_prefect.api.errors import Billed, FluxError, ServiceError
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.caching import GENERATION, PICTURE
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import Billed, FluxError, ServiceError
 from flux_prefect.inline import current_step
 from flux_prefect.settings import current_settings, settings_at_import
 from flux_prefect.spool import ImageFile, Spool
@@ -149,7 +149,7 @@ async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
     Idempotent and never cached: the bucket itself says what is there. S3 verifies the SHA-256.
 
     Raises:
-        PictureChanged: the file's bytes are no longer those that were checked.
+        ImageChanged: the file's bytes are no longer those that were checked.
         BucketError: the bucket did not take it; the picture stays in the spool.
     """
     run = PublishingRun(flow_run_id=flow_run.id, flow_run_name=flow_run.name)

@@ -21,15 +21,14 @@ from pydantic import SecretStr, ValidationError
 from s3_proxy import Answer, Passing, open_proxy
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
-from flux_prefect.bucket import (
+from flux_prefect.bucket import ImageBucket, PublishingRun
+from flux_prefect.errors import (
     BucketAccessDenied,
     BucketError,
     BucketMissing,
     BucketUnavailable,
-    ImageBucket,
+    ImageChanged,
     KeyOccupied,
-    PictureChanged,
-    PublishingRun,
 )
 from flux_prefect.spool import ImageFile
 
@@ -162,7 +161,7 @@ async def test_changed_bytes_are_refused_by_the_server(bucket: ImageBucket, file
     """A file that was altered since it was checked never becomes an object."""
     file.path.write_bytes(file.path.read_bytes()[:-1] + b"\x00")
 
-    with pytest.raises(PictureChanged, match="changed since it was checked"):
+    with pytest.raises(ImageChanged, match="changed since it was checked"):
         await bucket.publish(file, RUN)
     assert await bucket.find(file.generation.request, file.generation.fingerprint, 0) is None
 
@@ -184,7 +183,7 @@ async def test_read_image_proves_the_bytes(bucket: ImageBucket, file: ImageFile)
     assert await bucket.read_image(published) == file.path.read_bytes()
 
     bucket.get_client().put_object(Bucket="images", Key=published.key, Body=b"overwritten")
-    with pytest.raises(PictureChanged, match="SHA-256 differs"):
+    with pytest.raises(ImageChanged, match="SHA-256 differs"):
         await bucket.read_image(published)
 
 
@@ -343,7 +342,7 @@ def test_a_bad_block_does_not_print_its_keys(field: str) -> None:
 async def test_a_missing_file_says_how_to_get_it_back(bucket: ImageBucket, file: ImageFile) -> None:
     """Whoever composes the tasks alone reads what to do."""
     file.path.unlink()
-    with pytest.raises(PictureChanged, match=r"download_image\.with_options\(refresh_cache=True\)"):
+    with pytest.raises(ImageChanged, match=r"download_image\.with_options\(refresh_cache=True\)"):
         await bucket.publish(file, RUN)
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_prefect.api.errors import Billed
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.budget import Amount, Budget, BudgetExhausted, Reservation, RunStopped
+from flux_prefect.budget import Amount, Budget, Reservation
+from flux_prefect.errors import Billed, BudgetExhausted, RunStopped
 
 PRICE = 200_000
 

@@ -11,9 +11,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from flux_prefect.api.errors import Billed, NotSent
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import Billed, NotSent
 from flux_prefect.sandbox.launching import RunningSandbox
 
 

@@ -13,7 +13,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State
 
-from flux_prefect.api.errors import (
+from flux_prefect.api.models import Generation, ImageRequest
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import (
     AccessRefused,
     AnswerLost,
     AuthenticationFailed,
@@ -35,8 +37,6 @@ from flux_prefect.api.errors import (
     UnexpectedFormat,
     UnsafeURL,
 )
-from flux_prefect.api.models import Generation, ImageRequest
-from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.faults import FAULTS
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import ImageFile, Spool

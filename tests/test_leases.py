@@ -15,13 +15,21 @@ from prefect import flow
 from pydantic import ValidationError
 from s3_proxy import Answer, Passing, Proxy, open_proxy
 
-from flux_prefect.api.errors import Billed
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket import BucketAccessDenied, BucketMissing, BucketUnavailable, ImageBucket, KeyOccupied
-from flux_prefect.conditional import ConditionalObject, ConditionsIgnored, Version
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.conditional import ConditionalObject, Version
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import (
+    Billed,
+    BucketAccessDenied,
+    BucketMissing,
+    BucketUnavailable,
+    ConditionsIgnored,
+    KeyOccupied,
+    LeaseLost,
+)
 from flux_prefect.inline import run_inline
-from flux_prefect.leases import BucketLeases, Lease, LeaseLost, LeaseRecord, current_lease, read_clock
+from flux_prefect.leases import BucketLeases, Lease, LeaseRecord, current_lease, read_clock
 from flux_prefect.pipeline import Production, Status, produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import Spool

@@ -13,13 +13,13 @@ from uuid import uuid4
 import pytest
 
 from flux_prefect.api.disk import explain
-from flux_prefect.api.errors import ImageUnwritable
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket import ImageBucket, PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import ImageUnwritable, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.locking import HostLockManager
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import Spool, SpoolUnreadable, SpoolUnwritable
+from flux_prefect.spool import Spool
 from flux_prefect.steps import download, generate, recover
 
 REMEDY = r"\(Too many open files\): this process has .* \(ulimit -n\), or lower max_in_flight"

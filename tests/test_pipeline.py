@@ -14,11 +14,18 @@ from prefect import flow
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from pydantic import SecretStr
 
-from flux_prefect.api.errors import ContentFlagged, EmptyGeneration
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket import BucketError, BucketMissing, ImageBucket, KeyOccupied, PublishedImage, PublishingRun
+from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.pipeline import Production, Status, UnforeseenError, produce_image
+from flux_prefect.errors import (
+    BucketError,
+    BucketMissing,
+    ContentFlagged,
+    EmptyGeneration,
+    KeyOccupied,
+    UnexpectedError,
+)
+from flux_prefect.pipeline import Production, Status, produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import ImageFile, Spool
 
@@ -379,7 +386,7 @@ async def test_an_error_that_nobody_foresaw_does_not_hide_the_money(
     broken = BrokenBucket.model_validate({name: getattr(bucket, name) for name in ImageBucket.model_fields})
     production = await produce(request_, broken, credentials)
 
-    assert isinstance(production.error, UnforeseenError)
+    assert isinstance(production.error, UnexpectedError)
     assert "ZeroDivisionError" in production.error.message
     assert production.credits_used == 168_000
     assert sandbox.control.summary().billed_calls == 1

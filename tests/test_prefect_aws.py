@@ -12,8 +12,9 @@ from pydantic import SecretStr
 
 from flows.publish_image import publish_image
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket import BucketAccessDenied, ImageBucket
+from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import BucketAccessDenied
 from flux_prefect.sandbox.launching import RunningSandbox
 
 

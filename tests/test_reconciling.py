@@ -12,10 +12,10 @@ import pytest
 from pydantic import SecretStr
 
 from flux_prefect.api.client import AimlApiClient
-from flux_prefect.api.errors import AnswerLost, Billed, ServiceError
 from flux_prefect.api.models import CREDITS_PER_USD, GeneratedImage, Generation, ImageRequest
 from flux_prefect.api.pacing import Pacer
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import AnswerLost, Billed, ServiceError
 from flux_prefect.reconciling import MAX_PAGES, Reconciliation, reconcile
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import PaidCall, Spool

@@ -13,9 +13,9 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.logging.handlers import APILogHandler
 
 from flows.publish_batch import publish_batch
-from flux_prefect.batch.report import BatchFailed
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import BatchFailed
 from flux_prefect.sandbox.launching import RunningSandbox
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import InvalidSettings
 from flux_prefect.pipeline import produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.settings import BadSettings, FluxSettings, current_settings, settings_at_import
+from flux_prefect.settings import FluxSettings, current_settings, settings_at_import
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,7 +103,7 @@ WHOLE, NUMBER, LIST = "a whole number, 0 or more", "a number, 0 or more", "a lis
 def test_a_bad_value_is_refused(bare: pytest.MonkeyPatch, name: str, value: str, allowed: str) -> None:
     """Nonsense is an error with the variable, the value and what is allowed, not a run that behaves oddly."""
     bare.setenv(f"FLUX_PREFECT_{name}", value)
-    with pytest.raises(BadSettings, match=re.escape(f"FLUX_PREFECT_{name} is {value!r}: write {allowed}")):
+    with pytest.raises(InvalidSettings, match=re.escape(f"FLUX_PREFECT_{name} is {value!r}: write {allowed}")):
         current_settings()
 
 
@@ -110,7 +111,7 @@ def test_all_bad_values_are_told_at_once(bare: pytest.MonkeyPatch) -> None:
     """Each with its own reason."""
     bare.setenv("FLUX_PREFECT_RETRIES", "x")
     bare.setenv("FLUX_PREFECT_GRACE_SECONDS", "y")
-    with pytest.raises(BadSettings, match=r"_RETRIES is 'x'.*_GRACE_SECONDS is 'y'"):
+    with pytest.raises(InvalidSettings, match=r"_RETRIES is 'x'.*_GRACE_SECONDS is 'y'"):
         current_settings()
 
 
@@ -124,7 +125,7 @@ async def test_a_run_with_a_bad_setting_fails_before_it_pays(
     """Whoever imports the tasks gets them; whoever pays with them gets the reason first."""
     monkeypatch.setenv("FLUX_PREFECT_RETRIES", "x")
     assert settings_at_import().retries == 4
-    with pytest.raises(BadSettings, match="FLUX_PREFECT_RETRIES is 'x'"):
+    with pytest.raises(InvalidSettings, match="FLUX_PREFECT_RETRIES is 'x'"):
         await produce_image(request_, bucket, credentials)
     assert sandbox.control.summary().calls == 0
 

@@ -15,7 +15,9 @@ from PIL import Image
 from pydantic import SecretStr
 
 from flux_prefect.api.client import AimlApiClient, Timeouts
-from flux_prefect.api.errors import (
+from flux_prefect.api.models import Generation, ImageRequest
+from flux_prefect.api.pacing import Pacer
+from flux_prefect.errors import (
     AnswerLost,
     Billed,
     ContentFlagged,
@@ -27,11 +29,10 @@ from flux_prefect.api.errors import (
     NotSent,
     RequestRefused,
     ServiceError,
+    SpoolUnwritable,
     UnexpectedFormat,
 )
-from flux_prefect.api.models import Generation, ImageRequest
-from flux_prefect.api.pacing import Pacer
-from flux_prefect.spool import PaidCall, Spool, SpoolUnwritable
+from flux_prefect.spool import PaidCall, Spool
 from flux_prefect.steps import download, generate, metered, recover
 
 KEY = "aiml-secret-1f2e3d4c"

@@ -15,7 +15,7 @@ import anyio
 import httpx
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from flux_prefect.api.errors import DownloadInterrupted, UnsafeURL
+from flux_prefect.errors import DownloadInterrupted, UnsafeURL
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 

@@ -25,16 +25,6 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from typing_extensions import Self
 
 from flux_prefect.api.downloading import DownloadedPicture, Downloader
-from flux_prefect.api.errors import (
-    AnswerLost,
-    Billed,
-    InvalidResponse,
-    NotFound,
-    NotSent,
-    RateLimited,
-    ServiceBusy,
-    StatusError,
-)
 from flux_prefect.api.models import (
     CREDITS_PER_USD,
     GENERATIONS_PATH,
@@ -51,6 +41,16 @@ from flux_prefect.api.pacing import NoSlot, Pacer
 from flux_prefect.api.refusals import read_refusal
 from flux_prefect.api.retrying import backoff
 from flux_prefect.api.transport import find_proxy, open_transport, send
+from flux_prefect.errors import (
+    AnswerLost,
+    Billed,
+    InvalidResponse,
+    NotFound,
+    NotSent,
+    RateLimited,
+    ServiceBusy,
+    StatusError,
+)
 
 BALANCE_PATH = "/v2/billing"
 OLD_BALANCE_PATH = "/v1/billing/balance"

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from flux_prefect.api.errors import Billed, EmptyGeneration, InvalidResponse
+from flux_prefect.errors import Billed, EmptyGeneration, InvalidResponse
 
 GENERATIONS_PATH = "/v1/images/generations"
 

@@ -17,8 +17,8 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from pydantic import BaseModel, ConfigDict, Field
 
-from flux_prefect.api.errors import ImageTooLarge, NotAnImage, UnexpectedFormat
 from flux_prefect.api.models import OutputFormat
+from flux_prefect.errors import ImageTooLarge, NotAnImage, UnexpectedFormat
 
 BLACK = 8
 """The brightest sample, of 255, that a blacked-out picture may have: room for the noise of JPEG."""

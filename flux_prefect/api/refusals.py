@@ -8,7 +8,8 @@ from datetime import datetime
 from http import HTTPStatus
 from typing import Any
 
-from flux_prefect.api.errors import (
+from flux_prefect.api.retrying import parse_retry_after
+from flux_prefect.errors import (
     AccessRefused,
     AuthenticationFailed,
     GenerationTimedOut,
@@ -20,7 +21,6 @@ from flux_prefect.api.errors import (
     ServiceBusy,
     StatusError,
 )
-from flux_prefect.api.retrying import parse_retry_after
 
 MESSAGE_LIMIT = 500
 """Characters kept of what the service says."""

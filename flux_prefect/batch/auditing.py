@@ -15,10 +15,10 @@ import anyio.to_thread
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
 from pydantic import BaseModel, ConfigDict, Field
 
-from flux_prefect.api.errors import FluxError
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket import BucketError, ImageBucket, PublishedImage
-from flux_prefect.spool import ImageFile, Spool, SpoolUnreadable
+from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.errors import BucketError, RepairImpossible, SpoolUnreadable
+from flux_prefect.spool import ImageFile, Spool
 
 Finding = Literal["ok", "missing", "wrong_checksum", "missing_sidecar", "unreadable"]
 
@@ -38,10 +38,6 @@ class Inspection(BaseModel):
         )
     )
     message: str = Field(default="", description="What differs.")
-
-
-class CannotMend(FluxError):
-    """A picture can't be brought back; the message says why."""
 
 
 async def inspect_published(bucket: ImageBucket, image: PublishedImage, *, deep: bool) -> Inspection:
@@ -64,21 +60,21 @@ async def find_in_spool(bucket: ImageBucket, image: PublishedImage) -> ImageFile
     """The picture's very bytes from this host's spool, read and checked, ready to be published under its key.
 
     Raises:
-        CannotMend: there are none that fit.
+        RepairImpossible: there are none that fit.
     """
     spool = Spool()
     try:
         generation = spool.find_generation(image.fingerprint)
     except SpoolUnreadable as error:
-        raise CannotMend(error.message) from error
+        raise RepairImpossible(error.message) from error
     if generation is None:
-        raise CannotMend("this host's spool has no record of it")
+        raise RepairImpossible("this host's spool has no record of it")
     check_key(bucket, generation.request, image)
     picture = await anyio.to_thread.run_sync(spool.find_picture, generation, image.index)
     if picture is None:
-        raise CannotMend("its file is not in this host's spool")
+        raise RepairImpossible("its file is not in this host's spool")
     if picture.sha256 != image.sha256:
-        raise CannotMend("this host's spool has other bytes of it")
+        raise RepairImpossible("this host's spool has other bytes of it")
     return ImageFile(**picture.model_dump(), index=image.index, generation=generation)
 
 
@@ -86,10 +82,10 @@ def check_key(bucket: ImageBucket, request: ImageRequest, image: PublishedImage)
     """Prove that the block would publish a picture to the very key that the manifest has.
 
     Raises:
-        CannotMend: it would go elsewhere.
+        RepairImpossible: it would go elsewhere.
     """
     if bucket.key_of(request, image.fingerprint, image.index) != image.key:
-        raise CannotMend("prefix or key_template of the bucket are not those that it was published with")
+        raise RepairImpossible("prefix or key_template of the bucket are not those that it was published with")
 
 
 async def set_aside(bucket: ImageBucket, image: PublishedImage) -> str:

@@ -20,7 +20,6 @@ import httpx
 from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import PrefectException
 
-from flux_prefect.api.errors import FluxError
 from flux_prefect.batch.jobs import Job
 from flux_prefect.batch.merging import attribute, fail, is_open, merge_attempts
 from flux_prefect.batch.progress import Logger, Progress
@@ -31,9 +30,9 @@ from flux_prefect.batch.shards import Shard, Split, read_rows, settled_path, sha
 from flux_prefect.batch.shares import Purse
 from flux_prefect.batch.signs import Sign, read_sign, sign_of, take_for_lost
 from flux_prefect.batch.sources import open_source
-from flux_prefect.bucket import BucketUnavailable
-from flux_prefect.budget import Amount, RunStopped
+from flux_prefect.budget import Amount
 from flux_prefect.conditional import Version
+from flux_prefect.errors import BucketUnavailable, FluxError, RunStopped, ShardLost
 from flux_prefect.reconciling import Reconciliation
 from flux_prefect.settings import current_settings
 
@@ -52,10 +51,6 @@ _ROWS_BETWEEN_BREATHS = 100
 _AT_WORK = {StateType.PENDING, StateType.RUNNING, StateType.CANCELLING}
 _STARTS = {StateType.PENDING: 5}  # times the patience for what makes machines ready, and gives no signs
 _End = Literal["completed", "failed", "lost"]
-
-
-class ShardLost(FluxError):
-    """The shard's runs were lost again and again, or failed for a reason that the next would fail for too."""
 
 
 def sign_seconds(lost_after: float) -> float:

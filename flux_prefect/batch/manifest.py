@@ -25,14 +25,13 @@ import anyio
 import anyio.to_thread
 from typing_extensions import Self
 
-from flux_prefect.api.errors import FluxError
 from flux_prefect.batch.columns import PICTURE_COLUMNS, write_columns
 from flux_prefect.batch.parquet import has_pyarrow, load_pyarrow
 from flux_prefect.batch.records import VERSION, mend, ordered_lines
 from flux_prefect.batch.report import ItemRecord
-from flux_prefect.batch.sources import TableError
 from flux_prefect.batch.views import open_view
-from flux_prefect.bucket import BucketError, ImageBucket
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.errors import BucketError, ManifestUnwritable, TableError
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +40,6 @@ UPLOAD_SECONDS = 30.0
 
 _JSONL, _PARQUET = "application/x-ndjson", "application/vnd.apache.parquet"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-class ManifestUnwritable(FluxError):
-    """The manifest's file can't be written. What was recorded before is whole."""
-
-    fatal = True
 
 
 class ManifestWriter:

@@ -6,10 +6,9 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from flux_prefect.api.errors import FluxError
 from flux_prefect.batch.report import ItemRecord
 from flux_prefect.bucket import ImageBucket, PublishedImage
-from flux_prefect.budget import RunStopped
+from flux_prefect.errors import FluxError, RunStopped
 
 
 def is_open(record: ItemRecord) -> bool:

@@ -11,25 +11,19 @@ from rich import box
 from rich.table import Table as Grid
 
 from flux_prefect.api.client import AimlApiClient
-from flux_prefect.api.errors import FluxError, ServiceError
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.finds import Finds
 from flux_prefect.batch.pulling import for_each
 from flux_prefect.batch.table import Row, Table
 from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import Budget, describe_credits
+from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError
 from flux_prefect.seeds import with_seed
 from flux_prefect.spool import Spool
 from flux_prefect.steps import recover
 
 _LOOKS_AT_ONCE = 32
 _LISTED = 3000  # keys; a thousand are listed in the time of some fifteen looks
-
-
-class BalanceTooLow(FluxError):
-    """The account can't pay for what the plan may cost. Nothing was sent."""
-
-    fatal = True
 
 
 class Plan(BaseModel):

@@ -13,13 +13,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from flux_prefect.api.errors import Billed, FluxError
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.plan import Plan
 from flux_prefect.batch.records import read_manifest
 from flux_prefect.batch.table import Row
 from flux_prefect.bucket import PublishedImage
-from flux_prefect.budget import RunStopped, describe_credits
+from flux_prefect.budget import describe_credits
+from flux_prefect.errors import Billed, FluxError, RunStopped
 from flux_prefect.pipeline import ImageOutcome, Production, Status
 from flux_prefect.reconciling import Reconciliation
 
@@ -211,18 +211,6 @@ class Tally:
             seconds=seconds,
             plan=plan,
         )
-
-
-class BatchFailed(FluxError):
-    """More items ended without their pictures than the batch tolerates.
-
-    Attributes:
-        report: the whole report; what was published is published.
-    """
-
-    def __init__(self, message: str, report: BatchReport) -> None:
-        super().__init__(message)
-        self.report = report
 
 
 def tabulate(report: BatchReport) -> Table:

@@ -14,7 +14,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flux_prefect.api.errors import Billed, FluxError
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.api.pacing import Pacer
 from flux_prefect.api.threads import limit_threads
@@ -35,8 +34,9 @@ from flux_prefect.batch.stopping import run_with_grace
 from flux_prefect.batch.table import Row
 from flux_prefect.batch.tuning import tuned_interpreter
 from flux_prefect.bucket import ImageBucket
-from flux_prefect.budget import Budget, RunStopped, spending_from
+from flux_prefect.budget import Budget, spending_from
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import Billed, FluxError, RunStopped
 from flux_prefect.inline import run_inline
 from flux_prefect.pipeline import StepRunner, produce_image, run_as_task
 from flux_prefect.settings import current_settings

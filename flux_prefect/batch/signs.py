@@ -19,21 +19,15 @@ from uuid import uuid4
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flux_prefect.api.errors import FluxError
-from flux_prefect.bucket import BucketError, ImageBucket
+from flux_prefect.bucket import ImageBucket
 from flux_prefect.conditional import ConditionalObject, Version
+from flux_prefect.errors import BucketError, ShardSuperseded
 from flux_prefect.reconciling import Reconciliation
 
 _logger = logging.getLogger(__name__)
 
 _PATIENCE = 10.0
 _LAST_TRIES = 3
-
-
-class TakenForLost(FluxError):
-    """Somebody took this run for lost, or it was begun before: another one does its work."""
-
-    fatal = True
 
 
 class Sign(BaseModel):
@@ -87,12 +81,12 @@ async def giving_signs(
         stop: called once where somebody has taken the run for lost, with the reason.
 
     Raises:
-        TakenForLost: at the beginning, where there is a sign of this run already.
+        ShardSuperseded: at the beginning, where there is a sign of this run already.
         BucketError: at the beginning, where it can't be given.
     """
     signs = _Signs(place, read, stop)
     if not await signs.give():
-        raise TakenForLost(f"{place.uri} is there already: another process has begun this run, or it came too late.")
+        raise ShardSuperseded(f"{place.uri} is there already: another process has begun this run, or it came too late.")
     ended = asyncio.Event()
     background = asyncio.create_task(signs.go_on(ended, every))
     try:

@@ -14,7 +14,8 @@ import anyio
 import httpx
 
 from flux_prefect.batch.views import open_view
-from flux_prefect.bucket import BucketError, ImageBucket
+from flux_prefect.bucket import ImageBucket
+from flux_prefect.errors import BucketError, TableError
 
 MAX_SOURCE_BYTES = 512 * 1024 * 1024
 """The largest table that is fetched: over 100,000 of the longest prompts."""
@@ -27,10 +28,6 @@ _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _MAX_REDIRECTS = 5
 _GONE = {404, 410}
 _NO_ACCESS = {401, 403, 407}
-
-
-class TableError(ValueError):
-    """The table as a whole can't be read. Nothing was sent."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from flux_prefect.api.models import (
 from flux_prefect.batch.formats import OWN_COLUMNS, Unreadable, find_unkeepable, read_csv, read_jsonl
 from flux_prefect.batch.parquet import read_parquet
 from flux_prefect.batch.records import is_record
-from flux_prefect.batch.sources import Source, TableError, open_source
+from flux_prefect.batch.sources import Source, open_source
 from flux_prefect.bucket import ImageBucket
+from flux_prefect.errors import TemplateFailed
 from flux_prefect.seeds import draw_day_seed
 
 MAX_PROMPT = 4000
@@ -44,26 +45,6 @@ _MONTHS = (
 )
 _SEASONS = ("winter", "spring", "summer", "autumn")
 _CLOCKS = {"today", "fromtimestamp"}
-
-
-class TemplateFailed(TableError):
-    """Rows of the table can't be read or rendered. Nothing was sent.
-
-    Attributes:
-        problems: of the first rows, each with its number and what is wrong.
-        count: how many rows there are with a problem.
-    """
-
-    def __init__(self, problems: Sequence[str], count: int) -> None:
-        # Both as args, as an exception is pickled by them.
-        super().__init__(tuple(problems), count)
-        self.problems = tuple(problems)
-        self.count = count
-
-    def __str__(self) -> str:
-        more = f"\n… and {self.count - len(self.problems):,} more" if self.count > len(self.problems) else ""
-        told = "\n".join(self.problems)
-        return f"{self.count:,} rows can't be rendered; correct them and run again. Nothing was sent.\n{told}{more}"
 
 
 class PictureSettings(BaseModel):

@@ -12,9 +12,9 @@ import anyio.to_thread
 from PIL import Image
 
 from flux_prefect.api.client import MAX_PIXELS
-from flux_prefect.api.errors import ImageTooLarge
-from flux_prefect.bucket import BucketError, ImageBucket, PublishedImage
-from flux_prefect.spool import Spool, SpoolUnreadable
+from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.errors import BucketError, ImageTooLarge, SpoolUnreadable
+from flux_prefect.spool import Spool
 
 SIDE = 160
 """Pixels of a thumbnail's longer side."""

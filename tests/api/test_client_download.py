@@ -20,7 +20,8 @@ from pydantic import SecretStr
 from flux_prefect.api import downloading
 from flux_prefect.api.client import AimlApiClient, Timeouts
 from flux_prefect.api.disk import writer_of
-from flux_prefect.api.errors import (
+from flux_prefect.api.pacing import Pacer
+from flux_prefect.errors import (
     Billed,
     DownloadError,
     DownloadInterrupted,
@@ -31,7 +32,6 @@ from flux_prefect.api.errors import (
     UnexpectedFormat,
     UnsafeURL,
 )
-from flux_prefect.api.pacing import Pacer
 
 from .raw_server import answer, reset, serve
 

@@ -18,7 +18,9 @@ import pytest
 from pydantic import SecretStr
 
 from flux_prefect.api.client import AimlApiClient, Timeouts
-from flux_prefect.api.errors import (
+from flux_prefect.api.models import CREDITS_PER_USD, ImageRequest
+from flux_prefect.api.pacing import Pacer
+from flux_prefect.errors import (
     AccessRefused,
     AnswerLost,
     AuthenticationFailed,
@@ -36,8 +38,6 @@ from flux_prefect.api.errors import (
     ServiceBusy,
     StatusError,
 )
-from flux_prefect.api.models import CREDITS_PER_USD, ImageRequest
-from flux_prefect.api.pacing import Pacer
 
 from .raw_server import answer, reset, serve
 

@@ -11,7 +11,9 @@ import pytest
 from pydantic import SecretStr
 
 from flux_prefect.api.client import AimlApiClient
-from flux_prefect.api.errors import (
+from flux_prefect.api.models import LogEntry
+from flux_prefect.api.pacing import Pacer
+from flux_prefect.errors import (
     AnswerLost,
     AuthenticationFailed,
     Billed,
@@ -22,8 +24,6 @@ from flux_prefect.api.errors import (
     ServerFailed,
     ServiceError,
 )
-from flux_prefect.api.models import LogEntry
-from flux_prefect.api.pacing import Pacer
 from flux_prefect.sandbox.launching import RunningSandbox
 
 KEY = "sk-test-5f0c1d7e9a"

@@ -10,7 +10,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flux_prefect.api.errors import Billed, EmptyGeneration, InvalidResponse, ServiceError
 from flux_prefect.api.models import (
     MAX_SEED,
     Generation,
@@ -18,6 +17,7 @@ from flux_prefect.api.models import (
     normalize_endpoint,
     parse_generation,
 )
+from flux_prefect.errors import Billed, EmptyGeneration, InvalidResponse, ServiceError
 
 ENDPOINT = "https://api.aimlapi.com"
 URL = "https://cdn.aimlapi.com/squirrel/files/monkey/one.jpg"

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from flux_prefect.api.errors import ImageTooLarge, NotAnImage, UnexpectedFormat
 from flux_prefect.api.models import OutputFormat
 from flux_prefect.api.pictures import Picture, inspect_picture
+from flux_prefect.errors import ImageTooLarge, NotAnImage, UnexpectedFormat
 
 Inspect = Callable[[bytes, OutputFormat], Picture]
 

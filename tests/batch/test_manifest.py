@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 from pydantic import PrivateAttr
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.manifest import ManifestUnwritable, ManifestWriter
+from flux_prefect.batch.manifest import ManifestWriter
 from flux_prefect.batch.records import mend, read_manifest
 from flux_prefect.batch.report import ItemRecord
-from flux_prefect.batch.table import Row, TableError, open_table, read_table
-from flux_prefect.bucket import BucketMissing, ImageBucket, PublishedImage
+from flux_prefect.batch.table import Row, open_table, read_table
+from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.errors import BucketMissing, ManifestUnwritable, TableError
 from flux_prefect.sandbox.launching import RunningSandbox
 
 pyarrow = importlib.import_module("pyarrow")

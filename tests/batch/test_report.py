@@ -10,10 +10,8 @@ import pytest
 from reports import make_report
 from rich.console import Console
 
-from flux_prefect.api.errors import AnswerLost, Billed, ContentFlagged, ImageGone, OutOfCredits
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.report import (
-    BatchFailed,
     BatchReport,
     ItemRecord,
     record_failed,
@@ -24,6 +22,7 @@ from flux_prefect.batch.report import (
 from flux_prefect.batch.table import Row
 from flux_prefect.bucket import PublishedImage
 from flux_prefect.budget import describe_credits
+from flux_prefect.errors import AnswerLost, BatchFailed, Billed, ContentFlagged, ImageGone, OutOfCredits
 from flux_prefect.pipeline import ImageOutcome, Production
 from flux_prefect.spool import PaidCall
 from flux_prefect.steps import CallOutcome

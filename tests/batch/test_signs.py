@@ -10,9 +10,10 @@ from uuid import uuid4
 import anyio
 import pytest
 
-from flux_prefect.batch.signs import Sign, TakenForLost, giving_signs, read_sign, sign_of, take_for_lost
-from flux_prefect.bucket import BucketUnavailable, ImageBucket
+from flux_prefect.batch.signs import Sign, giving_signs, read_sign, sign_of, take_for_lost
+from flux_prefect.bucket import ImageBucket
 from flux_prefect.conditional import ConditionalObject
+from flux_prefect.errors import BucketUnavailable, ShardSuperseded
 
 EVERY = 0.1
 
@@ -85,7 +86,7 @@ async def test_who_has_given_another_sign_is_not_lost(place: ConditionalObject) 
 async def test_a_run_that_comes_too_late_does_not_begin(place: ConditionalObject) -> None:
     """It was taken for lost before its first sign; the same holds for a run that was begun before."""
     assert await take_for_lost(place, None)
-    with pytest.raises(TakenForLost):
+    with pytest.raises(ShardSuperseded):
         async with giving_signs(place, dict, every=60, stop=nobody):
             raise AssertionError("it began")
 

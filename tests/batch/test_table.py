@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.sources import local_source
-from flux_prefect.batch.table import Row, Table, TableError, open_table, read_table
+from flux_prefect.batch.table import Row, Table, open_table, read_table
+from flux_prefect.errors import TableError
 
 pyarrow = importlib.import_module("pyarrow")
 parquet = importlib.import_module("pyarrow.parquet")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from flux_prefect.api.models import MAX_SEED, ImageRequest
-from flux_prefect.batch.sources import TableError
 from flux_prefect.batch.table import read_table
-from flux_prefect.batch.templates import USUAL_PICTURES, PictureSettings, RowRenderer, TemplateFailed, render_table
+from flux_prefect.batch.templates import USUAL_PICTURES, PictureSettings, RowRenderer, render_table
+from flux_prefect.errors import TableError, TemplateFailed
 from flux_prefect.seeds import draw_day_seed
 
 DAY = date(2026, 3, 1)  # a Sunday

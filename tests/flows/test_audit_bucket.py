@@ -13,14 +13,14 @@ import pytest
 from nursery import Nursery
 from prefect.utilities.callables import parameter_schema
 
-from flows.audit_bucket import AuditFailed, audit_bucket
+from flows.audit_bucket import audit_bucket
 from flows.publish_batch import publish_batch
 from flux_prefect.batch.auditing import inspect_published
 from flux_prefect.batch.manifest import record_line
 from flux_prefect.batch.report import BatchReport, ItemRecord
-from flux_prefect.batch.sources import TableError
 from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import AuditFailed, TableError
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import Spool
 

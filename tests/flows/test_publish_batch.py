@@ -25,13 +25,18 @@ from pydantic import SecretStr
 
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.plan import BalanceTooLow
-from flux_prefect.batch.report import BatchFailed, BatchReport
-from flux_prefect.batch.table import TableError
-from flux_prefect.bucket import BucketAccessDenied, BucketMissing, ImageBucket
+from flux_prefect.batch.report import BatchReport
+from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import (
+    BalanceTooLow,
+    BatchFailed,
+    BucketAccessDenied,
+    BucketMissing,
+    SpoolUnwritable,
+    TableError,
+)
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import SpoolUnwritable
 
 ROOT = Path(__file__).parents[2]
 MODULE = "flows.publish_batch"

@@ -17,9 +17,10 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.publish_daily import publish_daily
 from flux_prefect.batch.report import BatchReport
-from flux_prefect.batch.templates import PictureSettings, TemplateFailed
+from flux_prefect.batch.templates import PictureSettings
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import TemplateFailed
 from flux_prefect.sandbox.launching import RunningSandbox
 
 SUNDAY, MONDAY = date(2026, 3, 1), date(2026, 3, 2)

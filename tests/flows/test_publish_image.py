@@ -7,10 +7,10 @@ from nursery import Nursery
 from prefect.utilities.callables import parameter_schema
 
 from flows.publish_image import publish_image
-from flux_prefect.api.errors import RequestRefused
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import RequestRefused
 from flux_prefect.sandbox.launching import RunningSandbox
 
 

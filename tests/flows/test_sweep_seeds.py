@@ -11,11 +11,11 @@ from PIL import Image
 from prefect.artifacts import Artifact
 from prefect.utilities.callables import parameter_schema
 
-from flows.sweep_seeds import TooManyCombinations, sweep_seeds
+from flows.sweep_seeds import sweep_seeds
 from flux_prefect.batch.contact_sheets import MAX_DATA_URI, Cell, ContactSheet
-from flux_prefect.batch.report import BatchFailed
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import BatchFailed, TooManyCombinations
 from flux_prefect.sandbox.launching import RunningSandbox
 
 

@@ -7,31 +7,31 @@ import re
 
 import pytest
 
-from flux_prefect.api import errors
-from flux_prefect.api.errors import Billed, FluxError, ServiceError, StatusError
+from flux_prefect import errors
+from flux_prefect.errors import (
+    AuditFailed,
+    BackfillFailed,
+    BatchFailed,
+    Billed,
+    DownloadError,
+    FluxError,
+    ServiceError,
+    StatusError,
+    TemplateFailed,
+)
 
 ALL = sorted(
     (kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, FluxError)),
     key=lambda kind: kind.__name__,
 )
-UNPAID = {
-    "NotSent",
-    "StatusError",
-    "RequestRefused",
-    "AuthenticationFailed",
-    "AccessRefused",
-    "OutOfCredits",
-    "NotFound",
-    "RateLimited",
-    "ServerFailed",
-    "ServiceBusy",
-    "ServiceError",
-    "FluxError",
-}
 UNSURE = {"AnswerLost", "InvalidResponse", "EmptyGeneration", "GenerationTimedOut"}
 
 
 def _make(kind: type[FluxError]) -> FluxError:
+    if issubclass(kind, TemplateFailed):
+        return kind(["row 1: no name"], 1)
+    if issubclass(kind, (BatchFailed, BackfillFailed, AuditFailed)):
+        return kind("what happened", report={"rows": 1})  # type: ignore[arg-type]  # any picklable report does
     kwargs: dict[str, object] = {"retry_after": 2.5, "billed": Billed.YES, "retryable": True}
     if issubclass(kind, ServiceError):
         kwargs["client_request_id"] = "fp-1"
@@ -46,7 +46,7 @@ def test_every_error_survives_pickling_with_all_it_knows(kind: type[FluxError]) 
     error = _make(kind)
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301 - our own bytes
         assert type(twin) is kind
-        assert twin.message == "what happened"
+        assert twin.message == error.message
         assert vars(twin) == vars(error)
 
 
@@ -67,11 +67,24 @@ def test_the_tree_in_the_docstring_is_the_real_one() -> None:
 
 @pytest.mark.parametrize("kind", ALL)
 def test_every_error_says_what_it_means_for_money(kind: type[FluxError]) -> None:
-    """Refused is not billed, lost is possibly billed, a picture that was made is billed."""
-    expected = Billed.NO if kind.__name__ in UNPAID else Billed.UNKNOWN if kind.__name__ in UNSURE else Billed.YES
+    """A lost answer is possibly billed, an image that was generated is billed, everything else is not."""
+    paid = issubclass(kind, DownloadError) or kind.__name__ == "ContentFlagged"
+    expected = Billed.UNKNOWN if kind.__name__ in UNSURE else Billed.YES if paid else Billed.NO
     assert kind.billed is expected
 
 
 def test_only_what_stops_every_call_is_fatal() -> None:
-    """A batch stops sending for a bad key, an empty account and a wrong path, and for nothing else."""
-    assert {kind.__name__ for kind in ALL if kind.fatal} == {"AuthenticationFailed", "OutOfCredits", "ImageUnwritable"}
+    """A batch stops sending for these errors and for no other."""
+    assert {kind.__name__ for kind in ALL if kind.fatal} == {
+        "AuthenticationFailed",
+        "BalanceTooLow",
+        "BucketAccessDenied",
+        "BucketMissing",
+        "ConditionsIgnored",
+        "ImageUnwritable",
+        "ManifestUnwritable",
+        "OutOfCredits",
+        "RunStopped",
+        "ShardSuperseded",
+        "SpoolUnwritable",
+    }

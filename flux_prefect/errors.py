@@ -1,0 +1,450 @@
+"""Every error of the package, as one tree.
+
+    FluxError                           retryable, retry_after, billed, fatal
+    ├── ServiceError                    a call to the image service
+    │   ├── NotSent                     no connection: nothing was sent
+    │   ├── AnswerLost                  sent, and no whole answer came back: possibly billed
+    │   ├── InvalidResponse             a 2xx answer that is not what the API describes
+    │   ├── EmptyGeneration             a 2xx answer without the image asked for
+    │   └── StatusError                 an answer with an error status
+    │       ├── RequestRefused          400, 413, 422 and any other 4xx: the request itself
+    │       ├── AuthenticationFailed    401
+    │       ├── AccessRefused           403
+    │       │   └── OutOfCredits        403 or 402 that says so
+    │       ├── NotFound                404: path or model
+    │       ├── RateLimited             429, still so when the time for waiting was over
+    │       └── ServerFailed            500, 502, ...
+    │           ├── ServiceBusy         503
+    │           └── GenerationTimedOut  408, 504, 520 to 527: possibly billed
+    ├── DownloadError                   fetching an image that was paid for
+    │   ├── ImageGone                   its URL is dead
+    │   ├── DownloadInterrupted         cut, stalled or refused for now
+    │   ├── NotAnImage                  the bytes are no image, or do not decode
+    │   ├── UnexpectedFormat            a good image in another format than asked for
+    │   ├── ImageTooLarge               over the cap in bytes or pixels
+    │   ├── ImageUnwritable             the disk does not take it
+    │   └── UnsafeURL                   a URL that must not be fetched
+    ├── ContentFlagged                  the service blanked or flagged the image
+    ├── BucketError                     the bucket did not do what was asked
+    │   ├── BucketMissing               it does not exist at this endpoint
+    │   ├── BucketAccessDenied          the keys are wrong, missing, or don't allow this
+    │   ├── BucketUnavailable           the server can't be reached, or asks for patience
+    │   ├── ImageChanged                the file no longer has the bytes that were checked
+    │   ├── KeyOccupied                 something else lies under an image's key
+    │   └── ConditionsIgnored           the server does not honour conditional writes
+    ├── LeaseLost                       another machine may hold the lease by now
+    ├── SpoolUnwritable                 the spool folder can't be written
+    ├── SpoolUnreadable                 a record of the spool can't be read now
+    ├── ManifestUnwritable              the manifest's local file can't be written
+    ├── InvalidSettings                 an environment variable has an unusable value
+    ├── TableError                      the table as a whole can't be read
+    │   └── TemplateFailed              rows of a template table can't be rendered
+    ├── TooManyCombinations             a sweep multiplies to more images than allowed
+    ├── BalanceTooLow                   the account can't pay for what the plan may cost
+    ├── BudgetExhausted                 the call does not fit under the cap
+    ├── RunStopped                      the run was cancelled before the call went out
+    ├── RepairImpossible                an audit can't bring an image back
+    ├── BatchFailed                     more items failed than the batch tolerates
+    ├── BackfillFailed                  days of a backfill failed
+    ├── AuditFailed                     images are not in the bucket as the manifest says
+    ├── ShardLost                       a shard's runs were lost, or failed for good
+    ├── ShardSuperseded                 another run has taken over the shard
+    └── UnexpectedError                 an exception of no kind listed here
+
+Every error can be pickled, as Prefect persists it with the run's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flows.audit_bucket import AuditReport
+    from flows.backfill import BackfillReport
+    from flux_prefect.batch.report import BatchReport
+
+
+class Billed(str, Enum):
+    """What a failure means for money."""
+
+    NO = "not billed"
+    YES = "billed"
+    UNKNOWN = "possibly billed"
+
+
+class FluxError(Exception):
+    """The root of the tree.
+
+    Attributes:
+        retryable: Repeating the same step later can help.
+        retry_after: Delay requested by the server, in seconds, or None.
+        billed: Whether the call that failed was paid for.
+        fatal: The next item would fail for the same reason, so a batch stops sending.
+    """
+
+    retryable: bool = False
+    billed: Billed = Billed.NO
+    fatal: bool = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float | None = None,
+        billed: Billed | None = None,
+        retryable: bool | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        if billed is not None:
+            self.billed = billed
+        if retryable is not None:
+            self.retryable = retryable
+
+    @property
+    def message(self) -> str:
+        """What happened and what to do next."""
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are rebuilt from args alone by default; these carry more.
+        return _rebuild, (type(self), self.args), self.__dict__
+
+
+def _rebuild(cls: type[FluxError], args: tuple[Any, ...]) -> FluxError:
+    error = cls.__new__(cls)
+    error.args = args
+    return error
+
+
+# The image service
+
+
+class ServiceError(FluxError):
+    """A call to the image service that returned no generation.
+
+    Attributes:
+        client_request_id: The id that this package gave the call; the service's log shows it.
+        credits_used: Cost of the call in credits, where the service reported one all the same.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        client_request_id: str | None = None,
+        credits_used: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(message, **kwargs)
+        self.client_request_id = client_request_id
+        self.credits_used = credits_used
+
+
+class NotSent(ServiceError):
+    """No connection could be made or the request could not be written. Not billed."""
+
+    retryable = True
+
+
+class AnswerLost(ServiceError):
+    """The request was sent and its answer never came back whole. Possibly billed."""
+
+    retryable = True
+    billed = Billed.UNKNOWN
+
+
+class InvalidResponse(ServiceError):
+    """A success status with a body that the API does not describe. Possibly billed."""
+
+    retryable = True
+    billed = Billed.UNKNOWN
+
+
+class EmptyGeneration(ServiceError):
+    """A success status without the image asked for. `billed` follows the credits that it reports."""
+
+    retryable = True
+    billed = Billed.UNKNOWN
+
+
+class StatusError(ServiceError):
+    """An answer with an error status.
+
+    Attributes:
+        status: The HTTP status.
+        request_id: The service's own id of the call, where its error envelope has one.
+    """
+
+    def __init__(self, message: str, *, status: int, request_id: str | None = None, **kwargs: Any) -> None:
+        super().__init__(message, **kwargs)
+        self.status = status
+        self.request_id = request_id
+
+
+class RequestRefused(StatusError):
+    """The service refuses this very request and will refuse it again. Not billed."""
+
+
+class AuthenticationFailed(StatusError):
+    """401: the API key is missing or wrong. Not billed."""
+
+    fatal = True
+
+
+class AccessRefused(StatusError):
+    """403: the account may not do this. Not billed."""
+
+
+class OutOfCredits(AccessRefused):
+    """The account's balance does not cover the call. Not billed."""
+
+    fatal = True
+
+
+class NotFound(StatusError):
+    """404: base_url or model is wrong, or the model was withdrawn. Not billed."""
+
+
+class RateLimited(StatusError):
+    """429 until the time for waiting was over. Not billed. Not repeated, as the client has waited already."""
+
+
+class ServerFailed(StatusError):
+    """5xx: the service failed. The service states that failed requests are not charged."""
+
+    retryable = True
+
+
+class ServiceBusy(ServerFailed):
+    """503: overloaded or under maintenance. Not billed."""
+
+
+class GenerationTimedOut(ServerFailed):
+    """The gateway gave up waiting or lost the service; the generation behind it is possibly billed.
+
+    504, 408, and the statuses 520 to 527 of a content network.
+    """
+
+    billed = Billed.UNKNOWN
+
+
+# Downloads
+
+
+class DownloadError(FluxError):
+    """An image that was paid for could not be fetched. Its generation stays cached."""
+
+    billed = Billed.YES
+
+
+class ImageGone(DownloadError):
+    """The image's URL is dead, or its inline bytes are no longer in the spool."""
+
+
+class DownloadInterrupted(DownloadError):
+    """The download was cut, stalled, or refused for now."""
+
+    retryable = True
+
+
+class NotAnImage(DownloadError):
+    """The bytes are not an image, or they do not decode: a page of HTML, a broken file."""
+
+    retryable = True
+
+
+class UnexpectedFormat(DownloadError):
+    """A whole image, in another file format than the request asked for."""
+
+
+class ImageTooLarge(DownloadError):
+    """More bytes or pixels than allowed."""
+
+
+class ImageUnwritable(DownloadError):
+    """The disk did not take the image. It would not take the next one either, so a batch stops paying."""
+
+    fatal = True
+
+
+class UnsafeURL(DownloadError):
+    """A URL that no image may be fetched from: not https, or into a private network."""
+
+
+class ContentFlagged(FluxError):
+    """The service flagged the image as unsafe or delivered it blacked out. Paid, cached, never published."""
+
+    billed = Billed.YES
+
+
+# S3
+
+
+class BucketError(FluxError):
+    """The bucket did not do what was asked. Images in the spool stay there, so nothing is lost."""
+
+
+class BucketMissing(BucketError):
+    """The bucket does not exist at this endpoint."""
+
+    fatal = True
+
+
+class BucketAccessDenied(BucketError):
+    """The keys are wrong or missing, or don't allow this."""
+
+    fatal = True
+
+
+class BucketUnavailable(BucketError):
+    """The server can't be reached or asks for patience."""
+
+    retryable = True
+
+
+class ImageChanged(BucketError):
+    """The file in the spool is gone or no longer has the bytes that were checked; S3 refuses those."""
+
+
+class KeyOccupied(BucketError):
+    """Something other than the image lies under its key."""
+
+
+class ConditionsIgnored(BucketError):
+    """The server does not honour If-None-Match and If-Match, so nothing can be decided in its buckets."""
+
+    fatal = True
+
+
+class LeaseLost(FluxError):
+    """The call was not sent, as another machine may be making the image by now. The next run picks it up."""
+
+
+# This host
+
+
+class SpoolUnwritable(FluxError):
+    """The spool folder can't be written. Found before anything is sent, so nothing was paid."""
+
+    fatal = True
+
+
+class SpoolUnreadable(FluxError):
+    """A record may exist and can't be read now. Nothing may be paid for what it may hold."""
+
+    retryable = True
+
+
+class ManifestUnwritable(FluxError):
+    """The manifest's file can't be written. What was recorded before is whole."""
+
+    fatal = True
+
+
+class InvalidSettings(FluxError, ValueError):
+    """A variable has an unusable value. The message names the variable, the value and what is allowed."""
+
+
+# Tables and plans
+
+
+class TableError(FluxError, ValueError):
+    """The table as a whole can't be read. Nothing was sent."""
+
+
+class TemplateFailed(TableError):
+    """Rows of the table can't be read or rendered. Nothing was sent.
+
+    Attributes:
+        problems: The first rows with a problem, each with its number and what is wrong.
+        count: Number of rows with a problem.
+    """
+
+    def __init__(self, problems: Sequence[str], count: int) -> None:
+        more = f"\n… and {count - len(problems):,} more" if count > len(problems) else ""
+        listed = "\n".join(problems)
+        super().__init__(
+            f"{count:,} rows can't be rendered; correct them and run again. Nothing was sent.\n{listed}{more}"
+        )
+        self.problems = tuple(problems)
+        self.count = count
+
+
+class TooManyCombinations(FluxError, ValueError):
+    """The lists of a sweep multiply to more images than allowed. Nothing was sent."""
+
+
+class BalanceTooLow(FluxError):
+    """The account can't pay for what the plan may cost. Nothing was sent."""
+
+    fatal = True
+
+
+# Runs
+
+
+class BudgetExhausted(FluxError):
+    """The call was not sent, as its cost does not fit under the cap any more. The next run picks it up."""
+
+
+class RunStopped(FluxError):
+    """The call was not sent, as the run was cancelled. The next run picks it up."""
+
+    fatal = True
+
+
+class RepairImpossible(FluxError):
+    """An image can't be brought back; the message gives the reason."""
+
+
+class BatchFailed(FluxError):
+    """More items ended without their images than the batch tolerates.
+
+    Attributes:
+        report: The whole report; what was published is published.
+    """
+
+    def __init__(self, message: str, report: BatchReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class BackfillFailed(FluxError):
+    """Days failed; the others are published.
+
+    Attributes:
+        report: The whole report.
+    """
+
+    def __init__(self, message: str, report: BackfillReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class AuditFailed(FluxError):
+    """Images are not in the bucket as the manifest says.
+
+    Attributes:
+        report: The whole report.
+    """
+
+    def __init__(self, message: str, report: AuditReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class ShardLost(FluxError):
+    """The shard's runs were lost again and again, or failed for a reason that the next would fail for too."""
+
+
+class ShardSuperseded(FluxError):
+    """Another run has taken over this shard's work."""
+
+    fatal = True
+
+
+class UnexpectedError(FluxError):
+    """An exception of no kind that is known here. What was paid for before it stays in the spool."""
