@@ -33,9 +33,8 @@ from pydantic import (
 )
 from pydantic_core import to_json
 
-from flux_prefect.api.disk import explain
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.api.threads import run_in_thread
+from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import (
     BucketAccessDenied,
     BucketError,
@@ -45,6 +44,7 @@ from flux_prefect.errors import (
     KeyOccupied,
     SpoolUnreadable,
 )
+from flux_prefect.local_files import explain
 from flux_prefect.naming import (
     DEFAULT_KEY_TEMPLATE,
     check_key_template,

@@ -27,7 +27,7 @@ from prefect.results import ResultStore, get_result_store
 from prefect.states import Failed
 from prefect.tasks import Task
 
-from flux_prefect.api.threads import run_in_thread
+from flux_prefect.concurrency import run_in_thread
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -16,7 +16,7 @@ import anyio
 from filelock import FileLock, Timeout
 from prefect.locking.protocol import LockManager
 
-from flux_prefect.api.disk import explain
+from flux_prefect.local_files import explain
 from flux_prefect.settings import current_settings
 
 _FIRST_WAIT = 0.01

@@ -20,11 +20,11 @@ from typing import BinaryIO
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flux_prefect.api.client import MAX_PIXELS
-from flux_prefect.api.disk import explain, own_part, writer_of
 from flux_prefect.api.downloading import DownloadedPicture
 from flux_prefect.api.models import Generation, normalize_endpoint
 from flux_prefect.api.pictures import inspect_picture
 from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnreadable, SpoolUnwritable
+from flux_prefect.local_files import explain, own_part, writer_of
 from flux_prefect.naming import EXTENSIONS
 from flux_prefect.settings import current_settings
 

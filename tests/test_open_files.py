@@ -12,11 +12,11 @@ from uuid import uuid4
 
 import pytest
 
-from flux_prefect.api.disk import explain
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket import ImageBucket, PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ImageUnwritable, SpoolUnreadable, SpoolUnwritable
+from flux_prefect.local_files import explain
 from flux_prefect.locking import HostLockManager
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import Spool

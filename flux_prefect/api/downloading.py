@@ -17,12 +17,11 @@ import httpx
 from pydantic import Field
 
 from flux_prefect.api.addresses import AddressRules, CheckedResolver
-from flux_prefect.api.disk import explain, own_part
 from flux_prefect.api.models import OutputFormat
 from flux_prefect.api.pictures import Picture, inspect_picture
 from flux_prefect.api.retrying import parse_retry_after
-from flux_prefect.api.threads import run_in_thread
 from flux_prefect.api.transport import find_proxy, open_transport, send
+from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import (
     DownloadError,
     DownloadInterrupted,
@@ -33,6 +32,7 @@ from flux_prefect.errors import (
     UnexpectedFormat,
     UnsafeURL,
 )
+from flux_prefect.local_files import explain, own_part
 
 MAX_REDIRECTS = 5
 

@@ -16,9 +16,7 @@ from prefect.states import Completed
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.api.pacing import Pacer
-from flux_prefect.api.threads import limit_threads
 from flux_prefect.batch.plan import Plan, PlannedBatch
-from flux_prefect.batch.pulling import for_each
 from flux_prefect.batch.report import (
     BatchReport,
     ItemRecord,
@@ -35,6 +33,7 @@ from flux_prefect.batch.table import Row
 from flux_prefect.batch.tuning import tuned_interpreter
 from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget, spending_from
+from flux_prefect.concurrency import for_each, limit_threads
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import Billed, FluxError, RunStopped
 from flux_prefect.inline import run_inline

@@ -24,7 +24,6 @@ from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.jobs import Job
 from flux_prefect.batch.manifest import record_line
 from flux_prefect.batch.plan import Plan, PlannedBatch
-from flux_prefect.batch.pulling import for_each
 from flux_prefect.batch.records import read_records
 from flux_prefect.batch.report import ItemRecord, record_invalid, record_skipped, record_unchanged
 from flux_prefect.batch.run_names import name_source
@@ -33,6 +32,7 @@ from flux_prefect.batch.table import Only, Row, Table
 from flux_prefect.batch.views import open_view
 from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import Amount, Budget, spending_from
+from flux_prefect.concurrency import for_each
 from flux_prefect.conditional import ConditionalObject
 from flux_prefect.inline import run_inline
 from flux_prefect.pipeline import produce_image

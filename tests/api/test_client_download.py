@@ -19,7 +19,6 @@ from pydantic import SecretStr
 
 from flux_prefect.api import downloading
 from flux_prefect.api.client import AimlApiClient, Timeouts
-from flux_prefect.api.disk import writer_of
 from flux_prefect.api.pacing import Pacer
 from flux_prefect.errors import (
     Billed,
@@ -32,6 +31,7 @@ from flux_prefect.errors import (
     UnexpectedFormat,
     UnsafeURL,
 )
+from flux_prefect.local_files import writer_of
 
 from .raw_server import answer, reset, serve
 

@@ -1,9 +1,9 @@
-"""Blocking work off the event loop, in no more threads at once than do it any good."""
+"""Bounded concurrency: blocking work in a limited number of threads, and many items a few at a time."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -13,7 +13,10 @@ import anyio.to_thread
 from typing_extensions import TypeVarTuple, Unpack
 
 _R = TypeVar("_R")
+_Item = TypeVar("_Item")
 _Args = TypeVarTuple("_Args")
+
+_ITEMS_BETWEEN_PAUSES = 50
 
 # With its event loop, as a context is copied to others, where it must not be waited for.
 _limit: ContextVar[tuple[asyncio.AbstractEventLoop, anyio.CapacityLimiter] | None] = ContextVar("limit", default=None)
@@ -41,3 +44,28 @@ async def run_in_thread(work: Callable[[Unpack[_Args]], _R], *args: Unpack[_Args
     limit = _limit.get()
     limiter = limit[1] if limit is not None and limit[0] is asyncio.get_running_loop() else None
     return await anyio.to_thread.run_sync(work, *args, limiter=limiter)
+
+
+async def for_each(items: Iterable[_Item], work: Callable[[_Item], Awaitable[None]], *, at_once: int) -> None:
+    """Do `work` for every item, `at_once` of them at a time; an item is drawn when a worker is free for it.
+
+    The first exception, of the work or of the items, ends it: the other workers are cancelled, waited for, and the
+    exception is raised as it is. Work that never waits lets others run every 50 items.
+    """
+    queue = iter(items)
+
+    async def pull() -> None:
+        for number, item in enumerate(queue):
+            await work(item)
+            if number % _ITEMS_BETWEEN_PAUSES == 0:
+                await asyncio.sleep(0)
+
+    workers = [asyncio.create_task(pull()) for _ in range(at_once)]
+    try:
+        done, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+        for worker in done:
+            worker.result()
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)

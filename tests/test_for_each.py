@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flux_prefect.batch.pulling import for_each
+from flux_prefect.concurrency import for_each
 
 
 async def test_every_item_is_worked_on_once() -> None:

@@ -7,7 +7,7 @@ import time
 import anyio
 import pytest
 
-from flux_prefect.api.threads import limit_threads, run_in_thread
+from flux_prefect.concurrency import limit_threads, run_in_thread
 
 
 class Peak:
