@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import IO, Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
 from prefect import flow
 from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State
@@ -32,7 +33,6 @@ from flux_prefect.batch.auditing import Finding, check_key, find_in_spool, inspe
 from flux_prefect.batch.records import read_records
 from flux_prefect.batch.report import BatchReport, ItemRecord
 from flux_prefect.batch.sources import Source, open_source
-from flux_prefect.bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.budget import describe_credits
 from flux_prefect.concurrency import for_each
 from flux_prefect.credentials import AimlApiCredentials

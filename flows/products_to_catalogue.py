@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, cast
 
 import anyio.to_thread
 import jinja2
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.keys import clean_prefix
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from prefect import flow, task
 from prefect.assets import add_asset_metadata, materialize
@@ -25,10 +27,8 @@ from flux_prefect.batch.events import find_asset
 from flux_prefect.batch.parquet import load_pyarrow
 from flux_prefect.batch.report import BatchReport, ItemRecord
 from flux_prefect.batch.sources import open_source
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.errors import BatchFailed, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
-from flux_prefect.naming import clean_prefix
 from flux_prefect.seeds import draw_seed
 
 _PARQUET = "application/vnd.apache.parquet"

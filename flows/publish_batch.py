@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
@@ -36,7 +37,6 @@ from flux_prefect.batch.run_names import name_before_plan
 from flux_prefect.batch.running import choose_density
 from flux_prefect.batch.stopping import is_to_be_cancelled
 from flux_prefect.batch.table import Only, open_table
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BatchFailed
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 from zoneinfo import ZoneInfo
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
@@ -25,7 +26,6 @@ from flux_prefect.batch.plan import tabulate_plan
 from flux_prefect.batch.report import BatchReport, tabulate
 from flux_prefect.batch.table import explain_invalid
 from flux_prefect.batch.templates import USUAL_PICTURES, PictureSettings, render_table
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.errors import BatchFailed
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state

@@ -9,6 +9,7 @@ import argparse
 import sys
 from typing import Any, cast
 
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
@@ -18,7 +19,6 @@ from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.table import explain_invalid
-from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import describe_credits
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.forms import BucketChoice, CredentialsChoice

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, cast
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
@@ -24,7 +25,6 @@ from flux_prefect.batch.shards import plan_shard
 from flux_prefect.batch.signs import giving_signs, sign_of
 from flux_prefect.batch.stopping import is_to_be_cancelled
 from flux_prefect.batch.table import open_table
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ShardSuperseded
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight

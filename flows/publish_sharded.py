@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, cast
 
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.leases import BucketLeases
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.exceptions import ObjectNotFound, TerminationSignal
@@ -37,10 +39,8 @@ from flux_prefect.batch.shards import Split, adoption_of, split_batch
 from flux_prefect.batch.stopping import is_to_be_cancelled, sigterm_as_cancellation
 from flux_prefect.batch.table import Only, open_table
 from flux_prefect.batch.table import Table as Rows
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
-from flux_prefect.leases import BucketLeases
 from flux_prefect.shell import run_to_state
 from flux_prefect.spool import Experience
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, cast, get_args
 
 import anyio
 import anyio.to_thread
+from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect import flow
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State
@@ -33,7 +34,6 @@ from flux_prefect.api.models import AspectRatio, ImageRequest, OutputFormat, Saf
 from flux_prefect.batch.contact_sheets import Cell, ContactSheet
 from flux_prefect.batch.plan import tabulate_plan
 from flux_prefect.batch.report import BatchReport, ItemRecord, tabulate
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BatchFailed, TooManyCombinations

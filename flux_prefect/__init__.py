@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_BLOCKS = {"AimlApiCredentials": "flux_prefect.credentials", "ImageBucket": "flux_prefect.bucket"}
+_BLOCKS = {"AimlApiCredentials": "flux_prefect.credentials", "ImageBucket": "flux_prefect.bucket.image_bucket"}
 
 
 def __getattr__(name: str) -> Any:

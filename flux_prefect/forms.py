@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flux_prefect.bucket import ImageBucket
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 
 BucketChoice = Annotated[ImageBucket, Field(title="Saved block")] | Annotated[str, Field(title="Name or s3://…")]

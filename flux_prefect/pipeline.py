@@ -14,7 +14,8 @@ from prefect.tasks import Task
 from prefect.utilities.annotations import quote
 
 from flux_prefect.api.models import Generation, ImageRequest
-from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.leases import BucketLeases
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import (
     Billed,
@@ -27,7 +28,6 @@ from flux_prefect.errors import (
     ImageGone,
     UnexpectedError,
 )
-from flux_prefect.leases import BucketLeases
 from flux_prefect.locking import HostLockManager
 from flux_prefect.spool import ImageFile, PaidCall, Spool
 from flux_prefect.steps import CallOutcome, metered

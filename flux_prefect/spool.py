@@ -23,9 +23,9 @@ from flux_prefect.api.client import MAX_PIXELS
 from flux_prefect.api.downloading import DownloadedPicture
 from flux_prefect.api.models import Generation, normalize_endpoint
 from flux_prefect.api.pictures import inspect_picture
+from flux_prefect.bucket.keys import EXTENSIONS
 from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.local_files import explain, own_part, writer_of
-from flux_prefect.naming import EXTENSIONS
 from flux_prefect.settings import current_settings
 
 

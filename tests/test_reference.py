@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def test_the_tasks_are_in_it(reference: Path, task: str) -> None:
     [
         ("flux_prefect.api.models", ImageRequest),
         ("flux_prefect.credentials", AimlApiCredentials),
-        ("flux_prefect.bucket", ImageBucket),
+        ("flux_prefect.bucket.image_bucket", ImageBucket),
     ],
 )
 def test_every_field_is_in_it(

@@ -33,7 +33,7 @@ from flux_prefect.batch.newest import PAGE
 from flux_prefect.batch.progress import Logger, Progress, describe_seconds
 from flux_prefect.batch.report import UNSUCCESSFUL, BatchReport, ItemRecord, ItemStatus
 from flux_prefect.batch.thumbnails import make_thumbnails
-from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import describe_credits
 from flux_prefect.spool import Spool
 

@@ -15,7 +15,7 @@ from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.parquet import MANIFEST_METADATA, load_pyarrow
 from flux_prefect.batch.records import VERSION
 from flux_prefect.batch.report import ItemRecord
-from flux_prefect.bucket import PublishedImage
+from flux_prefect.bucket.image_bucket import PublishedImage
 
 PICTURE_COLUMNS = ("sha256", "width", "height", "key", "uri", "url")
 """The fields of a record's first picture that have columns of their own; all pictures are JSON under `images`."""

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from flux_prefect.batch.report import UNSUCCESSFUL, BatchReport, ItemRecord
 from flux_prefect.batch.running import Density
-from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 
 BATCH_FINISHED = "flux.batch.finished"
 IMAGE_PUBLISHED = "flux.image.published"

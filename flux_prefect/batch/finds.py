@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import TypeAdapter
 
-from flux_prefect.bucket import PublishedImage
+from flux_prefect.bucket.image_bucket import PublishedImage
 
 _PICTURES = TypeAdapter(tuple[PublishedImage, ...])
 

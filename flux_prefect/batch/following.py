@@ -30,8 +30,8 @@ from flux_prefect.batch.shards import Shard, Split, read_rows, settled_path, sha
 from flux_prefect.batch.shares import Purse
 from flux_prefect.batch.signs import Sign, read_sign, sign_of, take_for_lost
 from flux_prefect.batch.sources import open_source
+from flux_prefect.bucket.conditional_object import Version
 from flux_prefect.budget import Amount
-from flux_prefect.conditional import Version
 from flux_prefect.errors import BucketUnavailable, FluxError, RunStopped, ShardLost
 from flux_prefect.reconciling import Reconciliation
 from flux_prefect.settings import current_settings

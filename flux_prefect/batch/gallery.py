@@ -21,7 +21,7 @@ import anyio.to_thread
 import jinja2
 
 from flux_prefect.batch.report import BatchReport, ItemRecord, ItemStatus
-from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.concurrency import for_each
 
 _DOWNLOADS_AT_ONCE = 8

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from flux_prefect.api.client import AimlApiClient
-from flux_prefect.bucket import ImageBucket
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.pipeline import check_ready

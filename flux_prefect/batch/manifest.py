@@ -30,7 +30,7 @@ from flux_prefect.batch.parquet import has_pyarrow, load_pyarrow
 from flux_prefect.batch.records import VERSION, mend, ordered_lines
 from flux_prefect.batch.report import ItemRecord
 from flux_prefect.batch.views import open_view
-from flux_prefect.bucket import ImageBucket
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, ManifestUnwritable, TableError
 
 logger = logging.getLogger(__name__)

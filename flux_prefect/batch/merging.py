@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flux_prefect.batch.report import ItemRecord
-from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import FluxError, RunStopped
 
 

@@ -14,7 +14,7 @@ from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.finds import Finds
 from flux_prefect.batch.table import Row, Table
-from flux_prefect.bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.concurrency import for_each
 from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError

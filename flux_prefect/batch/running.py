@@ -31,7 +31,7 @@ from flux_prefect.batch.report import (
 from flux_prefect.batch.stopping import run_with_grace
 from flux_prefect.batch.table import Row
 from flux_prefect.batch.tuning import tuned_interpreter
-from flux_prefect.bucket import ImageBucket
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.budget import Budget, spending_from
 from flux_prefect.concurrency import for_each, limit_threads
 from flux_prefect.credentials import AimlApiCredentials

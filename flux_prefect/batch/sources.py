@@ -14,7 +14,7 @@ import anyio
 import httpx
 
 from flux_prefect.batch.views import open_view
-from flux_prefect.bucket import ImageBucket
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, TableError
 
 MAX_SOURCE_BYTES = 512 * 1024 * 1024

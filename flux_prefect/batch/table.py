@@ -27,7 +27,7 @@ from flux_prefect.batch.formats import (
 from flux_prefect.batch.parquet import read_parquet
 from flux_prefect.batch.records import begins_with_record, is_record, read_records
 from flux_prefect.batch.sources import Source, local_source, open_source
-from flux_prefect.bucket import ImageBucket
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import TableError
 
 __all__ = ["Only", "Row", "Table", "TableError", "explain_invalid", "open_table", "read_table"]

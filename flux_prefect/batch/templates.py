@@ -30,7 +30,7 @@ from flux_prefect.batch.formats import OWN_COLUMNS, Unreadable, find_unkeepable,
 from flux_prefect.batch.parquet import read_parquet
 from flux_prefect.batch.records import is_record
 from flux_prefect.batch.sources import Source, open_source
-from flux_prefect.bucket import ImageBucket
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import TemplateFailed
 from flux_prefect.seeds import draw_day_seed
 

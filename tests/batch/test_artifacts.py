@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from pictures import ODD, draw, pretend, publish
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -29,7 +30,6 @@ from flux_prefect.batch.artifacts import (
 )
 from flux_prefect.batch.progress import Progress
 from flux_prefect.batch.report import BatchReport, ItemRecord
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.spool import Spool
 

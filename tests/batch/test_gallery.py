@@ -14,13 +14,13 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from pictures import ODD, draw, pretend, publish
 from reports import make_report
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.gallery import publish_page, write_gallery, write_page
 from flux_prefect.batch.report import BatchReport, ItemRecord
-from flux_prefect.bucket import ImageBucket
 
 BUCKET = ImageBucket(bucket_name="images")
 

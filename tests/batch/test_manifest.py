@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import anyio
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import PrivateAttr
@@ -29,7 +30,6 @@ from flux_prefect.batch.manifest import ManifestWriter
 from flux_prefect.batch.records import mend, read_manifest
 from flux_prefect.batch.report import ItemRecord
 from flux_prefect.batch.table import Row, open_table, read_table
-from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import BucketMissing, ManifestUnwritable, TableError
 from flux_prefect.sandbox.launching import RunningSandbox
 
@@ -441,7 +441,7 @@ from pathlib import Path
 from flux_prefect.batch.manifest import ManifestWriter
 from flux_prefect.batch.records import mend
 from flux_prefect.batch.report import ItemRecord
-from flux_prefect.bucket import ImageBucket
+from flux_prefect.bucket.image_bucket import ImageBucket
 
 async def main(folder, uri):
     async with ManifestWriter(ImageBucket.from_uri(uri), "0b9f5c8e-run", Path(folder), upload_every=0.02) as manifest:

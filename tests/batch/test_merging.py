@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.merging import attribute, fail, fold, is_open, merge_attempts
 from flux_prefect.batch.report import ItemRecord, ItemStatus
-from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import FluxError
 
 SUMS = ("calls", "billed_calls", "unbilled_calls", "unpriced_calls", "credits_used", "refetched")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from pictures import pretend
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.newest import Newest
 from flux_prefect.batch.report import ItemRecord, ItemStatus
-from flux_prefect.bucket import ImageBucket
 
 BUCKET = ImageBucket(bucket_name="images")
 

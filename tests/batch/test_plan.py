@@ -6,11 +6,11 @@ from unittest.mock import AsyncMock
 from uuid import uuid4
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.plan import Plan, PlannedBatch, check_balance, describe_plan, make_plan
 from flux_prefect.batch.table import Table
-from flux_prefect.bucket import ImageBucket, PublishingRun
 from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BalanceTooLow, BucketAccessDenied

@@ -5,13 +5,13 @@ import logging
 import sys
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from pictures import pretend
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.plan import Plan
 from flux_prefect.batch.progress import Progress, describe_seconds, show_progress
 from flux_prefect.batch.report import ItemRecord, ItemStatus
-from flux_prefect.bucket import ImageBucket
 
 LOGGER = logging.getLogger("test_progress")
 

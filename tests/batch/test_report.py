@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flux_prefect.bucket.image_bucket import PublishedImage
 from reports import make_report
 from rich.console import Console
 
@@ -20,7 +21,6 @@ from flux_prefect.batch.report import (
     tabulate,
 )
 from flux_prefect.batch.table import Row
-from flux_prefect.bucket import PublishedImage
 from flux_prefect.budget import describe_credits
 from flux_prefect.errors import AnswerLost, BatchFailed, Billed, ContentFlagged, ImageGone, OutOfCredits
 from flux_prefect.pipeline import ImageOutcome, Production

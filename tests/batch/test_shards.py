@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect import flow
@@ -27,7 +28,6 @@ from flux_prefect.batch.shards import (
     write_attempt,
 )
 from flux_prefect.batch.table import Table, open_table
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.pipeline import produce_image
 from flux_prefect.sandbox.launching import RunningSandbox

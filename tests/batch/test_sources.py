@@ -12,10 +12,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 
 from flux_prefect.batch.sources import MAX_SOURCE_BYTES, Source, local_source, open_source
 from flux_prefect.batch.table import open_table
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.errors import TableError
 from flux_prefect.sandbox.launching import RunningSandbox
 

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from nursery import Nursery
 from prefect.utilities.callables import parameter_schema
 
@@ -18,7 +19,6 @@ from flows.publish_batch import publish_batch
 from flux_prefect.batch.auditing import inspect_published
 from flux_prefect.batch.manifest import record_line
 from flux_prefect.batch.report import BatchReport, ItemRecord
-from flux_prefect.bucket import ImageBucket, PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import AuditFailed, TableError
 from flux_prefect.sandbox.launching import RunningSandbox

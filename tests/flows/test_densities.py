@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from nursery import Nursery
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -21,7 +22,6 @@ from waiting import wait_for
 from flows.publish_batch import publish_batch
 from flux_prefect.batch.plan import Plan
 from flux_prefect.batch.running import MOST_IN_STEPS, Density, choose_density
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import Spool

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun, State
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -26,7 +27,6 @@ from waiting import wait_for
 from deployments.serve import PREFECT_FILE, read_deployments
 from flows.products_to_catalogue import products_to_catalogue
 from flux_prefect.batch.parquet import load_pyarrow
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 

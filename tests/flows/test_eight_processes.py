@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from uuid import uuid4
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from nursery import Nursery
 
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import Spool
 

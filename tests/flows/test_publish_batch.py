@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.compat import HTTPHeaders
+from flux_prefect.bucket.image_bucket import ImageBucket
 from nursery import Nursery
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -26,7 +27,6 @@ from pydantic import SecretStr
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.report import BatchReport
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import (
     BalanceTooLow,

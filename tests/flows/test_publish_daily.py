@@ -7,6 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from nursery import Nursery
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
@@ -18,7 +19,6 @@ from prefect.utilities.callables import parameter_schema
 from flows.publish_daily import publish_daily
 from flux_prefect.batch.report import BatchReport
 from flux_prefect.batch.templates import PictureSettings
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import TemplateFailed
 from flux_prefect.sandbox.launching import RunningSandbox

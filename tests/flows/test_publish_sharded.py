@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import pytest
 from benchmarks.hosts import Host, deploy_shard, own_environment
+from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelling
 from pydantic import SecretStr
@@ -28,7 +29,6 @@ from flows.publish_sharded import publish_sharded
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.report import BatchReport
 from flux_prefect.batch.shards import shard_of
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 

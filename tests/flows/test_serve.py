@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import pytest
 from benchmarks.prefect_server import start_prefect
+from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
@@ -20,7 +21,6 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from waiting import wait_for
 
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
 
 ROOT = Path(__file__).parents[2]

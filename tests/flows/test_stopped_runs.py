@@ -14,6 +14,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from nursery import Batch, Nursery
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import State
@@ -21,7 +22,6 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 from waiting import wait_for
 
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.shell import INTERRUPTED
 from flux_prefect.spool import Spool

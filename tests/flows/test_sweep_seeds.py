@@ -6,6 +6,7 @@ import io
 from uuid import uuid4
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from nursery import Nursery
 from PIL import Image
 from prefect.artifacts import Artifact
@@ -13,7 +14,6 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.sweep_seeds import sweep_seeds
 from flux_prefect.batch.contact_sheets import MAX_DATA_URI, Cell, ContactSheet
-from flux_prefect.bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BatchFailed, TooManyCombinations
 from flux_prefect.sandbox.launching import RunningSandbox

@@ -35,8 +35,8 @@ from uuid import uuid4
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flux_prefect.bucket import ImageBucket
-from flux_prefect.conditional import ConditionalObject, Version
+from flux_prefect.bucket.conditional_object import ConditionalObject, Version
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, BucketUnavailable, KeyOccupied, LeaseLost
 
 _Result = TypeVar("_Result")

@@ -12,6 +12,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
 from PIL import Image
 from prefect.blocks.core import Block
 from prefect.filesystems import LocalFileSystem
@@ -21,7 +22,6 @@ from pydantic import SecretStr, ValidationError
 from s3_proxy import Answer, Passing, open_proxy
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
-from flux_prefect.bucket import ImageBucket, PublishingRun
 from flux_prefect.errors import (
     BucketAccessDenied,
     BucketError,

@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 from botocore.exceptions import ClientError
 
-from flux_prefect.bucket import ImageBucket
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketUnavailable, ConditionsIgnored
 
 if TYPE_CHECKING:

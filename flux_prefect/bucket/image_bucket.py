@@ -34,6 +34,13 @@ from pydantic import (
 from pydantic_core import to_json
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.keys import (
+    DEFAULT_KEY_TEMPLATE,
+    check_key_template,
+    clean_prefix,
+    object_key,
+    sidecar_key,
+)
 from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import (
     BucketAccessDenied,
@@ -45,13 +52,6 @@ from flux_prefect.errors import (
     SpoolUnreadable,
 )
 from flux_prefect.local_files import explain
-from flux_prefect.naming import (
-    DEFAULT_KEY_TEMPLATE,
-    check_key_template,
-    clean_prefix,
-    object_key,
-    sidecar_key,
-)
 from flux_prefect.spool import ImageFile
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class ImageBucket(WritableFileSystem):
     Example:
         Load a stored bucket and look for a picture:
         ```python
-        from flux_prefect.bucket import ImageBucket
+        from flux_prefect.bucket.image_bucket import ImageBucket
 
         bucket = ImageBucket.load("BLOCK_NAME")
         ```

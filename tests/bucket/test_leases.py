@@ -11,13 +11,14 @@ from typing import Any
 
 import anyio
 import pytest
+from flux_prefect.bucket.conditional_object import ConditionalObject, Version
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.leases import BucketLeases, Lease, LeaseRecord, current_lease, read_clock
 from prefect import flow
 from pydantic import ValidationError
 from s3_proxy import Answer, Passing, Proxy, open_proxy
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket import ImageBucket
-from flux_prefect.conditional import ConditionalObject, Version
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import (
     Billed,
@@ -29,7 +30,6 @@ from flux_prefect.errors import (
     LeaseLost,
 )
 from flux_prefect.inline import run_inline
-from flux_prefect.leases import BucketLeases, Lease, LeaseRecord, current_lease, read_clock
 from flux_prefect.pipeline import Production, Status, produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.spool import Spool

@@ -1,0 +1,1 @@
+"""S3: the ImageBucket block, object keys, conditional objects and leases."""
