@@ -28,9 +28,9 @@ from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed, BalanceTooLow, BatchFailed, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
+from flux_prefect.host.spool import Spool
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, run_to_state
-from flux_prefect.spool import Spool
 
 Order = Literal["oldest first", "newest first"]
 

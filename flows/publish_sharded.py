@@ -41,8 +41,8 @@ from flux_prefect.batch.table import Only, open_table
 from flux_prefect.batch.table import Table as Rows
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.host.spool import Experience
 from flux_prefect.shell import run_to_state
-from flux_prefect.spool import Experience
 
 
 def _name_run() -> str:

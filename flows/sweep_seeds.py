@@ -38,9 +38,9 @@ from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BatchFailed, TooManyCombinations
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight
+from flux_prefect.host.spool import Spool
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
-from flux_prefect.spool import Spool
 
 Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
 Guidance = Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)]

@@ -14,7 +14,7 @@ from prefect.transactions import IsolationLevel
 
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.locking import HostLockManager
+from flux_prefect.host.locks import HostLockManager
 
 
 @dataclass

@@ -28,8 +28,8 @@ from flux_prefect.errors import (
     ImageGone,
     UnexpectedError,
 )
-from flux_prefect.locking import HostLockManager
-from flux_prefect.spool import ImageFile, PaidCall, Spool
+from flux_prefect.host.locks import HostLockManager
+from flux_prefect.host.spool import ImageFile, PaidCall, Spool
 from flux_prefect.steps import CallOutcome, metered
 from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3
 

@@ -21,7 +21,7 @@ from flux_prefect.bucket.leases import current_lease
 from flux_prefect.budget import current_budget
 from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import Billed, ContentFlagged, EmptyGeneration, ImageGone, ServiceError, UnexpectedFormat
-from flux_prefect.spool import ImageFile, PaidCall, Spool
+from flux_prefect.host.spool import ImageFile, PaidCall, Spool
 
 
 @dataclass(frozen=True)

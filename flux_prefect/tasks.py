@@ -20,9 +20,9 @@ from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, Publis
 from flux_prefect.caching import GENERATION, PICTURE
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import Billed, FluxError, ServiceError
+from flux_prefect.host.spool import ImageFile, Spool
 from flux_prefect.inline import current_step
 from flux_prefect.settings import current_settings, settings_at_import
-from flux_prefect.spool import ImageFile, Spool
 
 _SETTINGS = settings_at_import()
 

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
 from flux_prefect.caching import GENERATION, PICTURE, PromptSeedCachePolicy
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.locking import HostLockManager
+from flux_prefect.host.locks import HostLockManager
 
 REQUEST = ImageRequest(prompt="a lighthouse at dusk", seed=7)
 ACCOUNT = AimlApiCredentials(api_key=SecretStr("key-one"))

@@ -37,9 +37,9 @@ from flux_prefect.errors import (
     UnexpectedFormat,
     UnsafeURL,
 )
+from flux_prefect.host.spool import ImageFile, Spool
 from flux_prefect.sandbox.faults import FAULTS
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import ImageFile, Spool
 from flux_prefect.tasks import download_image, generate_image
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

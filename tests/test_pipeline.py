@@ -25,9 +25,9 @@ from flux_prefect.errors import (
     KeyOccupied,
     UnexpectedError,
 )
+from flux_prefect.host.spool import ImageFile, Spool
 from flux_prefect.pipeline import Production, Status, produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import ImageFile, Spool
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -32,7 +32,7 @@ from flux_prefect.errors import (
     SpoolUnwritable,
     UnexpectedFormat,
 )
-from flux_prefect.spool import PaidCall, Spool
+from flux_prefect.host.spool import PaidCall, Spool
 from flux_prefect.steps import download, generate, metered, recover
 
 KEY = "aiml-secret-1f2e3d4c"

@@ -35,7 +35,7 @@ from flux_prefect.batch.report import UNSUCCESSFUL, BatchReport, ItemRecord, Ite
 from flux_prefect.batch.thumbnails import make_thumbnails
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import describe_credits
-from flux_prefect.spool import Spool
+from flux_prefect.host.spool import Spool
 
 UPDATE_SECONDS = 10.0
 """Between two updates of a progress artifact: each costs the server some 40 milliseconds."""

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import BucketError, RepairImpossible, SpoolUnreadable
-from flux_prefect.spool import ImageFile, Spool
+from flux_prefect.host.spool import ImageFile, Spool
 
 Finding = Literal["ok", "missing", "wrong_checksum", "missing_sidecar", "unreadable"]
 

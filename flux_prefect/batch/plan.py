@@ -18,8 +18,8 @@ from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.concurrency import for_each
 from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError
+from flux_prefect.host.spool import Spool
 from flux_prefect.seeds import with_seed
-from flux_prefect.spool import Spool
 from flux_prefect.steps import recover
 
 _LOOKS_AT_ONCE = 32

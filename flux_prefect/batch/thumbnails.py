@@ -14,7 +14,7 @@ from PIL import Image
 from flux_prefect.api.client import MAX_PIXELS
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import BucketError, ImageTooLarge, SpoolUnreadable
-from flux_prefect.spool import Spool
+from flux_prefect.host.spool import Spool
 
 SIDE = 160
 """Pixels of a thumbnail's longer side."""

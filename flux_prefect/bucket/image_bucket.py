@@ -51,8 +51,8 @@ from flux_prefect.errors import (
     KeyOccupied,
     SpoolUnreadable,
 )
+from flux_prefect.host.spool import ImageFile
 from flux_prefect.local_files import explain
-from flux_prefect.spool import ImageFile
 
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client

@@ -12,7 +12,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, Publis
 from PIL import Image
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
-from flux_prefect.spool import ImageFile
+from flux_prefect.host.spool import ImageFile
 
 ENDPOINT = "http://127.0.0.1:9"
 

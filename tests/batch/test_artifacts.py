@@ -31,7 +31,7 @@ from flux_prefect.batch.artifacts import (
 from flux_prefect.batch.progress import Progress
 from flux_prefect.batch.report import BatchReport, ItemRecord
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.spool import Spool
+from flux_prefect.host.spool import Spool
 
 BUCKET = ImageBucket(bucket_name="images", prefix="shop", public_base_url="https://cdn.example")
 LOGGER = logging.getLogger("test_artifacts")

@@ -14,8 +14,8 @@ from flux_prefect.batch.table import Table
 from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BalanceTooLow, BucketAccessDenied
+from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import Spool
 from flux_prefect.steps import download, generate
 
 PRICE = 200_000

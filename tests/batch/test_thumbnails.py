@@ -15,7 +15,7 @@ from PIL import Image
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.thumbnails import MOST_BYTES, draw_thumbnail, make_thumbnails
 from flux_prefect.errors import ImageTooLarge
-from flux_prefect.spool import Spool
+from flux_prefect.host.spool import Spool
 
 
 def _open(data: bytes) -> Image.Image:

@@ -16,7 +16,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.publish_shard import publish_shard
-from flux_prefect.spool import Spool
+from flux_prefect.host.spool import Spool
 
 from .processes import cpu_seconds, family_cpu_seconds
 

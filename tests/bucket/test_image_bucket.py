@@ -30,7 +30,7 @@ from flux_prefect.errors import (
     ImageChanged,
     KeyOccupied,
 )
-from flux_prefect.spool import ImageFile
+from flux_prefect.host.spool import ImageFile
 
 ENDPOINT = "http://127.0.0.1:9"
 RUN = PublishingRun(flow_run_id="run-1", flow_run_name="nightly")

@@ -29,10 +29,10 @@ from flux_prefect.errors import (
     KeyOccupied,
     LeaseLost,
 )
+from flux_prefect.host.spool import Spool
 from flux_prefect.inline import run_inline
 from flux_prefect.pipeline import Production, Status, produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import Spool
 from flux_prefect.steps import generate, metered
 
 SECONDS = 2.5

@@ -21,8 +21,8 @@ from flux_prefect.batch.manifest import record_line
 from flux_prefect.batch.report import BatchReport, ItemRecord
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import AuditFailed, TableError
+from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import Spool
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -23,8 +23,8 @@ from flows.publish_batch import publish_batch
 from flux_prefect.batch.plan import Plan
 from flux_prefect.batch.running import MOST_IN_STEPS, Density, choose_density
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import Spool
 
 DENSITIES: tuple[Density, ...] = ("steps", "chunks")
 

@@ -10,8 +10,8 @@ from uuid import uuid4
 from flux_prefect.bucket.image_bucket import ImageBucket
 from nursery import Nursery
 
+from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import Spool
 
 PROCESSES, ROWS = 8, 100
 

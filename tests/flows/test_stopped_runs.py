@@ -22,9 +22,9 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 from waiting import wait_for
 
+from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.shell import INTERRUPTED
-from flux_prefect.spool import Spool
 
 ROOT = Path(__file__).parents[2]
 SERVE = """

@@ -16,10 +16,10 @@ from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ImageUnwritable, SpoolUnreadable, SpoolUnwritable
+from flux_prefect.host.locks import HostLockManager
+from flux_prefect.host.spool import Spool
 from flux_prefect.local_files import explain
-from flux_prefect.locking import HostLockManager
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.spool import Spool
 from flux_prefect.steps import download, generate, recover
 
 REMEDY = r"\(Too many open files\): this process has .* \(ulimit -n\), or lower max_in_flight"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest, OutputFormat
 from flux_prefect.errors import AnswerLost, Billed, EmptyGeneration, FluxError, SpoolUnwritable
-from flux_prefect.spool import ImageFile, PaidCall, Spool
+from flux_prefect.host.spool import ImageFile, PaidCall, Spool
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
 REQUEST = ImageRequest(prompt="a lighthouse", seed=7)

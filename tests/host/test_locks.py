@@ -21,7 +21,7 @@ from prefect.locking.protocol import LockManager
 from prefect.results import ResultStore
 from prefect.transactions import CommitMode, IsolationLevel, atransaction
 
-from flux_prefect.locking import HostLockManager
+from flux_prefect.host.locks import HostLockManager
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def locks(folder: Path) -> HostLockManager:
 def processes() -> ForkServerContext:
     """Real processes that don't each pay for importing Prefect."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flux_prefect.locking", "pytest"])
+    context.set_forkserver_preload(["flux_prefect.host.locks", "pytest"])
     return context
 
 

@@ -1,0 +1,1 @@
+"""This machine: the spool of paid answers and images, and the locks."""
