@@ -20,7 +20,7 @@ from deployments.simulation.forecast import forecast
 from deployments.simulation.latency import LatencyError, parse_latency
 from deployments.simulation.scenario import Forecast, Scenario
 from flux_prefect.batch.running import Density
-from flux_prefect.budget import describe_credits
+from flux_prefect.money.budget import describe_credits
 
 _MINUTE = 60
 

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.table import explain_invalid
-from flux_prefect.budget import describe_credits
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.forms import BucketChoice, CredentialsChoice
+from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import Production, check_ready, produce_image
 from flux_prefect.seeds import with_seed
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flux_prefect.batch.report import BatchReport
-from flux_prefect.budget import describe_credits
+from flux_prefect.money.budget import describe_credits
 from flux_prefect.sandbox.launching import start_sandbox
 from flux_prefect.sandbox.ledger import Summary
 

@@ -18,10 +18,10 @@ import anyio
 from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
 from flux_prefect.bucket.leases import current_lease
-from flux_prefect.budget import current_budget
 from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import Billed, ContentFlagged, EmptyGeneration, ImageGone, ServiceError, UnexpectedFormat
 from flux_prefect.host.spool import ImageFile, PaidCall, Spool
+from flux_prefect.money.budget import current_budget
 
 
 @dataclass(frozen=True)

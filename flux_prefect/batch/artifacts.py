@@ -34,8 +34,8 @@ from flux_prefect.batch.progress import Logger, Progress, describe_seconds
 from flux_prefect.batch.report import UNSUCCESSFUL, BatchReport, ItemRecord, ItemStatus
 from flux_prefect.batch.thumbnails import make_thumbnails
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
-from flux_prefect.budget import describe_credits
 from flux_prefect.host.spool import Spool
+from flux_prefect.money.budget import describe_credits
 
 UPDATE_SECONDS = 10.0
 """Between two updates of a progress artifact: each costs the server some 40 milliseconds."""

@@ -14,7 +14,7 @@ from flux_prefect.batch.progress import Logger, Progress, show_progress
 from flux_prefect.batch.report import BatchReport, ItemRecord
 from flux_prefect.batch.running import Density, learn, run_batch
 from flux_prefect.batch.stopping import sigterm_as_cancellation
-from flux_prefect.reconciling import Reconciliation, reconcile
+from flux_prefect.money.reconciliation import Reconciliation, reconcile
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from flux_prefect.batch.records import read_records
 from flux_prefect.batch.report import ItemRecord
 from flux_prefect.batch.shard_runs import ShardRun, ShardRuns
 from flux_prefect.batch.shards import Shard, Split, read_rows, settled_path, shard_path, write_attempt
-from flux_prefect.batch.shares import Purse
 from flux_prefect.batch.signs import Sign, read_sign, sign_of, take_for_lost
 from flux_prefect.batch.sources import open_source
 from flux_prefect.bucket.conditional_object import Version
-from flux_prefect.budget import Amount
 from flux_prefect.errors import BucketUnavailable, FluxError, RunStopped, ShardLost
-from flux_prefect.reconciling import Reconciliation
+from flux_prefect.money.allocation import Purse
+from flux_prefect.money.budget import Amount
+from flux_prefect.money.reconciliation import Reconciliation
 from flux_prefect.settings import current_settings
 
 POLL_SECONDS = 2.0

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from flux_prefect.api.client import AimlApiClient
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.budget import Budget
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.host.spool import Experience, Spool
+from flux_prefect.money.budget import Budget
 from flux_prefect.pipeline import check_ready
 from flux_prefect.settings import current_settings
 

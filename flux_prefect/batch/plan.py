@@ -15,10 +15,10 @@ from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.finds import Finds
 from flux_prefect.batch.table import Row, Table
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
-from flux_prefect.budget import Budget, describe_credits
 from flux_prefect.concurrency import for_each
 from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError
 from flux_prefect.host.spool import Spool
+from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.seeds import with_seed
 from flux_prefect.steps import recover
 

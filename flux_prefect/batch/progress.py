@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 
 from flux_prefect.batch.plan import Plan
 from flux_prefect.batch.report import UNSUCCESSFUL, ItemRecord
-from flux_prefect.budget import describe_credits
+from flux_prefect.money.budget import describe_credits
 
 _SECONDS_BETWEEN_LINES = 30.0
 _MOST_FAILURES_TOLD = 20

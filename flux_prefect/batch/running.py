@@ -32,12 +32,12 @@ from flux_prefect.batch.stopping import run_with_grace
 from flux_prefect.batch.table import Row
 from flux_prefect.batch.tuning import tuned_interpreter
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.budget import Budget, spending_from
 from flux_prefect.concurrency import for_each, limit_threads
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import Billed, FluxError, RunStopped
 from flux_prefect.host.spool import Experience, Spool
 from flux_prefect.inline import run_inline
+from flux_prefect.money.budget import Budget, spending_from
 from flux_prefect.pipeline import StepRunner, produce_image, run_as_task
 from flux_prefect.settings import current_settings
 from flux_prefect.steps import recover

@@ -14,7 +14,7 @@ from prefect.deployments.flow_runs import arun_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling, Crashed
 
-from flux_prefect.budget import Amount
+from flux_prefect.money.budget import Amount
 
 _PAGE = 200  # the most that the server gives at once
 

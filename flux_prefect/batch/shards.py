@@ -27,14 +27,14 @@ from flux_prefect.batch.plan import Plan, PlannedBatch
 from flux_prefect.batch.records import read_records
 from flux_prefect.batch.report import ItemRecord, record_invalid, record_skipped, record_unchanged
 from flux_prefect.batch.run_names import name_source
-from flux_prefect.batch.shares import Need
 from flux_prefect.batch.table import Only, Row, Table
 from flux_prefect.batch.views import open_view
 from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
-from flux_prefect.budget import Amount, Budget, spending_from
 from flux_prefect.concurrency import for_each
 from flux_prefect.inline import run_inline
+from flux_prefect.money.allocation import Need
+from flux_prefect.money.budget import Amount, Budget, spending_from
 from flux_prefect.pipeline import produce_image
 from flux_prefect.steps import recover
 

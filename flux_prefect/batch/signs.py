@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flux_prefect.bucket.conditional_object import ConditionalObject, Version
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, ShardSuperseded
-from flux_prefect.reconciling import Reconciliation
+from flux_prefect.money.reconciliation import Reconciliation
 
 _logger = logging.getLogger(__name__)
 

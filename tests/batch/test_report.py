@@ -21,9 +21,9 @@ from flux_prefect.batch.report import (
     tabulate,
 )
 from flux_prefect.batch.table import Row
-from flux_prefect.budget import describe_credits
 from flux_prefect.errors import AnswerLost, BatchFailed, Billed, ContentFlagged, ImageGone, OutOfCredits
 from flux_prefect.host.spool import PaidCall
+from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import ImageOutcome, Production
 from flux_prefect.steps import CallOutcome
 

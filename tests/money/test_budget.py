@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.budget import Amount, Budget, Reservation
 from flux_prefect.errors import Billed, BudgetExhausted, RunStopped
+from flux_prefect.money.budget import Amount, Budget, Reservation
 
 PRICE = 200_000
 

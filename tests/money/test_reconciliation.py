@@ -17,7 +17,7 @@ from flux_prefect.api.pacing import Pacer
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import AnswerLost, Billed, ServiceError
 from flux_prefect.host.spool import PaidCall, Spool
-from flux_prefect.reconciling import MAX_PAGES, Reconciliation, reconcile
+from flux_prefect.money.reconciliation import MAX_PAGES, Reconciliation, reconcile
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.steps import generate
 

@@ -7,8 +7,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_prefect.batch.shares import Need, Purse
-from flux_prefect.budget import Amount
+from flux_prefect.money.allocation import Need, Purse
+from flux_prefect.money.budget import Amount
 
 PRICE = 100.0
 

@@ -11,9 +11,9 @@ import anyio.to_thread
 
 from flux_prefect.api.client import LOG_PAGE_ROWS, AimlApiClient
 from flux_prefect.api.models import LogEntry
-from flux_prefect.budget import describe_credits
 from flux_prefect.errors import AnswerLost, Billed, ServiceError, SpoolUnreadable
 from flux_prefect.host.spool import PaidCall, Spool
+from flux_prefect.money.budget import describe_credits
 
 MAX_PAGES = 50
 """Pages of the log that one `reconcile` reads, 5,000 rows: a quarter of what the service allows in a minute."""
