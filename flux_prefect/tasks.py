@@ -17,7 +17,7 @@ from prefect.tasks import Task
 from flux_prefect import steps
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
-from flux_prefect.caching import GENERATION, PICTURE
+from flux_prefect.cache_policies import GENERATION, PICTURE
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import Billed, FluxError, ServiceError
 from flux_prefect.host.spool import ImageFile, Spool

@@ -39,7 +39,7 @@ LAYERS = (
             "reconciling",
         )
     ),
-    ("flux_prefect.collection",),
+    ("flux_prefect.blocks",),
     ("flux_prefect.tasks",),
     ("flux_prefect.pipeline",),
     ("flux_prefect.batch",),

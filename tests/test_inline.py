@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.tasks import Task
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.caching import GENERATION
+from flux_prefect.cache_policies import GENERATION
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.inline import current_step, run_inline
 from flux_prefect.pipeline import StepRunner, run_as_task

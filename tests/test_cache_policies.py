@@ -13,7 +13,7 @@ from prefect.transactions import IsolationLevel
 from pydantic import SecretStr
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
-from flux_prefect.caching import GENERATION, PICTURE, PromptSeedCachePolicy
+from flux_prefect.cache_policies import GENERATION, PICTURE, PromptSeedCachePolicy
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.host.locks import HostLockManager
 
