@@ -23,7 +23,6 @@ from rich.text import Text
 
 from flows.publish_daily import Template, TemplateTable, add_daily_arguments, publish_daily, read_pictures
 from flux_prefect.batch.report import BatchReport
-from flux_prefect.batch.templates import USUAL_PICTURES, PictureSettings
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed, BalanceTooLow, BatchFailed, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
@@ -31,6 +30,7 @@ from flux_prefect.host.spool import Spool
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, run_to_state
+from flux_prefect.tables.templates import USUAL_PICTURES, PictureSettings
 
 Order = Literal["oldest first", "newest first"]
 

@@ -36,11 +36,11 @@ from flux_prefect.batch.report import BatchReport, ItemRecord, tabulate
 from flux_prefect.batch.run_names import name_before_plan
 from flux_prefect.batch.running import choose_density
 from flux_prefect.batch.stopping import is_to_be_cancelled
-from flux_prefect.batch.table import Only, open_table
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BatchFailed
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
+from flux_prefect.tables.table import Only, open_table
 
 Table = (
     Annotated[str, Field(title="File")]

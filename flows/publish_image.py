@@ -18,13 +18,13 @@ from prefect.states import Completed, Failed
 from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.table import explain_invalid
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.forms import BucketChoice, CredentialsChoice
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import Production, check_ready, produce_image
 from flux_prefect.seeds import with_seed
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
+from flux_prefect.tables.table import explain_invalid
 
 
 @flow(name="publish-image", flow_run_name="publish {request.label}")

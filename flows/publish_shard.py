@@ -24,10 +24,10 @@ from flux_prefect.batch.report import ItemRecord
 from flux_prefect.batch.shards import plan_shard
 from flux_prefect.batch.signs import giving_signs, sign_of
 from flux_prefect.batch.stopping import is_to_be_cancelled
-from flux_prefect.batch.table import open_table
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ShardSuperseded
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight
+from flux_prefect.tables.table import open_table
 
 
 @flow(name="publish-shard")

@@ -37,12 +37,12 @@ from flux_prefect.batch.run_names import name_before_plan
 from flux_prefect.batch.shard_runs import ShardRuns
 from flux_prefect.batch.shards import Split, adoption_of, split_batch
 from flux_prefect.batch.stopping import is_to_be_cancelled, sigterm_as_cancellation
-from flux_prefect.batch.table import Only, open_table
-from flux_prefect.batch.table import Table as Rows
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.host.spool import Experience
 from flux_prefect.shell import run_to_state
+from flux_prefect.tables.table import Only, open_table
+from flux_prefect.tables.table import Table as Rows
 
 
 def _name_run() -> str:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.parquet import MANIFEST_METADATA, load_pyarrow
-from flux_prefect.batch.records import VERSION
 from flux_prefect.batch.report import ItemRecord
 from flux_prefect.bucket.image_bucket import PublishedImage
+from flux_prefect.tables.manifest_lines import VERSION
+from flux_prefect.tables.parquet import MANIFEST_METADATA, load_pyarrow
 
 PICTURE_COLUMNS = ("sha256", "width", "height", "key", "uri", "url")
 """The fields of a record's first picture that have columns of their own; all pictures are JSON under `images`."""

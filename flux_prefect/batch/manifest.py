@@ -26,12 +26,12 @@ import anyio.to_thread
 from typing_extensions import Self
 
 from flux_prefect.batch.columns import PICTURE_COLUMNS, write_columns
-from flux_prefect.batch.parquet import has_pyarrow, load_pyarrow
-from flux_prefect.batch.records import VERSION, mend, ordered_lines
 from flux_prefect.batch.report import ItemRecord
-from flux_prefect.batch.views import open_view
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, ManifestUnwritable, TableError
+from flux_prefect.tables.file_views import open_view
+from flux_prefect.tables.manifest_lines import VERSION, mend, ordered_lines
+from flux_prefect.tables.parquet import has_pyarrow, load_pyarrow
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from rich.table import Table as Grid
 from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.finds import Finds
-from flux_prefect.batch.table import Row, Table
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.concurrency import for_each
 from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError
@@ -21,6 +20,7 @@ from flux_prefect.host.spool import Spool
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.seeds import with_seed
 from flux_prefect.steps import recover
+from flux_prefect.tables.table import Row, Table
 
 _LOOKS_AT_ONCE = 32
 _LISTED = 3000  # keys; a thousand are listed in the time of some fifteen looks

@@ -15,13 +15,13 @@ from rich.text import Text
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.plan import Plan
-from flux_prefect.batch.records import read_manifest
-from flux_prefect.batch.table import Row
 from flux_prefect.bucket.image_bucket import PublishedImage
 from flux_prefect.errors import Billed, FluxError, RunStopped
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.money.reconciliation import Reconciliation
 from flux_prefect.pipeline import ImageOutcome, Production, Status
+from flux_prefect.tables.manifest_lines import read_manifest
+from flux_prefect.tables.table import Row
 
 ItemStatus = Literal["published", "unchanged", "flagged", "skipped_budget", "failed", "invalid"]
 

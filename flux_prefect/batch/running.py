@@ -29,7 +29,6 @@ from flux_prefect.batch.report import (
     record_unchanged,
 )
 from flux_prefect.batch.stopping import run_with_grace
-from flux_prefect.batch.table import Row
 from flux_prefect.batch.tuning import tuned_interpreter
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.concurrency import for_each, limit_threads
@@ -41,6 +40,7 @@ from flux_prefect.money.budget import Budget, spending_from
 from flux_prefect.pipeline import StepRunner, produce_image, run_as_task
 from flux_prefect.settings import current_settings
 from flux_prefect.steps import recover
+from flux_prefect.tables.table import Row
 
 Density = Literal["steps", "chunks"]
 """`steps`: a task run for each step of each row, three a picture. `chunks`: one task run for a hundred rows."""

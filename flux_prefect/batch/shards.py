@@ -24,11 +24,8 @@ from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.jobs import Job
 from flux_prefect.batch.manifest import record_line
 from flux_prefect.batch.plan import Plan, PlannedBatch
-from flux_prefect.batch.records import read_records
 from flux_prefect.batch.report import ItemRecord, record_invalid, record_skipped, record_unchanged
 from flux_prefect.batch.run_names import name_source
-from flux_prefect.batch.table import Only, Row, Table
-from flux_prefect.batch.views import open_view
 from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.concurrency import for_each
@@ -37,6 +34,9 @@ from flux_prefect.money.allocation import Need
 from flux_prefect.money.budget import Amount, Budget, spending_from
 from flux_prefect.pipeline import produce_image
 from flux_prefect.steps import recover
+from flux_prefect.tables.file_views import open_view
+from flux_prefect.tables.manifest_lines import read_records
+from flux_prefect.tables.table import Only, Row, Table
 
 _PATIENCE = 30.0
 _AT_ONCE = 8

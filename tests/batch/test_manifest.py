@@ -27,11 +27,11 @@ from pydantic import PrivateAttr
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.manifest import ManifestWriter
-from flux_prefect.batch.records import mend, read_manifest
 from flux_prefect.batch.report import ItemRecord
-from flux_prefect.batch.table import Row, open_table, read_table
 from flux_prefect.errors import BucketMissing, ManifestUnwritable, TableError
 from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.tables.manifest_lines import mend, read_manifest
+from flux_prefect.tables.table import Row, open_table, read_table
 
 pyarrow = importlib.import_module("pyarrow")
 parquet = importlib.import_module("pyarrow.parquet")
@@ -439,7 +439,7 @@ _KILLED = """
 import asyncio, sys
 from pathlib import Path
 from flux_prefect.batch.manifest import ManifestWriter
-from flux_prefect.batch.records import mend
+from flux_prefect.tables.manifest_lines import mend
 from flux_prefect.batch.report import ItemRecord
 from flux_prefect.bucket.image_bucket import ImageBucket
 

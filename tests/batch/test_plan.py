@@ -10,13 +10,13 @@ from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.plan import Plan, PlannedBatch, check_balance, describe_plan, make_plan
-from flux_prefect.batch.table import Table
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BalanceTooLow, BucketAccessDenied
 from flux_prefect.host.spool import Spool
 from flux_prefect.money.budget import Budget
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.steps import download, generate
+from flux_prefect.tables.table import Table
 
 PRICE = 200_000
 

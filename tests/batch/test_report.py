@@ -20,12 +20,12 @@ from flux_prefect.batch.report import (
     record_production,
     tabulate,
 )
-from flux_prefect.batch.table import Row
 from flux_prefect.errors import AnswerLost, BatchFailed, Billed, ContentFlagged, ImageGone, OutOfCredits
 from flux_prefect.host.spool import PaidCall
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import ImageOutcome, Production
 from flux_prefect.steps import CallOutcome
+from flux_prefect.tables.table import Row
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
 REQUEST = ImageRequest(prompt="a lighthouse", seed=7)

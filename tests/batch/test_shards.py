@@ -27,10 +27,10 @@ from flux_prefect.batch.shards import (
     split_batch,
     write_attempt,
 )
-from flux_prefect.batch.table import Table, open_table
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.pipeline import produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.tables.table import Table, open_table
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

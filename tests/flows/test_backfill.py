@@ -13,10 +13,10 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.backfill import BackfillReport, backfill
 from flows.publish_daily import publish_daily
-from flux_prefect.batch.templates import PictureSettings
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed
 from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.tables.templates import PictureSettings
 
 FIRST = date(2026, 3, 1)
 SMALL = PictureSettings(aspect_ratio="1:1")

@@ -26,9 +26,9 @@ from waiting import wait_for
 
 from deployments.serve import PREFECT_FILE, read_deployments
 from flows.products_to_catalogue import products_to_catalogue
-from flux_prefect.batch.parquet import load_pyarrow
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.tables.parquet import load_pyarrow
 
 TEMPLATE = "a {{ colour }} {{ name }}"
 DAILY, BATCH, AUDIT = "publish-daily/daily", "publish-batch/on-demand", "audit-bucket/after-each-batch"

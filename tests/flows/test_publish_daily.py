@@ -18,10 +18,10 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.publish_daily import publish_daily
 from flux_prefect.batch.report import BatchReport
-from flux_prefect.batch.templates import PictureSettings
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import TemplateFailed
 from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.tables.templates import PictureSettings
 
 SUNDAY, MONDAY = date(2026, 3, 1), date(2026, 3, 2)
 SMALL = PictureSettings(aspect_ratio="1:1")

@@ -26,13 +26,13 @@ from flux_prefect.api.models import (
     SafetyTolerance,
     TextToImageModel,
 )
-from flux_prefect.batch.formats import OWN_COLUMNS, Unreadable, find_unkeepable, read_csv, read_jsonl
-from flux_prefect.batch.parquet import read_parquet
-from flux_prefect.batch.records import is_record
-from flux_prefect.batch.sources import Source, open_source
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import TemplateFailed
 from flux_prefect.seeds import draw_day_seed
+from flux_prefect.tables.formats import OWN_COLUMNS, Unreadable, find_unkeepable, read_csv, read_jsonl
+from flux_prefect.tables.manifest_lines import is_record
+from flux_prefect.tables.parquet import read_parquet
+from flux_prefect.tables.sources import Source, open_source
 
 MAX_PROMPT = 4000
 """The service's bound, in characters."""

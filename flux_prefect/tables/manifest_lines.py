@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 from typing_extensions import TypeIs
 
-from flux_prefect.batch.sources import local_source
 from flux_prefect.errors import TableError
+from flux_prefect.tables.sources import local_source
 
 VERSION = 1
 """The form of the records, in each of them under `manifest`."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flux_prefect.batch.views import open_view
+from flux_prefect.tables.file_views import open_view
 
 
 def test_what_is_appended_later_stays_out(tmp_path: Path) -> None:

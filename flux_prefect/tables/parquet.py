@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from datetime import date, datetime, time, timedelta
 from typing import Any
 
-from flux_prefect.batch.formats import Unreadable, check_header, find_unkeepable
-from flux_prefect.batch.sources import Source
 from flux_prefect.errors import TableError
+from flux_prefect.tables.formats import Unreadable, check_header, find_unkeepable
+from flux_prefect.tables.sources import Source
 
 MANIFEST_METADATA = b"flux_prefect.manifest"
 """What a manifest's schema is marked with."""

@@ -14,10 +14,10 @@ import httpx
 import pytest
 from flux_prefect.bucket.image_bucket import ImageBucket
 
-from flux_prefect.batch.sources import MAX_SOURCE_BYTES, Source, local_source, open_source
-from flux_prefect.batch.table import open_table
 from flux_prefect.errors import TableError
 from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.tables.sources import MAX_SOURCE_BYTES, Source, local_source, open_source
+from flux_prefect.tables.table import open_table
 
 TABLE = b"prompt\na\nb\n"
 SIGNED = "https://user:pass-word@files.example/prompts.csv?X-Amz-Signature=5ecret"

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.sources import local_source
-from flux_prefect.batch.table import Row, Table, open_table, read_table
 from flux_prefect.errors import TableError
+from flux_prefect.tables.sources import local_source
+from flux_prefect.tables.table import Row, Table, open_table, read_table
 
 pyarrow = importlib.import_module("pyarrow")
 parquet = importlib.import_module("pyarrow.parquet")

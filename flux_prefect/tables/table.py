@@ -15,7 +15,9 @@ from typing import Any, Literal, TypeAlias
 from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.formats import (
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.errors import TableError
+from flux_prefect.tables.formats import (
     FIELDS,
     OWN_COLUMNS,
     Unreadable,
@@ -24,11 +26,9 @@ from flux_prefect.batch.formats import (
     read_csv,
     read_jsonl,
 )
-from flux_prefect.batch.parquet import read_parquet
-from flux_prefect.batch.records import begins_with_record, is_record, read_records
-from flux_prefect.batch.sources import Source, local_source, open_source
-from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.errors import TableError
+from flux_prefect.tables.manifest_lines import begins_with_record, is_record, read_records
+from flux_prefect.tables.parquet import read_parquet
+from flux_prefect.tables.sources import Source, local_source, open_source
 
 __all__ = ["Only", "Row", "Table", "TableError", "explain_invalid", "open_table", "read_table"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.sources import Source
 from flux_prefect.errors import TableError
+from flux_prefect.tables.sources import Source
 
 FIELDS = frozenset(ImageRequest.model_fields)
 OWN_COLUMNS = FIELDS | {"id"}

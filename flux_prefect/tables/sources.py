@@ -13,9 +13,9 @@ from typing import BinaryIO, Literal
 import anyio
 import httpx
 
-from flux_prefect.batch.views import open_view
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, TableError
+from flux_prefect.tables.file_views import open_view
 
 MAX_SOURCE_BYTES = 512 * 1024 * 1024
 """The largest table that is fetched: over 100,000 of the longest prompts."""
