@@ -22,11 +22,11 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from flows.publish_daily import Template, TemplateTable, add_daily_arguments, publish_daily, read_pictures
-from flux_prefect.batch.report import BatchReport
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed, BalanceTooLow, BatchFailed, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
 from flux_prefect.host.spool import Spool
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, run_to_state

@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import AspectRatio
 from flux_prefect.batch.events import find_asset
-from flux_prefect.batch.report import BatchReport, ItemRecord
 from flux_prefect.errors import BatchFailed, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
+from flux_prefect.manifest.report import BatchReport, ItemRecord
 from flux_prefect.seeds import draw_seed
 from flux_prefect.tables.parquet import load_pyarrow
 from flux_prefect.tables.sources import open_source

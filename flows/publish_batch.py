@@ -29,16 +29,16 @@ from flux_prefect.batch.ending import announce_plan, end_batch, end_cancelled, e
 from flux_prefect.batch.events import tell_batch, tell_item
 from flux_prefect.batch.gallery import write_gallery
 from flux_prefect.batch.jobs import open_job
-from flux_prefect.batch.manifest import ManifestWriter
 from flux_prefect.batch.newest import Newest
 from flux_prefect.batch.plan import add_outlook, check_balance, make_plan, tabulate_plan
-from flux_prefect.batch.report import BatchReport, ItemRecord, tabulate
 from flux_prefect.batch.run_names import name_before_plan
 from flux_prefect.batch.running import choose_density
 from flux_prefect.batch.stopping import is_to_be_cancelled
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BatchFailed
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.manifest.report import BatchReport, ItemRecord, tabulate
+from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.tables.table import Only, open_table
 

@@ -23,9 +23,9 @@ from rich.console import Console
 
 from flows.publish_batch import publish_batch
 from flux_prefect.batch.plan import tabulate_plan
-from flux_prefect.batch.report import BatchReport, tabulate
 from flux_prefect.errors import BatchFailed
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.tables.table import explain_invalid
 from flux_prefect.tables.templates import USUAL_PICTURES, PictureSettings, render_table

@@ -28,11 +28,9 @@ from flux_prefect.batch.ending import announce_plan, end_batch, end_cancelled, e
 from flux_prefect.batch.events import tell_batch
 from flux_prefect.batch.following import Following, Pace
 from flux_prefect.batch.jobs import Job, open_job
-from flux_prefect.batch.manifest import ManifestWriter
 from flux_prefect.batch.newest import Newest
 from flux_prefect.batch.plan import PlannedBatch, add_outlook, check_balance, make_plan
 from flux_prefect.batch.progress import Progress
-from flux_prefect.batch.report import BatchReport, ItemRecord, Tally
 from flux_prefect.batch.run_names import name_before_plan
 from flux_prefect.batch.shard_runs import ShardRuns
 from flux_prefect.batch.shards import Split, adoption_of, split_batch
@@ -40,6 +38,8 @@ from flux_prefect.batch.stopping import is_to_be_cancelled, sigterm_as_cancellat
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.host.spool import Experience
+from flux_prefect.manifest.report import BatchReport, ItemRecord, Tally
+from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.shell import run_to_state
 from flux_prefect.tables.table import Only, open_table
 from flux_prefect.tables.table import Table as Rows

@@ -33,11 +33,11 @@ from flows.publish_batch import publish_batch
 from flux_prefect.api.models import AspectRatio, ImageRequest, OutputFormat, SafetyTolerance, Seed, TextToImageModel
 from flux_prefect.batch.contact_sheets import Cell, ContactSheet
 from flux_prefect.batch.plan import tabulate_plan
-from flux_prefect.batch.report import BatchReport, ItemRecord, tabulate
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BatchFailed, TooManyCombinations
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight
 from flux_prefect.host.spool import Spool
+from flux_prefect.manifest.report import BatchReport, ItemRecord, tabulate
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state

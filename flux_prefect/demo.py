@@ -24,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flux_prefect.batch.report import BatchReport
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.sandbox.launching import start_sandbox
 from flux_prefect.sandbox.ledger import Summary

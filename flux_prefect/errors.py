@@ -63,7 +63,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flows.audit_bucket import AuditReport
     from flows.backfill import BackfillReport
-    from flux_prefect.batch.report import BatchReport
+    from flux_prefect.manifest.report import BatchReport
 
 
 class Billed(str, Enum):

@@ -17,7 +17,7 @@ from leaks import KEYS
 from missing import do_without
 from team import ROOT, Team, start_team
 
-from flux_prefect.batch.report import BatchReport
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 
 PICTURES = 12

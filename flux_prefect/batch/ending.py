@@ -11,9 +11,9 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flux_prefect.batch.plan import Plan, describe_plan
 from flux_prefect.batch.progress import Logger
-from flux_prefect.batch.report import BatchReport
 from flux_prefect.batch.run_names import name_before_plan, name_planned, rename_run
 from flux_prefect.errors import BatchFailed
+from flux_prefect.manifest.report import BatchReport
 
 
 async def announce_plan(plan: Plan, source: str | Sequence[Any], logger: Logger) -> None:

@@ -20,9 +20,9 @@ from urllib.parse import quote
 import anyio.to_thread
 import jinja2
 
-from flux_prefect.batch.report import BatchReport, ItemRecord, ItemStatus
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.concurrency import for_each
+from flux_prefect.manifest.report import BatchReport, ItemRecord, ItemStatus
 
 _DOWNLOADS_AT_ONCE = 8
 

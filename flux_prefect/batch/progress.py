@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from flux_prefect.batch.plan import Plan
-from flux_prefect.batch.report import UNSUCCESSFUL, ItemRecord
+from flux_prefect.manifest.report import UNSUCCESSFUL, ItemRecord
 from flux_prefect.money.budget import describe_credits
 
 _SECONDS_BETWEEN_LINES = 30.0

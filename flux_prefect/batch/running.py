@@ -17,7 +17,15 @@ from prefect.states import Completed
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.api.pacing import Pacer
 from flux_prefect.batch.plan import Plan, PlannedBatch
-from flux_prefect.batch.report import (
+from flux_prefect.batch.stopping import run_with_grace
+from flux_prefect.batch.tuning import tuned_interpreter
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.concurrency import for_each, limit_threads
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import Billed, FluxError, RunStopped
+from flux_prefect.host.spool import Experience, Spool
+from flux_prefect.inline import run_inline
+from flux_prefect.manifest.report import (
     BatchReport,
     ItemRecord,
     Tally,
@@ -28,14 +36,6 @@ from flux_prefect.batch.report import (
     record_stopped,
     record_unchanged,
 )
-from flux_prefect.batch.stopping import run_with_grace
-from flux_prefect.batch.tuning import tuned_interpreter
-from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.concurrency import for_each, limit_threads
-from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.errors import Billed, FluxError, RunStopped
-from flux_prefect.host.spool import Experience, Spool
-from flux_prefect.inline import run_inline
 from flux_prefect.money.budget import Budget, spending_from
 from flux_prefect.pipeline import StepRunner, produce_image, run_as_task
 from flux_prefect.settings import current_settings

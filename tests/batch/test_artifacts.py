@@ -29,9 +29,9 @@ from flux_prefect.batch.artifacts import (
     write_summary,
 )
 from flux_prefect.batch.progress import Progress
-from flux_prefect.batch.report import BatchReport, ItemRecord
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.host.spool import Spool
+from flux_prefect.manifest.report import BatchReport, ItemRecord
 
 BUCKET = ImageBucket(bucket_name="images", prefix="shop", public_base_url="https://cdn.example")
 LOGGER = logging.getLogger("test_artifacts")

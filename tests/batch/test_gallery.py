@@ -20,7 +20,7 @@ from reports import make_report
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.gallery import publish_page, write_gallery, write_page
-from flux_prefect.batch.report import BatchReport, ItemRecord
+from flux_prefect.manifest.report import BatchReport, ItemRecord
 
 BUCKET = ImageBucket(bucket_name="images")
 

@@ -7,7 +7,7 @@ from pictures import pretend
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.newest import Newest
-from flux_prefect.batch.report import ItemRecord, ItemStatus
+from flux_prefect.manifest.report import ItemRecord, ItemStatus
 
 BUCKET = ImageBucket(bucket_name="images")
 

@@ -16,7 +16,6 @@ from prefect import flow
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.jobs import Job, open_job
 from flux_prefect.batch.plan import make_plan
-from flux_prefect.batch.report import ItemRecord
 from flux_prefect.batch.shards import (
     Split,
     adoption_of,
@@ -28,6 +27,7 @@ from flux_prefect.batch.shards import (
     write_attempt,
 )
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.manifest.report import ItemRecord
 from flux_prefect.pipeline import produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tables.table import Table, open_table

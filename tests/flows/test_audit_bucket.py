@@ -16,12 +16,12 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.audit_bucket import audit_bucket
 from flows.publish_batch import publish_batch
-from flux_prefect.batch.auditing import inspect_published
-from flux_prefect.batch.manifest import record_line
-from flux_prefect.batch.report import BatchReport, ItemRecord
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import AuditFailed, TableError
 from flux_prefect.host.spool import Spool
+from flux_prefect.manifest.audit import inspect_published
+from flux_prefect.manifest.report import BatchReport, ItemRecord
+from flux_prefect.manifest.writer import record_line
 from flux_prefect.sandbox.launching import RunningSandbox
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

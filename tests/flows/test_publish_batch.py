@@ -26,7 +26,6 @@ from pydantic import SecretStr
 
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.report import BatchReport
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import (
     BalanceTooLow,
@@ -36,6 +35,7 @@ from flux_prefect.errors import (
     SpoolUnwritable,
     TableError,
 )
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 
 ROOT = Path(__file__).parents[2]

@@ -17,9 +17,9 @@ from prefect.states import Scheduled
 from prefect.utilities.callables import parameter_schema
 
 from flows.publish_daily import publish_daily
-from flux_prefect.batch.report import BatchReport
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import TemplateFailed
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tables.templates import PictureSettings
 

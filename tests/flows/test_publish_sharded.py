@@ -27,9 +27,9 @@ from waiting import wait_for
 
 from flows.publish_sharded import publish_sharded
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.report import BatchReport
 from flux_prefect.batch.shards import shard_of
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 
 SHARD = "publish-shard/worker"

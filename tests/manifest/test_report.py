@@ -12,7 +12,9 @@ from reports import make_report
 from rich.console import Console
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.report import (
+from flux_prefect.errors import AnswerLost, BatchFailed, Billed, ContentFlagged, ImageGone, OutOfCredits
+from flux_prefect.host.spool import PaidCall
+from flux_prefect.manifest.report import (
     BatchReport,
     ItemRecord,
     record_failed,
@@ -20,8 +22,6 @@ from flux_prefect.batch.report import (
     record_production,
     tabulate,
 )
-from flux_prefect.errors import AnswerLost, BatchFailed, Billed, ContentFlagged, ImageGone, OutOfCredits
-from flux_prefect.host.spool import PaidCall
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import ImageOutcome, Production
 from flux_prefect.steps import CallOutcome

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flux_prefect.batch.manifest import record_line
-from flux_prefect.batch.report import BatchReport, ItemRecord, Tally
+from flux_prefect.manifest.report import BatchReport, ItemRecord, Tally
+from flux_prefect.manifest.writer import record_line
 
 
 def make_report(items: Sequence[ItemRecord], folder: Path, *, seconds: float = 1.0) -> BatchReport:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from flux_prefect.batch.report import ItemRecord
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import FluxError, RunStopped
+from flux_prefect.manifest.report import ItemRecord
 
 
 def is_open(record: ItemRecord) -> bool:

@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from pydantic import PrivateAttr
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.manifest import ManifestWriter
-from flux_prefect.batch.report import ItemRecord
 from flux_prefect.errors import BucketMissing, ManifestUnwritable, TableError
+from flux_prefect.manifest.report import ItemRecord
+from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tables.manifest_lines import mend, read_manifest
 from flux_prefect.tables.table import Row, open_table, read_table
@@ -438,9 +438,9 @@ class TestWhileItGrows:
 _KILLED = """
 import asyncio, sys
 from pathlib import Path
-from flux_prefect.batch.manifest import ManifestWriter
+from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.tables.manifest_lines import mend
-from flux_prefect.batch.report import ItemRecord
+from flux_prefect.manifest.report import ItemRecord
 from flux_prefect.bucket.image_bucket import ImageBucket
 
 async def main(folder, uri):

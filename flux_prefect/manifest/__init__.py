@@ -1,0 +1,1 @@
+"""The record of a batch: one record a row, written as the batch goes on, and the sums over them."""
