@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import AspectRatio
-from flux_prefect.batch.events import find_asset
+from flux_prefect.display.events import find_asset
 from flux_prefect.errors import BatchFailed, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
 from flux_prefect.manifest.report import BatchReport, ItemRecord

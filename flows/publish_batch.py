@@ -23,18 +23,18 @@ from pydantic import Field
 from rich.console import Console
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.artifacts import leave_artifacts
 from flux_prefect.batch.carrying import carry_through
 from flux_prefect.batch.ending import announce_plan, end_batch, end_cancelled, end_dry_run
-from flux_prefect.batch.events import tell_batch, tell_item
-from flux_prefect.batch.gallery import write_gallery
 from flux_prefect.batch.jobs import open_job
-from flux_prefect.batch.newest import Newest
 from flux_prefect.batch.plan import add_outlook, check_balance, make_plan, tabulate_plan
-from flux_prefect.batch.run_names import name_before_plan
 from flux_prefect.batch.running import choose_density
 from flux_prefect.batch.stopping import is_to_be_cancelled
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.display.artifacts import leave_artifacts
+from flux_prefect.display.events import tell_batch, tell_item
+from flux_prefect.display.gallery import write_gallery
+from flux_prefect.display.recent_records import RecentRecords
+from flux_prefect.display.run_names import name_before_plan
 from flux_prefect.errors import BatchFailed
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.manifest.report import BatchReport, ItemRecord, tabulate
@@ -101,7 +101,7 @@ async def publish_batch(
     logger = get_run_logger()
     destination = await ImageBucket.resolve(bucket)
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
-    newest = Newest()
+    newest = RecentRecords()
     async with AsyncExitStack() as cleanup:
         job = await cleanup.enter_async_context(
             open_job(destination, account, max_credits=max_credits, max_images=max_images)

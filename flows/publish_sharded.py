@@ -23,19 +23,19 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.publish_batch import Table, add_batch_arguments, read_batch_arguments, tell_end
-from flux_prefect.batch.artifacts import leave_artifacts, live_progress
 from flux_prefect.batch.ending import announce_plan, end_batch, end_cancelled, end_dry_run
-from flux_prefect.batch.events import tell_batch
 from flux_prefect.batch.following import Following, Pace
 from flux_prefect.batch.jobs import Job, open_job
-from flux_prefect.batch.newest import Newest
 from flux_prefect.batch.plan import PlannedBatch, add_outlook, check_balance, make_plan
-from flux_prefect.batch.progress import Progress
-from flux_prefect.batch.run_names import name_before_plan
 from flux_prefect.batch.shard_runs import ShardRuns
 from flux_prefect.batch.shards import Split, adoption_of, split_batch
 from flux_prefect.batch.stopping import is_to_be_cancelled, sigterm_as_cancellation
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.display.artifacts import leave_artifacts, live_progress
+from flux_prefect.display.events import tell_batch
+from flux_prefect.display.progress import Progress
+from flux_prefect.display.recent_records import RecentRecords
+from flux_prefect.display.run_names import name_before_plan
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.host.spool import Experience
 from flux_prefect.manifest.report import BatchReport, ItemRecord, Tally
@@ -110,7 +110,7 @@ async def publish_sharded(
     shared: dict[str, Any] = {"bucket": _name_bucket(bucket), "credentials": _name_credentials(credentials)}
     destination = await ImageBucket.resolve(bucket)
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
-    newest, tally = Newest(), Tally()
+    newest, tally = RecentRecords(), Tally()
     async with AsyncExitStack() as cleanup:
         prefect = await cleanup.enter_async_context(get_client())
         await _check_deployment(prefect, deployment)

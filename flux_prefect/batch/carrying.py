@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flux_prefect.api.pacing import Pacer, shared_pacer
-from flux_prefect.batch.artifacts import live_progress
 from flux_prefect.batch.jobs import Job
 from flux_prefect.batch.plan import PlannedBatch
-from flux_prefect.batch.progress import Logger, Progress, show_progress
 from flux_prefect.batch.running import Density, learn, run_batch
 from flux_prefect.batch.stopping import sigterm_as_cancellation
+from flux_prefect.display.artifacts import live_progress
+from flux_prefect.display.progress import Logger, Progress, show_progress
 from flux_prefect.manifest.report import BatchReport, ItemRecord
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.money.reconciliation import Reconciliation, reconcile

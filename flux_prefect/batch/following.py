@@ -21,11 +21,11 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import PrefectException
 
 from flux_prefect.batch.jobs import Job
-from flux_prefect.batch.progress import Logger, Progress
 from flux_prefect.batch.shard_runs import ShardRun, ShardRuns
 from flux_prefect.batch.shards import Shard, Split, read_rows, settled_path, shard_path, write_attempt
 from flux_prefect.batch.signs import Sign, read_sign, sign_of, take_for_lost
 from flux_prefect.bucket.conditional_object import Version
+from flux_prefect.display.progress import Logger, Progress
 from flux_prefect.errors import BucketUnavailable, FluxError, RunStopped, ShardLost
 from flux_prefect.manifest.merging import attribute, fail, is_open, merge_attempts
 from flux_prefect.manifest.report import ItemRecord

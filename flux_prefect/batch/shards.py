@@ -23,10 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.jobs import Job
 from flux_prefect.batch.plan import Plan, PlannedBatch
-from flux_prefect.batch.run_names import name_source
 from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.concurrency import for_each
+from flux_prefect.display.run_names import name_source
 from flux_prefect.inline import run_inline
 from flux_prefect.manifest.report import ItemRecord, record_invalid, record_skipped, record_unchanged
 from flux_prefect.manifest.writer import record_line

@@ -13,8 +13,8 @@ from prefect.artifacts import Artifact
 from prefect.utilities.callables import parameter_schema
 
 from flows.sweep_seeds import sweep_seeds
-from flux_prefect.batch.contact_sheets import MAX_DATA_URI, Cell, ContactSheet
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.display.contact_sheets import MAX_DATA_URI, Cell, ContactSheet
 from flux_prefect.errors import BatchFailed, TooManyCombinations
 from flux_prefect.sandbox.launching import RunningSandbox
 

@@ -10,7 +10,7 @@ from pictures import pretend
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.plan import Plan
-from flux_prefect.batch.progress import Progress, describe_seconds, show_progress
+from flux_prefect.display.progress import Progress, describe_seconds, show_progress
 from flux_prefect.manifest.report import ItemRecord, ItemStatus
 
 LOGGER = logging.getLogger("test_progress")

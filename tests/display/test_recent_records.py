@@ -6,7 +6,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from pictures import pretend
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.newest import Newest
+from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.manifest.report import ItemRecord, ItemStatus
 
 BUCKET = ImageBucket(bucket_name="images")
@@ -18,13 +18,13 @@ def _record(row: int, status: ItemStatus, hour: int = 0) -> ItemRecord:
     return ItemRecord(row=row, id=str(row), status=status, request=request, images=images)
 
 
-def _order(newest: Newest) -> list[int]:
+def _order(newest: RecentRecords) -> list[int]:
     return [record.row for record in newest.records()]
 
 
 def test_the_last_end_comes_first() -> None:
     """Failures in their place among the pictures."""
-    newest = Newest(3)
+    newest = RecentRecords(3)
     statuses: list[ItemStatus] = ["published", "published", "failed", "published"]
     for row, status in enumerate(statuses, start=1):
         newest.add(_record(row, status))
@@ -33,7 +33,7 @@ def test_the_last_end_comes_first() -> None:
 
 def test_what_was_there_already_comes_after_what_this_run_did() -> None:
     """By when it was published, the newest first, in whatever order it was met."""
-    newest = Newest(4)
+    newest = RecentRecords(4)
     newest.add(_record(1, "published"))
     for row, hour in ((2, 5), (3, 9), (4, 1), (5, 7)):
         newest.add(_record(row, "unchanged", hour))
@@ -42,7 +42,7 @@ def test_what_was_there_already_comes_after_what_this_run_did() -> None:
 
 def test_what_a_cap_left_out_pushes_nothing_out() -> None:
     """It has nothing to show, and comes last."""
-    newest = Newest(3)
+    newest = RecentRecords(3)
     newest.add(_record(1, "published"))
     for row in (2, 3, 4):
         newest.add(_record(row, "skipped_budget"))

@@ -28,11 +28,11 @@ from uuid import UUID
 import anyio
 from prefect.artifacts import acreate_markdown_artifact, acreate_progress_artifact, aupdate_progress_artifact
 
-from flux_prefect.batch.gallery import publish_page
-from flux_prefect.batch.newest import PAGE
-from flux_prefect.batch.progress import Logger, Progress, describe_seconds
-from flux_prefect.batch.thumbnails import make_thumbnails
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.display.gallery import publish_page
+from flux_prefect.display.progress import Logger, Progress, describe_seconds
+from flux_prefect.display.recent_records import PAGE
+from flux_prefect.display.thumbnails import make_thumbnails
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.report import UNSUCCESSFUL, BatchReport, ItemRecord, ItemStatus
 from flux_prefect.money.budget import describe_credits

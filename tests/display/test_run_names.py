@@ -10,7 +10,7 @@ from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
 from flux_prefect.batch.plan import Plan
-from flux_prefect.batch.run_names import name_before_plan, name_planned, rename_run
+from flux_prefect.display.run_names import name_before_plan, name_planned, rename_run
 
 
 def _plan(images: int, paid: int = 0) -> Plan:

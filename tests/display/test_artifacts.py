@@ -21,15 +21,15 @@ from reports import make_report
 
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.artifacts import (
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.display.artifacts import (
     leave_artifacts,
     live_progress,
     object_address,
     write_markdown_gallery,
     write_summary,
 )
-from flux_prefect.batch.progress import Progress
-from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.display.progress import Progress
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.report import BatchReport, ItemRecord
 

@@ -13,7 +13,7 @@ from pictures import answer, draw, pretend, publish
 from PIL import Image
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.thumbnails import MOST_BYTES, draw_thumbnail, make_thumbnails
+from flux_prefect.display.thumbnails import MOST_BYTES, draw_thumbnail, make_thumbnails
 from flux_prefect.errors import ImageTooLarge
 from flux_prefect.host.spool import Spool
 

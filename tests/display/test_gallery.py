@@ -19,7 +19,7 @@ from pictures import ODD, draw, pretend, publish
 from reports import make_report
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.gallery import publish_page, write_gallery, write_page
+from flux_prefect.display.gallery import publish_page, write_gallery, write_page
 from flux_prefect.manifest.report import BatchReport, ItemRecord
 
 BUCKET = ImageBucket(bucket_name="images")

@@ -13,7 +13,7 @@ PAGE = 48
 """Pictures on a page."""
 
 
-class Newest:
+class RecentRecords:
     """Keeps the newest of the records that are added as they come, at most a page of each kind.
 
     What this run made or failed at comes first, the last end foremost. Then pictures that were there already, by when

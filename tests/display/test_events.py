@@ -13,8 +13,8 @@ from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFi
 from prefect.events.schemas.events import ReceivedEvent
 
 from flows.publish_batch import publish_batch
-from flux_prefect.batch.events import BATCH_FINISHED, IMAGE_FAILED, IMAGE_PUBLISHED, find_asset
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.display.events import BATCH_FINISHED, IMAGE_FAILED, IMAGE_PUBLISHED, find_asset
 
 MATERIALIZED = "prefect.asset.materialization.succeeded"
 

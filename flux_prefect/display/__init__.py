@@ -1,0 +1,1 @@
+"""What people look at: progress, artifacts, galleries, contact sheets, run names and events."""
