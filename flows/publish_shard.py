@@ -19,14 +19,14 @@ from flux_prefect.batch.ending import end_cancelled
 from flux_prefect.batch.finds import Finds
 from flux_prefect.batch.jobs import open_job
 from flux_prefect.batch.plan import PlannedBatch
-from flux_prefect.batch.shards import plan_shard
-from flux_prefect.batch.signs import giving_signs, sign_of
 from flux_prefect.batch.stopping import is_to_be_cancelled
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ShardSuperseded
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight
 from flux_prefect.manifest.report import ItemRecord
 from flux_prefect.manifest.writer import ManifestWriter
+from flux_prefect.sharding.heartbeat import giving_signs, sign_of
+from flux_prefect.sharding.shards import plan_shard
 from flux_prefect.tables.table import open_table
 
 

@@ -24,11 +24,8 @@ from pydantic import Field
 
 from flows.publish_batch import Table, add_batch_arguments, read_batch_arguments, tell_end
 from flux_prefect.batch.ending import announce_plan, end_batch, end_cancelled, end_dry_run
-from flux_prefect.batch.following import Following, Pace
 from flux_prefect.batch.jobs import Job, open_job
 from flux_prefect.batch.plan import PlannedBatch, add_outlook, check_balance, make_plan
-from flux_prefect.batch.shard_runs import ShardRuns
-from flux_prefect.batch.shards import Split, adoption_of, split_batch
 from flux_prefect.batch.stopping import is_to_be_cancelled, sigterm_as_cancellation
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import leave_artifacts, live_progress
@@ -40,6 +37,9 @@ from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, Image
 from flux_prefect.host.spool import Experience
 from flux_prefect.manifest.report import BatchReport, ItemRecord, Tally
 from flux_prefect.manifest.writer import ManifestWriter
+from flux_prefect.sharding.runs import ShardRuns
+from flux_prefect.sharding.shards import Split, adoption_of, split_batch
+from flux_prefect.sharding.supervisor import Following, Pace
 from flux_prefect.shell import run_to_state
 from flux_prefect.tables.table import Only, open_table
 from flux_prefect.tables.table import Table as Rows

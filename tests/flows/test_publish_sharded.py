@@ -27,10 +27,10 @@ from waiting import wait_for
 
 from flows.publish_sharded import publish_sharded
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.shards import shard_of
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.sharding.shards import shard_of
 
 SHARD = "publish-shard/worker"
 LOST_AFTER = 8.0

@@ -16,7 +16,11 @@ from prefect import flow
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.jobs import Job, open_job
 from flux_prefect.batch.plan import make_plan
-from flux_prefect.batch.shards import (
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.manifest.report import ItemRecord
+from flux_prefect.pipeline import produce_image
+from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.sharding.shards import (
     Split,
     adoption_of,
     read_rows,
@@ -26,10 +30,6 @@ from flux_prefect.batch.shards import (
     split_batch,
     write_attempt,
 )
-from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.manifest.report import ItemRecord
-from flux_prefect.pipeline import produce_image
-from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tables.table import Table, open_table
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

@@ -21,9 +21,6 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import PrefectException
 
 from flux_prefect.batch.jobs import Job
-from flux_prefect.batch.shard_runs import ShardRun, ShardRuns
-from flux_prefect.batch.shards import Shard, Split, read_rows, settled_path, shard_path, write_attempt
-from flux_prefect.batch.signs import Sign, read_sign, sign_of, take_for_lost
 from flux_prefect.bucket.conditional_object import Version
 from flux_prefect.display.progress import Logger, Progress
 from flux_prefect.errors import BucketUnavailable, FluxError, RunStopped, ShardLost
@@ -33,6 +30,9 @@ from flux_prefect.money.allocation import Purse
 from flux_prefect.money.budget import Amount
 from flux_prefect.money.reconciliation import Reconciliation
 from flux_prefect.settings import current_settings
+from flux_prefect.sharding.heartbeat import Sign, read_sign, sign_of, take_for_lost
+from flux_prefect.sharding.runs import ShardRun, ShardRuns
+from flux_prefect.sharding.shards import Shard, Split, read_rows, settled_path, shard_path, write_attempt
 from flux_prefect.tables.manifest_lines import read_records
 from flux_prefect.tables.sources import open_source
 
