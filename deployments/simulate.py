@@ -19,7 +19,7 @@ from rich.table import Table
 from deployments.simulation.forecast import forecast
 from deployments.simulation.latency import LatencyError, parse_latency
 from deployments.simulation.scenario import Forecast, Scenario
-from flux_prefect.batch.running import Density
+from flux_prefect.batch.engine import Density
 from flux_prefect.money.budget import describe_credits
 
 _MINUTE = 60

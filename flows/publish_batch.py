@@ -24,11 +24,11 @@ from rich.console import Console
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.carrying import carry_through
-from flux_prefect.batch.ending import announce_plan, end_batch, end_cancelled, end_dry_run
-from flux_prefect.batch.jobs import open_job
-from flux_prefect.batch.plan import add_outlook, check_balance, make_plan, tabulate_plan
-from flux_prefect.batch.running import choose_density
-from flux_prefect.batch.stopping import is_to_be_cancelled
+from flux_prefect.batch.context import open_context
+from flux_prefect.batch.engine import choose_density
+from flux_prefect.batch.final_state import announce_plan, end_batch, end_cancelled, end_dry_run
+from flux_prefect.batch.planning import add_outlook, check_balance, make_plan, tabulate_plan
+from flux_prefect.batch.shutdown import is_to_be_cancelled
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import leave_artifacts
 from flux_prefect.display.events import tell_batch, tell_item
@@ -104,7 +104,7 @@ async def publish_batch(
     newest = RecentRecords()
     async with AsyncExitStack() as cleanup:
         job = await cleanup.enter_async_context(
-            open_job(destination, account, max_credits=max_credits, max_images=max_images)
+            open_context(destination, account, max_credits=max_credits, max_images=max_images)
         )
         table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
         planned = await make_plan(table, destination, account.base_url, job.budget, run=str(flow_run.id))

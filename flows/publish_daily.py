@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from rich.console import Console
 
 from flows.publish_batch import publish_batch
-from flux_prefect.batch.plan import tabulate_plan
+from flux_prefect.batch.planning import tabulate_plan
 from flux_prefect.errors import BatchFailed
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.manifest.report import BatchReport, tabulate

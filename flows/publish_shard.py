@@ -15,11 +15,11 @@ from prefect.states import Completed, Crashed
 from pydantic import Field
 
 from flux_prefect.batch.carrying import Carried, carry_through, resume_pace
-from flux_prefect.batch.ending import end_cancelled
-from flux_prefect.batch.finds import Finds
-from flux_prefect.batch.jobs import open_job
-from flux_prefect.batch.plan import PlannedBatch
-from flux_prefect.batch.stopping import is_to_be_cancelled
+from flux_prefect.batch.context import open_context
+from flux_prefect.batch.final_state import end_cancelled
+from flux_prefect.batch.planning import PlannedBatch
+from flux_prefect.batch.published_index import PublishedIndex
+from flux_prefect.batch.shutdown import is_to_be_cancelled
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ShardSuperseded
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight
@@ -71,10 +71,10 @@ async def publish_shard(
     told = _Told()
     async with AsyncExitStack() as cleanup:
         job = await cleanup.enter_async_context(
-            open_job(destination, account, max_credits=max_credits, max_images=max_images, prices=prices)
+            open_context(destination, account, max_credits=max_credits, max_images=max_images, prices=prices)
         )
         table = await cleanup.enter_async_context(open_table(source, bucket=destination))
-        planned = PlannedBatch(plan_shard(table, job), run, Finds(), table)
+        planned = PlannedBatch(plan_shard(table, job), run, PublishedIndex(), table)
         cleanup.callback(planned.found.close)
         manifest = ManifestWriter(destination, run, job.spool.root / "manifests", copies=None)
         pacer = resume_pace(job)

@@ -23,10 +23,10 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.publish_batch import Table, add_batch_arguments, read_batch_arguments, tell_end
-from flux_prefect.batch.ending import announce_plan, end_batch, end_cancelled, end_dry_run
-from flux_prefect.batch.jobs import Job, open_job
-from flux_prefect.batch.plan import PlannedBatch, add_outlook, check_balance, make_plan
-from flux_prefect.batch.stopping import is_to_be_cancelled, sigterm_as_cancellation
+from flux_prefect.batch.context import BatchContext, open_context
+from flux_prefect.batch.final_state import announce_plan, end_batch, end_cancelled, end_dry_run
+from flux_prefect.batch.planning import PlannedBatch, add_outlook, check_balance, make_plan
+from flux_prefect.batch.shutdown import is_to_be_cancelled, sigterm_as_cancellation
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import leave_artifacts, live_progress
 from flux_prefect.display.events import tell_batch
@@ -116,7 +116,7 @@ async def publish_sharded(
         await _check_deployment(prefect, deployment)
         resize = await _size_limit(prefect, account)
         job = await cleanup.enter_async_context(
-            open_job(destination, account, max_credits=max_credits, max_images=max_images)
+            open_context(destination, account, max_credits=max_credits, max_images=max_images)
         )
         table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
         if dry_run:
@@ -172,7 +172,7 @@ async def publish_sharded(
     return cast("BatchReport", end_batch(report, max_failed))
 
 
-async def _plan(job: Job, table: Rows, cleanup: AsyncExitStack) -> PlannedBatch:
+async def _plan(job: BatchContext, table: Rows, cleanup: AsyncExitStack) -> PlannedBatch:
     planned = await make_plan(table, job.bucket, job.account.base_url, job.budget, run=str(flow_run.id))
     cleanup.callback(planned.found.close)
     planned.plan = await add_outlook(planned.plan, job.client, job.known.seconds, job.account.max_in_flight)
@@ -228,7 +228,7 @@ def _sum_up(tally: Tally, following: Following, manifest: ManifestWriter, second
     return report if found is None else report.settle(found)
 
 
-def _learn(job: Job, report: BatchReport, following: Following) -> Experience:
+def _learn(job: BatchContext, report: BatchReport, following: Following) -> Experience:
     """What this host learns of the endpoint: the pace of all workers together. Their limits are their own."""
     seconds = job.known.seconds
     if report.billed_calls:

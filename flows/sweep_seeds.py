@@ -31,7 +31,7 @@ from rich.console import Console
 
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import AspectRatio, ImageRequest, OutputFormat, SafetyTolerance, Seed, TextToImageModel
-from flux_prefect.batch.plan import tabulate_plan
+from flux_prefect.batch.planning import tabulate_plan
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.contact_sheets import Cell, ContactSheet
 from flux_prefect.errors import BatchFailed, TooManyCombinations

@@ -30,7 +30,7 @@ from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 
 from flows.publish_batch import publish_batch
-from flux_prefect.batch.running import Density
+from flux_prefect.batch.engine import Density
 from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox
 
 BUCKET = "s3://images/chaos"

@@ -2,7 +2,7 @@
 
 Modelled:
 
-- the rows, pulled as `flux_prefect.batch.running` does: three chunks of a hundred at once, or in steps twice as many
+- the rows, pulled as `flux_prefect.batch.engine` does: three chunks of a hundred at once, or in steps twice as many
   rows as calls;
 - the in-flight limit of each run, by the rules of the real pacer: a refusal pauses and halves it as in life; and one
   limit over all runs behind it;
@@ -28,7 +28,7 @@ from deployments.simulation.clock import Clock, Places, Process, Wait
 from deployments.simulation.pacing import SimulatedPacer
 from deployments.simulation.scenario import Forecast, Scenario
 from flux_prefect.api.retrying import backoff
-from flux_prefect.batch.running import ROWS_A_CHUNK
+from flux_prefect.batch.engine import ROWS_A_CHUNK
 
 _End: TypeAlias = Literal["published", "flagged", "failed"]
 _Outcome: TypeAlias = Literal["good", "refused", "failed", "lost", "flagged"]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flux_prefect.api.pacing import Pacer, shared_pacer
-from flux_prefect.batch.jobs import Job
-from flux_prefect.batch.plan import PlannedBatch
-from flux_prefect.batch.running import Density, learn, run_batch
-from flux_prefect.batch.stopping import sigterm_as_cancellation
+from flux_prefect.batch.context import BatchContext
+from flux_prefect.batch.engine import Density, learn, run_batch
+from flux_prefect.batch.planning import PlannedBatch
+from flux_prefect.batch.shutdown import sigterm_as_cancellation
 from flux_prefect.display.artifacts import live_progress
 from flux_prefect.display.progress import Logger, Progress, show_progress
 from flux_prefect.manifest.report import BatchReport, ItemRecord
@@ -31,7 +31,7 @@ class Carried:
 
 
 async def carry_through(  # noqa: PLR0913 - keyword-only from the fourth on
-    job: Job,
+    job: BatchContext,
     planned: PlannedBatch,
     manifest: ManifestWriter,
     *,
@@ -81,7 +81,7 @@ async def carry_through(  # noqa: PLR0913 - keyword-only from the fourth on
     return Carried(report, found)
 
 
-def resume_pace(job: Job) -> Pacer:
+def resume_pace(job: BatchContext) -> Pacer:
     """The account's pacer, which begins where this host's last batch at the endpoint had ended."""
     pacer = shared_pacer(job.account.base_url, job.account.max_in_flight)
     if job.known.in_flight is not None and pacer.ceiling is None:

@@ -16,7 +16,7 @@ from prefect.assets import Asset
 from prefect.events import emit_event
 from pydantic import ValidationError
 
-from flux_prefect.batch.running import Density
+from flux_prefect.batch.engine import Density
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.manifest.report import UNSUCCESSFUL, BatchReport, ItemRecord
 

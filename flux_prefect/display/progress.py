@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from flux_prefect.batch.plan import Plan
+from flux_prefect.batch.planning import Plan
 from flux_prefect.manifest.report import UNSUCCESSFUL, ItemRecord
 from flux_prefect.money.budget import describe_credits
 

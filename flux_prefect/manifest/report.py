@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.plan import Plan
+from flux_prefect.batch.planning import Plan
 from flux_prefect.bucket.image_bucket import PublishedImage
 from flux_prefect.errors import Billed, FluxError, RunStopped
 from flux_prefect.money.budget import describe_credits

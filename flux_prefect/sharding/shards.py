@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 from pydantic import BaseModel, ConfigDict, Field
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.jobs import Job
-from flux_prefect.batch.plan import Plan, PlannedBatch
+from flux_prefect.batch.context import BatchContext
+from flux_prefect.batch.planning import Plan, PlannedBatch
 from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.concurrency import for_each
@@ -109,7 +109,7 @@ def shard_of(fingerprint: str, shards: int) -> int:
     return int(fingerprint[:8], 16) % shards
 
 
-async def split_batch(planned: PlannedBatch, job: Job, *, rows_a_shard: int) -> Split:
+async def split_batch(planned: PlannedBatch, job: BatchContext, *, rows_a_shard: int) -> Split:
     """Write the table of every shard into the bucket, and the records of rows that need none.
 
     What this host has paid for already is published here and now: no other machine has its record. Again is harmless.
@@ -188,7 +188,7 @@ async def read_rows(bucket: ImageBucket, path: str) -> Iterator[ItemRecord]:
     return (ItemRecord.model_validate(record) for record in read_records(io.BytesIO(content), path))
 
 
-def plan_shard(table: Table, job: Job) -> Plan:
+def plan_shard(table: Table, job: BatchContext) -> Plan:
     """The sums of a shard, whose rows were all looked for when the batch was planned. Asks nobody.
 
     Raises:
@@ -244,7 +244,7 @@ def _record_found(row: Row, images: Sequence[PublishedImage]) -> ItemRecord:
     return record.model_copy(update={"status": "published"}) if any(image.created for image in images) else record
 
 
-async def _publish_kept(planned: PlannedBatch, job: Job) -> None:
+async def _publish_kept(planned: PlannedBatch, job: BatchContext) -> None:
     """Publish what this host has paid for and not published yet; what that would cost anything for is left."""
     if not planned.plan.paid:
         return

@@ -20,7 +20,7 @@ import httpx
 from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import PrefectException
 
-from flux_prefect.batch.jobs import Job
+from flux_prefect.batch.context import BatchContext
 from flux_prefect.bucket.conditional_object import Version
 from flux_prefect.display.progress import Logger, Progress
 from flux_prefect.errors import BucketUnavailable, FluxError, RunStopped, ShardLost
@@ -142,7 +142,7 @@ class Following:
         prices: the most credits that a picture of each model did cost.
     """
 
-    job: Job
+    job: BatchContext
     split: Split
     runs: ShardRuns
     pace: Pace

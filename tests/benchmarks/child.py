@@ -21,7 +21,7 @@ from .processes import own_peak_memory
 READY = "ready"
 
 
-class Job(BaseModel):
+class BatchContext(BaseModel):
     """What one process does."""
 
     contestant: Name
@@ -66,7 +66,7 @@ class _Meter:
             print(usage.model_dump_json(), flush=True)
 
 
-async def _work(job: Job, meter: _Meter) -> None:
+async def _work(job: BatchContext, meter: _Meter) -> None:
     async with open_contestant(job.contestant, job.in_flight, job.prefix) as contender:
         await contender.publish(job.warm_up)
         contender.s3_calls.clear()
@@ -97,7 +97,7 @@ def main() -> None:
     meter = _Meter()
     # Before Prefect is imported, so that it comes after Prefect's own, which send what is left in its queues.
     atexit.register(meter.tell)
-    asyncio.run(_work(Job.model_validate_json(sys.stdin.readline()), meter))
+    asyncio.run(_work(BatchContext.model_validate_json(sys.stdin.readline()), meter))
 
 
 if __name__ == "__main__":

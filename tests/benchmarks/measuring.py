@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from flux_prefect.sandbox import guard
 
-from .child import Job, Usage
+from .child import BatchContext, Usage
 from .contestants import Name
 from .contestants.contender import write_table
 from .stage import Stage
@@ -83,7 +83,7 @@ def measure(
     Raises:
         RunFailed: it failed, or pictures are missing afterwards.
     """
-    job = Job(
+    job = BatchContext(
         contestant=contestant,
         in_flight=in_flight,
         prefix=batch.name,

@@ -9,7 +9,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from pictures import pretend
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.plan import Plan
+from flux_prefect.batch.planning import Plan
 from flux_prefect.display.progress import Progress, describe_seconds, show_progress
 from flux_prefect.manifest.report import ItemRecord, ItemStatus
 

@@ -9,7 +9,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
-from flux_prefect.batch.plan import Plan
+from flux_prefect.batch.planning import Plan
 from flux_prefect.display.run_names import name_before_plan, name_planned, rename_run
 
 

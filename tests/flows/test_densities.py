@@ -20,8 +20,8 @@ from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from waiting import wait_for
 
 from flows.publish_batch import publish_batch
-from flux_prefect.batch.plan import Plan
-from flux_prefect.batch.running import MOST_IN_STEPS, Density, choose_density
+from flux_prefect.batch.engine import MOST_IN_STEPS, Density, choose_density
+from flux_prefect.batch.planning import Plan
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from prefect import flow
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.jobs import Job, open_job
-from flux_prefect.batch.plan import make_plan
+from flux_prefect.batch.context import BatchContext, open_context
+from flux_prefect.batch.planning import make_plan
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.manifest.report import ItemRecord
 from flux_prefect.pipeline import produce_image
@@ -41,7 +41,7 @@ def make_table(number: int, **more: Any) -> list[dict[str, Any]]:
     return [{"id": f"row-{n}", "prompt": f"{lot} {n}", "seed": n, **more} for n in range(1, number + 1)]
 
 
-async def split(rows: list[dict[str, Any]], job: Job, *, rows_a_shard: int) -> Split:
+async def split(rows: list[dict[str, Any]], job: BatchContext, *, rows_a_shard: int) -> Split:
     """Plan a table and cut it."""
     run = uuid4().hex
     planned = await make_plan(Table(rows), job.bucket, job.account.base_url, job.budget, run=run)
@@ -66,7 +66,7 @@ async def test_every_row_is_in_one_shard_or_settled(bucket: ImageBucket, credent
     rows = make_table(40, sku="007")
     rows[3].pop("seed")
     rows += [{"id": "bad", "prompt": ""}, {**rows[7], "id": "again", "num_images": 1}, {**rows[7], "id": "once more"}]
-    async with open_job(bucket, credentials, max_credits=None, max_images=None) as job:
+    async with open_context(bucket, credentials, max_credits=None, max_images=None) as job:
         cut = await split(rows, job, rows_a_shard=10)
         shards = await read_shards(cut, bucket)
         settled = list(await read_rows(bucket, settled_path(cut.run)))
@@ -86,7 +86,7 @@ async def test_every_row_is_in_one_shard_or_settled(bucket: ImageBucket, credent
 
 async def test_a_shard_is_a_table(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
     """A run reads it like any other, and so what a later attempt is to do."""
-    async with open_job(bucket, credentials, max_credits=None, max_images=None) as job:
+    async with open_context(bucket, credentials, max_credits=None, max_images=None) as job:
         cut = await split(make_table(5), job, rows_a_shard=100)
         (rows,) = await read_shards(cut, bucket)
         again = await write_attempt(bucket, cut.run, 0, 3, rows[2:])
@@ -107,7 +107,7 @@ async def test_what_this_host_has_paid_for_is_published_at_once(
     @flow(name="pay-elsewhere-and-split")
     async def pay_and_split() -> Split:
         await produce_image(request, elsewhere, credentials)
-        async with open_job(bucket, credentials, max_credits=None, max_images=None) as job:
+        async with open_context(bucket, credentials, max_credits=None, max_images=None) as job:
             return await split([*rows, {**rows[1], "id": "again"}], job, rows_a_shard=100)
 
     cut = await pay_and_split()

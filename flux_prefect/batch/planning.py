@@ -12,7 +12,7 @@ from rich.table import Table as Grid
 
 from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.finds import Finds
+from flux_prefect.batch.published_index import PublishedIndex
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.concurrency import for_each
 from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError
@@ -79,7 +79,7 @@ class PlannedBatch:
 
     plan: Plan
     run: str
-    found: Finds
+    found: PublishedIndex
     table: Table
 
     def rows(self) -> Iterator[Row]:
@@ -114,7 +114,7 @@ async def make_plan(
     Raises:
         TableError: the table can't be read to its end.
     """
-    spool, found, wanted = Spool(), Finds(), set[str]()
+    spool, found, wanted = Spool(), PublishedIndex(), set[str]()
     keys = await _list_keys(bucket)
     rows = invalid = repeats = paid = requests = images = 0
     most_credits = 0.0

@@ -9,7 +9,7 @@ import pytest
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.plan import Plan, PlannedBatch, check_balance, describe_plan, make_plan
+from flux_prefect.batch.planning import Plan, PlannedBatch, check_balance, describe_plan, make_plan
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BalanceTooLow, BucketAccessDenied
 from flux_prefect.host.spool import Spool

@@ -12,7 +12,7 @@ from flux_prefect.bucket.image_bucket import PublishedImage
 _PICTURES = TypeAdapter(tuple[PublishedImage, ...])
 
 
-class Finds:
+class PublishedIndex:
     """The pictures of requests that are whole in the bucket, by fingerprint.
 
     On the disk, in a database without a name that is gone with this object or its process: about 1 kB a request there,

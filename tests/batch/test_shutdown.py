@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.states import Cancelled, Cancelling
 
-from flux_prefect.batch.stopping import is_to_be_cancelled, run_with_grace, sigterm_as_cancellation
+from flux_prefect.batch.shutdown import is_to_be_cancelled, run_with_grace, sigterm_as_cancellation
 
 
 class Work:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flux_prefect.batch.tuning import tuned_interpreter
+from flux_prefect.batch.interpreter import tuned_interpreter
 
 
 def test_the_interpreter_is_as_before_afterwards() -> None:

@@ -16,9 +16,9 @@ from prefect.states import Completed
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.api.pacing import Pacer
-from flux_prefect.batch.plan import Plan, PlannedBatch
-from flux_prefect.batch.stopping import run_with_grace
-from flux_prefect.batch.tuning import tuned_interpreter
+from flux_prefect.batch.interpreter import tuned_interpreter
+from flux_prefect.batch.planning import Plan, PlannedBatch
+from flux_prefect.batch.shutdown import run_with_grace
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.concurrency import for_each, limit_threads
 from flux_prefect.credentials import AimlApiCredentials

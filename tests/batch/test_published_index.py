@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 import pytest
 from flux_prefect.bucket.image_bucket import PublishedImage
 
-from flux_prefect.batch.finds import Finds
+from flux_prefect.batch.published_index import PublishedIndex
 
 
 def picture(index: int = 0, *, created: bool = False) -> PublishedImage:
@@ -34,12 +34,12 @@ def picture(index: int = 0, *, created: bool = False) -> PublishedImage:
 
 
 @pytest.fixture
-def finds() -> Finds:
+def finds() -> PublishedIndex:
     """An empty one."""
-    return Finds()
+    return PublishedIndex()
 
 
-def test_what_was_kept_comes_back_equal(finds: Finds) -> None:
+def test_what_was_kept_comes_back_equal(finds: PublishedIndex) -> None:
     """All pictures of a request, in their order, with every field."""
     pictures = (picture(0), picture(1), picture(2, created=True))
     finds.add("a", pictures)
@@ -48,7 +48,7 @@ def test_what_was_kept_comes_back_equal(finds: Finds) -> None:
     finds.close()
 
 
-def test_what_was_not_found_is_none(finds: Finds) -> None:
+def test_what_was_not_found_is_none(finds: PublishedIndex) -> None:
     """It is no error to ask."""
     finds.add("a", [picture()])
 
@@ -56,7 +56,7 @@ def test_what_was_not_found_is_none(finds: Finds) -> None:
     finds.close()
 
 
-def test_a_request_counts_once(finds: Finds) -> None:
+def test_a_request_counts_once(finds: PublishedIndex) -> None:
     """Kept again, the last counts."""
     finds.add("a", [picture(0)])
     finds.add("a", [picture(1)])
@@ -67,9 +67,9 @@ def test_a_request_counts_once(finds: Finds) -> None:
     finds.close()
 
 
-def test_two_plans_share_nothing(finds: Finds) -> None:
+def test_two_plans_share_nothing(finds: PublishedIndex) -> None:
     """Each has a database of its own."""
-    other = Finds()
+    other = PublishedIndex()
     finds.add("a", [picture()])
 
     assert other.get("a") is None
@@ -78,7 +78,7 @@ def test_two_plans_share_nothing(finds: Finds) -> None:
     finds.close()
 
 
-def test_memory_does_not_grow_with_the_requests(finds: Finds) -> None:
+def test_memory_does_not_grow_with_the_requests(finds: PublishedIndex) -> None:
     """Python keeps none of them."""
     pictures = [picture()]
     finds.add("warm", pictures)

@@ -16,13 +16,13 @@ from flux_prefect.settings import current_settings
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchContext:
     """What a batch works with, all of it proved to be usable.
 
     Attributes:
         bucket: where pictures are published.
         account: who pays, and how many calls at once.
-        client: of the account, shared by all that runs inside `open_job`.
+        client: of the account, shared by all that runs inside `open_context`.
         spool: this host's.
         known: what this host has learnt of the endpoint in earlier batches.
         budget: the caps.
@@ -37,14 +37,14 @@ class Job:
 
 
 @asynccontextmanager
-async def open_job(
+async def open_context(
     bucket: ImageBucket,
     credentials: AimlApiCredentials,
     *,
     max_credits: float | None,
     max_images: int | None,
     prices: Mapping[str, float] | None = None,
-) -> AsyncIterator[Job]:
+) -> AsyncIterator[BatchContext]:
     """Prove that bucket, account, spool and locks can be used, and hold the client open for the block.
 
     Args:
@@ -70,4 +70,4 @@ async def open_job(
         max_images=max_images,
     )
     async with credentials.open_client() as client:
-        yield Job(bucket, credentials, client, spool, known, budget)
+        yield BatchContext(bucket, credentials, client, spool, known, budget)
