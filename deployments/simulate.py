@@ -19,8 +19,8 @@ from rich.table import Table
 from deployments.simulation.forecast import forecast
 from deployments.simulation.latency import LatencyError, parse_latency
 from deployments.simulation.scenario import Forecast, Scenario
-from flux_prefect.batch.engine import Density
 from flux_prefect.money.budget import describe_credits
+from flux_prefect.pipeline import Density
 
 _MINUTE = 60
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import IO, Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
 from prefect import flow
 from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State
@@ -29,12 +28,14 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from flows.publish_batch import publish_batch
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.concurrency import for_each
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import AuditFailed, BatchFailed, FluxError, RepairImpossible, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap
 from flux_prefect.manifest.audit import Finding, check_key, find_in_spool, inspect_published, set_aside
-from flux_prefect.manifest.report import BatchReport, ItemRecord
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.tables.manifest_lines import read_records

@@ -12,8 +12,6 @@ from typing import Any, BinaryIO, cast
 
 import anyio.to_thread
 import jinja2
-from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.bucket.keys import clean_prefix
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from prefect import flow, task
 from prefect.assets import add_asset_metadata, materialize
@@ -23,10 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import AspectRatio
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.keys import clean_prefix
 from flux_prefect.display.events import find_asset
 from flux_prefect.errors import BatchFailed, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
-from flux_prefect.manifest.report import BatchReport, ItemRecord
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.seeds import draw_seed
 from flux_prefect.tables.parquet import load_pyarrow
 from flux_prefect.tables.sources import open_source

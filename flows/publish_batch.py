@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
@@ -29,6 +28,7 @@ from flux_prefect.batch.engine import choose_density
 from flux_prefect.batch.final_state import announce_plan, end_batch, end_cancelled, end_dry_run
 from flux_prefect.batch.planning import add_outlook, check_balance, make_plan, tabulate_plan
 from flux_prefect.batch.shutdown import is_to_be_cancelled
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import leave_artifacts
 from flux_prefect.display.events import tell_batch, tell_item
@@ -37,7 +37,8 @@ from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.display.run_names import name_before_plan
 from flux_prefect.errors import BatchFailed
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
-from flux_prefect.manifest.report import BatchReport, ItemRecord, tabulate
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.tables.table import Only, open_table

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 from zoneinfo import ZoneInfo
 
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from flows.publish_batch import publish_batch
 from flux_prefect.batch.planning import tabulate_plan
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BatchFailed
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.manifest.report import BatchReport, tabulate

@@ -9,7 +9,6 @@ import argparse
 import sys
 from typing import Any, cast
 
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
@@ -18,6 +17,7 @@ from prefect.states import Completed, Failed
 from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.forms import BucketChoice, CredentialsChoice
 from flux_prefect.money.budget import describe_credits

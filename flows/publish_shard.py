@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, cast
 
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
@@ -20,10 +19,11 @@ from flux_prefect.batch.final_state import end_cancelled
 from flux_prefect.batch.planning import PlannedBatch
 from flux_prefect.batch.published_index import PublishedIndex
 from flux_prefect.batch.shutdown import is_to_be_cancelled
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ShardSuperseded
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight
-from flux_prefect.manifest.report import ItemRecord
+from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.sharding.heartbeat import giving_signs, sign_of
 from flux_prefect.sharding.shards import plan_shard

@@ -13,8 +13,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, cast
 
-from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.bucket.leases import BucketLeases
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.exceptions import ObjectNotFound, TerminationSignal
@@ -27,6 +25,8 @@ from flux_prefect.batch.context import BatchContext, open_context
 from flux_prefect.batch.final_state import announce_plan, end_batch, end_cancelled, end_dry_run
 from flux_prefect.batch.planning import PlannedBatch, add_outlook, check_balance, make_plan
 from flux_prefect.batch.shutdown import is_to_be_cancelled, sigterm_as_cancellation
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.leases import BucketLeases
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import leave_artifacts, live_progress
 from flux_prefect.display.events import tell_batch
@@ -35,7 +35,8 @@ from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.display.run_names import name_before_plan
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.host.spool import Experience
-from flux_prefect.manifest.report import BatchReport, ItemRecord, Tally
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport, Tally
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.sharding.runs import ShardRuns
 from flux_prefect.sharding.shards import Split, adoption_of, split_batch

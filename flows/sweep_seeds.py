@@ -19,7 +19,6 @@ from typing import Annotated, Any, cast, get_args
 
 import anyio
 import anyio.to_thread
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect import flow
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State
@@ -32,12 +31,14 @@ from rich.console import Console
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import AspectRatio, ImageRequest, OutputFormat, SafetyTolerance, Seed, TextToImageModel
 from flux_prefect.batch.planning import tabulate_plan
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.contact_sheets import Cell, ContactSheet
 from flux_prefect.errors import BatchFailed, TooManyCombinations
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight
 from flux_prefect.host.spool import Spool
-from flux_prefect.manifest.report import BatchReport, ItemRecord, tabulate
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state

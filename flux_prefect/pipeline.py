@@ -7,7 +7,7 @@ import logging
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 from prefect.blocks.core import Block
 from prefect.tasks import Task
@@ -37,6 +37,9 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _logger = logging.getLogger(__name__)
+
+Density = Literal["steps", "chunks"]
+"""`steps`: a task run for each step of each row, three a picture. `chunks`: one task run for a hundred rows."""
 
 _LOCKS = HostLockManager()
 _GENERATE_AGAIN = generate_image.with_options(refresh_cache=True)

@@ -25,12 +25,12 @@ from typing import Any
 # Read when the tasks are imported. With pauses of 2 to 60 s, a table's last row would outlive no run.
 os.environ.setdefault("FLUX_PREFECT_RETRY_DELAY_SECONDS", "[0]")
 
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 
 from flows.publish_batch import publish_batch
-from flux_prefect.batch.engine import Density
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.pipeline import Density
 from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox
 
 BUCKET = "s3://images/chaos"

@@ -37,14 +37,14 @@ from collections.abc import Iterator  # noqa: E402 - the environment comes first
 from uuid import uuid4  # noqa: E402
 
 import pytest  # noqa: E402
-from flux_prefect.bucket.image_bucket import ImageBucket  # noqa: E402
-from leaks import API_KEY, S3_SECRET_KEY, database_files, find_leaks  # noqa: E402
-from nursery import Nursery  # noqa: E402
 from prefect.settings import get_current_settings  # noqa: E402
 from prefect.testing.utilities import prefect_test_harness  # noqa: E402
 from pydantic import SecretStr  # noqa: E402
+from support.leaks import API_KEY, S3_SECRET_KEY, database_files, find_leaks  # noqa: E402
+from support.nursery import Nursery  # noqa: E402
 
 from flux_prefect.api.models import ImageRequest  # noqa: E402
+from flux_prefect.bucket.image_bucket import ImageBucket  # noqa: E402
 from flux_prefect.credentials import AimlApiCredentials  # noqa: E402
 from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox  # noqa: E402
 

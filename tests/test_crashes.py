@@ -13,12 +13,12 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from nursery import Batch, Nursery
-from s3_proxy import Answer, Passing, open_proxy
-from waiting import wait_for
+from support.nursery import Batch, Nursery
+from support.s3_proxy import Answer, Passing, open_proxy
+from support.waiting import wait_for
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
 
 SECONDS = 60

@@ -9,13 +9,13 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
-from leaks import OTHER_API_KEY
 from prefect import flow
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from pydantic import SecretStr
+from support.leaks import OTHER_API_KEY
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import (
     BucketError,

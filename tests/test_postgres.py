@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from benchmarks.postgres import NoPostgres, Postgres, find_binaries, start_postgres
-from flux_prefect.bucket.image_bucket import ImageBucket
-from leaks import KEYS
-from missing import do_without
-from team import ROOT, Team, start_team
+from support.leaks import KEYS
+from support.missing import do_without
+from support.team import ROOT, Team, start_team
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import prefect
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.settings import FluxSettings

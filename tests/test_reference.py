@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 
 ROOT = Path(__file__).parents[1]

@@ -6,14 +6,14 @@ import logging
 from pathlib import Path
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from leaks import KEYS, OTHER_API_KEY, database_files, find_leaks
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.logging.handlers import APILogHandler
+from support.leaks import KEYS, OTHER_API_KEY, database_files, find_leaks
 
 from flows.publish_batch import publish_batch
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BatchFailed
 from flux_prefect.sandbox.launching import RunningSandbox

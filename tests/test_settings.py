@@ -8,11 +8,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.settings import PREFECT_HOME, temporary_settings
 from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import InvalidSettings
 from flux_prefect.pipeline import produce_image

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import cast
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from prefect import flow, unmapped
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from deployments.simulation.latency import Latency, Seconds
-from flux_prefect.batch.engine import Density
+from flux_prefect.pipeline import Density
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(ge=1)]

@@ -29,6 +29,10 @@ MAX_SEED = 2**32 - 1
 TextToImageModel = Literal["flux/kontext-max/text-to-image", "flux/kontext-pro/text-to-image"]
 SafetyTolerance = Literal["1", "2", "3", "4", "5", "6"]
 OutputFormat = Literal["jpeg", "png"]
+
+FILE_EXTENSIONS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
+"""File name extensions, by format."""
+
 AspectRatio = Literal["21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21"]
 
 Seed = Annotated[int, Field(ge=1, le=MAX_SEED)]

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from flux_prefect.api.pacing import Pacer, shared_pacer
 from flux_prefect.batch.context import BatchContext
-from flux_prefect.batch.engine import Density, learn, run_batch
+from flux_prefect.batch.engine import learn, run_batch
 from flux_prefect.batch.planning import PlannedBatch
 from flux_prefect.batch.shutdown import sigterm_as_cancellation
 from flux_prefect.display.artifacts import live_progress
 from flux_prefect.display.progress import Logger, Progress, show_progress
-from flux_prefect.manifest.report import BatchReport, ItemRecord
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.money.reconciliation import Reconciliation, reconcile
+from flux_prefect.pipeline import Density
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import itertools
 import resource
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -17,7 +17,7 @@ from prefect.states import Completed
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.api.pacing import Pacer
 from flux_prefect.batch.interpreter import tuned_interpreter
-from flux_prefect.batch.planning import Plan, PlannedBatch
+from flux_prefect.batch.planning import PlannedBatch
 from flux_prefect.batch.shutdown import run_with_grace
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.concurrency import for_each, limit_threads
@@ -25,10 +25,9 @@ from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import Billed, FluxError, RunStopped
 from flux_prefect.host.spool import Experience, Spool
 from flux_prefect.inline import run_inline
-from flux_prefect.manifest.report import (
-    BatchReport,
+from flux_prefect.manifest.plan import Plan
+from flux_prefect.manifest.records import (
     ItemRecord,
-    Tally,
     record_failed,
     record_invalid,
     record_production,
@@ -36,14 +35,12 @@ from flux_prefect.manifest.report import (
     record_stopped,
     record_unchanged,
 )
+from flux_prefect.manifest.report import BatchReport, Tally
 from flux_prefect.money.budget import Budget, spending_from
-from flux_prefect.pipeline import StepRunner, produce_image, run_as_task
+from flux_prefect.pipeline import Density, StepRunner, produce_image, run_as_task
 from flux_prefect.settings import current_settings
 from flux_prefect.steps import recover
 from flux_prefect.tables.table import Row
-
-Density = Literal["steps", "chunks"]
-"""`steps`: a task run for each step of each row, three a picture. `chunks`: one task run for a hundred rows."""
 
 MOST_IN_STEPS = 300
 """Rows with something to do up to which a batch runs in steps unless told: 900 task runs, which a page can show."""

@@ -9,10 +9,10 @@ from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
-from flux_prefect.batch.planning import Plan, describe_plan
 from flux_prefect.display.progress import Logger
 from flux_prefect.display.run_names import name_before_plan, name_planned, rename_run
 from flux_prefect.errors import BatchFailed
+from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.manifest.report import BatchReport
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 import string
 
-from flux_prefect.api.models import ImageRequest, OutputFormat
+from flux_prefect.api.models import FILE_EXTENSIONS, ImageRequest
 
 DEFAULT_KEY_TEMPLATE = "{fingerprint}-{index}.{extension}"
-
-EXTENSIONS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
 
 _REQUIRED = {"fingerprint", "index"}
 _ALLOWED = _REQUIRED | {"extension", "seed", "aspect_ratio", "model"}
@@ -81,7 +79,7 @@ def _render(template: str, request: ImageRequest, fingerprint: str, index: int) 
     return template.format(
         fingerprint=fingerprint,
         index=index,
-        extension=EXTENSIONS[request.output_format],
+        extension=FILE_EXTENSIONS[request.output_format],
         seed=request.seed,
         aspect_ratio=request.aspect_ratio.replace(":", "x"),
         model=request.model.replace("/", "-"),

@@ -34,7 +34,8 @@ from flux_prefect.display.progress import Logger, Progress, describe_seconds
 from flux_prefect.display.recent_records import PAGE
 from flux_prefect.display.thumbnails import make_thumbnails
 from flux_prefect.host.spool import Spool
-from flux_prefect.manifest.report import UNSUCCESSFUL, BatchReport, ItemRecord, ItemStatus
+from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord, ItemStatus
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import describe_credits
 
 UPDATE_SECONDS = 10.0

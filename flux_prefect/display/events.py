@@ -16,9 +16,10 @@ from prefect.assets import Asset
 from prefect.events import emit_event
 from pydantic import ValidationError
 
-from flux_prefect.batch.engine import Density
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
-from flux_prefect.manifest.report import UNSUCCESSFUL, BatchReport, ItemRecord
+from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord
+from flux_prefect.manifest.report import BatchReport
+from flux_prefect.pipeline import Density
 
 BATCH_FINISHED = "flux.batch.finished"
 IMAGE_PUBLISHED = "flux.image.published"

@@ -22,7 +22,8 @@ import jinja2
 
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.concurrency import for_each
-from flux_prefect.manifest.report import BatchReport, ItemRecord, ItemStatus
+from flux_prefect.manifest.records import ItemRecord, ItemStatus
+from flux_prefect.manifest.report import BatchReport
 
 _DOWNLOADS_AT_ONCE = 8
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from flux_prefect.batch.planning import Plan
-from flux_prefect.manifest.report import UNSUCCESSFUL, ItemRecord
+from flux_prefect.manifest.plan import Plan
+from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord
 from flux_prefect.money.budget import describe_credits
 
 _SECONDS_BETWEEN_LINES = 30.0

@@ -7,7 +7,7 @@ from collections import deque
 from datetime import datetime
 from itertools import chain, islice
 
-from flux_prefect.manifest.report import ItemRecord
+from flux_prefect.manifest.records import ItemRecord
 
 PAGE = 48
 """Pictures on a page."""

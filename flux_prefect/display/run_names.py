@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectException
 
-from flux_prefect.batch.planning import Plan
+from flux_prefect.manifest.plan import Plan
 
 
 def name_source(source: str | Sequence[Any]) -> str:

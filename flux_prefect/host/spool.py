@@ -21,9 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flux_prefect.api.client import MAX_PIXELS
 from flux_prefect.api.downloading import DownloadedPicture
-from flux_prefect.api.models import Generation, normalize_endpoint
+from flux_prefect.api.models import FILE_EXTENSIONS, Generation, normalize_endpoint
 from flux_prefect.api.pictures import inspect_picture
-from flux_prefect.bucket.keys import EXTENSIONS
 from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.local_files import explain, own_part, writer_of
 from flux_prefect.settings import current_settings
@@ -202,7 +201,7 @@ class Spool:
 
     def picture_path(self, generation: Generation, index: int) -> Path:
         """Where the bytes of one picture belong."""
-        extension = EXTENSIONS[generation.request.output_format]
+        extension = FILE_EXTENSIONS[generation.request.output_format]
         return self.root / "pictures" / f"{generation.fingerprint}-{index}.{extension}"
 
     def rejected_path(self, generation: Generation, index: int) -> Path:

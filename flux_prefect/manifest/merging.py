@@ -8,7 +8,7 @@ from typing import Any
 
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import FluxError, RunStopped
-from flux_prefect.manifest.report import ItemRecord
+from flux_prefect.manifest.records import ItemRecord
 
 
 def is_open(record: ItemRecord) -> bool:

@@ -4,67 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.planning import Plan
-from flux_prefect.bucket.image_bucket import PublishedImage
-from flux_prefect.errors import Billed, FluxError, RunStopped
+from flux_prefect.manifest.plan import Plan
+from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord, ItemStatus
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.money.reconciliation import Reconciliation
-from flux_prefect.pipeline import ImageOutcome, Production, Status
 from flux_prefect.tables.manifest_lines import read_manifest
-from flux_prefect.tables.table import Row
-
-ItemStatus = Literal["published", "unchanged", "flagged", "skipped_budget", "failed", "invalid"]
-
-UNSUCCESSFUL: tuple[ItemStatus, ...] = ("failed", "flagged", "invalid")
-"""The ends without pictures in the bucket that are nobody's choice."""
 
 _MOST_SHOWN = 100
-_WORST_FIRST = (Status.FAILED, Status.FLAGGED, Status.SKIPPED_BUDGET, Status.PUBLISHED, Status.UNCHANGED)
-
-
-class ItemRecord(BaseModel):
-    """What became of one row."""
-
-    model_config = ConfigDict(frozen=True)
-
-    row: int = Field(description="The row's place in the table, from 1.")
-    id: str = Field(description="The row's id.")
-    status: ItemStatus = Field(
-        description=(
-            "published by this run, unchanged since before, flagged by the service, skipped_budget as it did not fit "
-            "under the cap, failed, or an invalid row."
-        )
-    )
-    request: ImageRequest | None = Field(description="The request with its seed; None for an invalid row.")
-    images: tuple[PublishedImage, ...] = Field(default=(), description="The pictures in the bucket.")
-    error: str | None = Field(default=None, description="The class of the first error.")
-    message: str | None = Field(default=None, description="What happened and what to do.")
-    calls: int = Field(default=0, description="Calls sent by this run, unbilled ones among them.")
-    billed_calls: int = Field(default=0, description="Calls of this run that were billed for certain.")
-    unbilled_calls: int = Field(default=0, description="Calls of this run that cost nothing for certain.")
-    unpriced_calls: int = Field(default=0, description="Billed calls whose cost the service did not say.")
-    credits_used: float = Field(default=0, description="What the service said that they cost, in credits.")
-    regenerated: bool = Field(default=False, description="Paid for anew because a cached answer's URL had died.")
-    refetched: int = Field(default=0, description="Pictures fetched anew because the cached file was gone.")
-    billed_and_lost: tuple[str, ...] = Field(
-        default=(), description="Request ids of calls that were billed and brought nothing."
-    )
-    possibly_billed: tuple[str, ...] = Field(
-        default=(),
-        description="Request ids of calls whose answer was lost, in this run or an earlier one of this host.",
-    )
-    carried: dict[str, Any] = Field(default_factory=dict, description="The row's other columns.")
-    run: str | None = Field(default=None, description="Prefect's id of the flow run.")
 
 
 class BatchReport(BaseModel):
@@ -241,94 +195,3 @@ def tabulate(report: BatchReport) -> Table:
 def _tell_hidden(report: BatchReport) -> str:
     hidden = 0 if report.rows <= _MOST_SHOWN else report.rows - min(report.unsuccessful, _MOST_SHOWN)
     return f"{hidden:,} more in the manifest" if hidden else ""
-
-
-def record_invalid(row: Row) -> ItemRecord:
-    """The record of a row that is no request."""
-    return ItemRecord(
-        row=row.number,
-        id=row.id,
-        status="invalid",
-        request=None,
-        error="InvalidRow",
-        message=row.error,
-        carried=row.carried,
-    )
-
-
-def record_unchanged(row: Row, images: Sequence[PublishedImage]) -> ItemRecord:
-    """The record of a row whose pictures were all there when the batch was planned."""
-    return ItemRecord(
-        row=row.number, id=row.id, status="unchanged", request=row.request, images=tuple(images), carried=row.carried
-    )
-
-
-def record_skipped(row: Row) -> ItemRecord:
-    """The record of a row that did not fit under the cap any more."""
-    return ItemRecord(
-        row=row.number,
-        id=row.id,
-        status="skipped_budget",
-        request=row.request,
-        error="BudgetExhausted",
-        message="Not sent: the cap is reached. The next run picks it up.",
-        carried=row.carried,
-    )
-
-
-def record_stopped(row: Row, reason: FluxError) -> ItemRecord:
-    """The record of a row that was not tried: the run was told to end, or an earlier row failed for all of them."""
-    return ItemRecord(
-        row=row.number,
-        id=row.id,
-        status="failed",
-        request=row.request,
-        error=type(reason).__name__,
-        message=(
-            reason.message
-            if isinstance(reason, RunStopped)
-            else f"Not sent, as an earlier row failed for a reason that all rows share: {reason.message}"
-        ),
-        carried=row.carried,
-    )
-
-
-def record_failed(row: Row, request: ImageRequest, error: Exception) -> ItemRecord:
-    """The record of a row whose work ended with an exception."""
-    return ItemRecord(
-        row=row.number,
-        id=row.id,
-        status="failed",
-        request=request,
-        error=type(error).__name__,
-        message=str(error) or repr(error),
-        carried=row.carried,
-    )
-
-
-def record_production(row: Row, production: Production) -> ItemRecord:
-    """The record of a row whose request was carried through, to whatever end."""
-    error = production.error
-    return ItemRecord(
-        row=row.number,
-        id=row.id,
-        status=_worst(production.images).value,
-        request=production.request,
-        images=tuple(outcome.image for outcome in production.images if outcome.image is not None),
-        error=None if error is None else type(error).__name__,
-        message=None if error is None else error.message,
-        calls=len(production.calls),
-        billed_calls=sum(call.billed is Billed.YES for call in production.calls),
-        unbilled_calls=production.unbilled_calls,
-        unpriced_calls=production.unpriced_calls,
-        credits_used=production.credits_used,
-        regenerated=production.regenerated,
-        refetched=production.refetched,
-        billed_and_lost=tuple(c.client_request_id for c in production.open_calls if c.billed is Billed.YES),
-        possibly_billed=tuple(c.client_request_id for c in production.open_calls if c.billed is Billed.UNKNOWN),
-        carried=row.carried,
-    )
-
-
-def _worst(outcomes: list[ImageOutcome]) -> Status:
-    return min((outcome.status for outcome in outcomes), key=_WORST_FIRST.index)

@@ -28,7 +28,7 @@ from typing_extensions import Self
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, ManifestUnwritable, TableError
 from flux_prefect.manifest.parquet import PICTURE_COLUMNS, write_columns
-from flux_prefect.manifest.report import ItemRecord
+from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.tables.file_views import open_view
 from flux_prefect.tables.manifest_lines import VERSION, mend, ordered_lines
 from flux_prefect.tables.parquet import has_pyarrow, load_pyarrow

@@ -22,13 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.context import BatchContext
-from flux_prefect.batch.planning import Plan, PlannedBatch
+from flux_prefect.batch.planning import PlannedBatch
 from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.concurrency import for_each
 from flux_prefect.display.run_names import name_source
 from flux_prefect.inline import run_inline
-from flux_prefect.manifest.report import ItemRecord, record_invalid, record_skipped, record_unchanged
+from flux_prefect.manifest.plan import Plan
+from flux_prefect.manifest.records import ItemRecord, record_invalid, record_skipped, record_unchanged
 from flux_prefect.manifest.writer import record_line
 from flux_prefect.money.allocation import Need
 from flux_prefect.money.budget import Amount, Budget, spending_from

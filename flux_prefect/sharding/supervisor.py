@@ -25,7 +25,7 @@ from flux_prefect.bucket.conditional_object import Version
 from flux_prefect.display.progress import Logger, Progress
 from flux_prefect.errors import BucketUnavailable, FluxError, RunStopped, ShardLost
 from flux_prefect.manifest.merging import attribute, fail, is_open, merge_attempts
-from flux_prefect.manifest.report import ItemRecord
+from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.money.allocation import Purse
 from flux_prefect.money.budget import Amount
 from flux_prefect.money.reconciliation import Reconciliation

@@ -6,13 +6,14 @@ from unittest.mock import AsyncMock
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.planning import Plan, PlannedBatch, check_balance, describe_plan, make_plan
+from flux_prefect.batch.planning import PlannedBatch, check_balance, make_plan
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BalanceTooLow, BucketAccessDenied
 from flux_prefect.host.spool import Spool
+from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.money.budget import Budget
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.steps import download, generate

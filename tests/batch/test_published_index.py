@@ -6,9 +6,9 @@ import tracemalloc
 from datetime import datetime, timezone
 
 import pytest
-from flux_prefect.bucket.image_bucket import PublishedImage
 
 from flux_prefect.batch.published_index import PublishedIndex
+from flux_prefect.bucket.image_bucket import PublishedImage
 
 
 def picture(index: int = 0, *, created: bool = False) -> PublishedImage:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from rich.console import Console
+
+from flux_prefect.bucket.image_bucket import ImageBucket
 
 from .contestants.contender import BUCKET, write_table
 from .hosts import ROOT, Host, deploy_shard, descendants, own_environment

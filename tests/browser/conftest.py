@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from missing import do_without
 from playwright.async_api import BrowserContext, Page
-from team import Team
+from support.missing import do_without
+from support.team import Team
 
 from flux_prefect.sandbox.launching import RunningSandbox
 

@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 import anyio.to_thread
-from flux_prefect.bucket.image_bucket import ImageBucket
 from PIL import Image
 from playwright.async_api import Locator
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from team import ROOT, Team
+from support.team import ROOT, Team
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox
 

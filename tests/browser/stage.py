@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flux_prefect.bucket.image_bucket import ImageBucket
-from team import Team, start_team
+from support.team import Team, start_team
 
 from deployments.serve import PREFECT_FILE
+from flux_prefect.bucket.image_bucket import ImageBucket
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from uuid import uuid4
 import anyio.to_thread
 import pytest
 import pytest_asyncio
-from flux_prefect.bucket.image_bucket import ImageBucket
-from leaks import OTHER_API_KEY
 from playwright.async_api import Locator, Page, expect
 from prefect.blocks.core import Block
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from team import Team
+from support.leaks import OTHER_API_KEY
+from support.team import Team
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 

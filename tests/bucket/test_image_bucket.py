@@ -12,16 +12,16 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
 from PIL import Image
 from prefect.blocks.core import Block
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
-from s3_proxy import Answer, Passing, open_proxy
+from support.s3_proxy import Answer, Passing, open_proxy
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
 from flux_prefect.errors import (
     BucketAccessDenied,
     BucketError,

@@ -3,11 +3,11 @@ from __future__ import annotations
 import string
 
 import pytest
-from flux_prefect.bucket.keys import check_key_template, clean_prefix, object_key, sidecar_key
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.keys import check_key_template, clean_prefix, object_key, sidecar_key
 
 FINGERPRINT = "0123456789abcdef" * 2
 REQUEST = ImageRequest(prompt="a lighthouse", seed=7)

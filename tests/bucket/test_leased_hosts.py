@@ -16,11 +16,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from nursery import Batch, Nursery
 from pydantic import SecretStr
-from waiting import wait_for
+from support.nursery import Batch, Nursery
+from support.waiting import wait_for
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
 
 SECONDS = 5

@@ -11,14 +11,14 @@ from typing import Any
 
 import anyio
 import pytest
+from prefect import flow
+from pydantic import ValidationError
+from support.s3_proxy import Answer, Passing, Proxy, open_proxy
+
+from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.conditional_object import ConditionalObject, Version
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases, Lease, LeaseRecord, current_lease, read_clock
-from prefect import flow
-from pydantic import ValidationError
-from s3_proxy import Answer, Passing, Proxy, open_proxy
-
-from flux_prefect.api.models import ImageRequest
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import (
     Billed,

@@ -10,17 +10,17 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from pictures import ODD, draw, pretend, publish
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from reports import make_report
+from support.images import ODD, draw, pretend, publish
+from support.reports import make_report
 
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import (
     leave_artifacts,
@@ -31,7 +31,8 @@ from flux_prefect.display.artifacts import (
 )
 from flux_prefect.display.progress import Progress
 from flux_prefect.host.spool import Spool
-from flux_prefect.manifest.report import BatchReport, ItemRecord
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport
 
 BUCKET = ImageBucket(bucket_name="images", prefix="shop", public_base_url="https://cdn.example")
 LOGGER = logging.getLogger("test_artifacts")

@@ -7,12 +7,12 @@ from collections import Counter
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.client.orchestration import get_client
 from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.events.schemas.events import ReceivedEvent
 
 from flows.publish_batch import publish_batch
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.events import BATCH_FINISHED, IMAGE_FAILED, IMAGE_PUBLISHED, find_asset
 

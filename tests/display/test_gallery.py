@@ -14,13 +14,14 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from pictures import ODD, draw, pretend, publish
-from reports import make_report
+from support.images import ODD, draw, pretend, publish
+from support.reports import make_report
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.display.gallery import publish_page, write_gallery, write_page
-from flux_prefect.manifest.report import BatchReport, ItemRecord
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport
 
 BUCKET = ImageBucket(bucket_name="images")
 

@@ -5,13 +5,13 @@ import logging
 import sys
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from pictures import pretend
+from support.images import pretend
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.planning import Plan
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.display.progress import Progress, describe_seconds, show_progress
-from flux_prefect.manifest.report import ItemRecord, ItemStatus
+from flux_prefect.manifest.plan import Plan
+from flux_prefect.manifest.records import ItemRecord, ItemStatus
 
 LOGGER = logging.getLogger("test_progress")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from flux_prefect.bucket.image_bucket import ImageBucket
-from pictures import pretend
+from support.images import pretend
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.display.recent_records import RecentRecords
-from flux_prefect.manifest.report import ItemRecord, ItemStatus
+from flux_prefect.manifest.records import ItemRecord, ItemStatus
 
 BUCKET = ImageBucket(bucket_name="images")
 

@@ -9,8 +9,8 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
-from flux_prefect.batch.planning import Plan
 from flux_prefect.display.run_names import name_before_plan, name_planned, rename_run
+from flux_prefect.manifest.plan import Plan
 
 
 def _plan(images: int, paid: int = 0) -> Plan:

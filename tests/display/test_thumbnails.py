@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from pictures import answer, draw, pretend, publish
 from PIL import Image
+from support.images import answer, draw, pretend, publish
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.display.thumbnails import MOST_BYTES, draw_thumbnail, make_thumbnails
 from flux_prefect.errors import ImageTooLarge
 from flux_prefect.host.spool import Spool

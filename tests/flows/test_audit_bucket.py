@@ -10,17 +10,18 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
-from nursery import Nursery
 from prefect.utilities.callables import parameter_schema
+from support.nursery import Nursery
 
 from flows.audit_bucket import audit_bucket
 from flows.publish_batch import publish_batch
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import AuditFailed, TableError
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.audit import inspect_published
-from flux_prefect.manifest.report import BatchReport, ItemRecord
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.manifest.writer import record_line
 from flux_prefect.sandbox.launching import RunningSandbox
 

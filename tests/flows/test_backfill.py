@@ -7,12 +7,12 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from nursery import Nursery
 from prefect.utilities.callables import parameter_schema
+from support.nursery import Nursery
 
 from flows.backfill import BackfillReport, backfill
 from flows.publish_daily import publish_daily
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed
 from flux_prefect.sandbox.launching import RunningSandbox

@@ -12,18 +12,19 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from nursery import Nursery
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-from waiting import wait_for
+from support.nursery import Nursery
+from support.waiting import wait_for
 
 from flows.publish_batch import publish_batch
-from flux_prefect.batch.engine import MOST_IN_STEPS, Density, choose_density
-from flux_prefect.batch.planning import Plan
+from flux_prefect.batch.engine import MOST_IN_STEPS, choose_density
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.host.spool import Spool
+from flux_prefect.manifest.plan import Plan
+from flux_prefect.pipeline import Density
 from flux_prefect.sandbox.launching import RunningSandbox
 
 DENSITIES: tuple[Density, ...] = ("steps", "chunks")

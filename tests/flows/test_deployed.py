@@ -12,11 +12,11 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
 
 ROOT = Path(__file__).parents[2]

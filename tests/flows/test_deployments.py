@@ -15,17 +15,17 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun, State
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Pending
 from ruamel.yaml import YAML
-from team import ROOT, Team, start_team
-from waiting import wait_for
+from support.team import ROOT, Team, start_team
+from support.waiting import wait_for
 
 from deployments.serve import PREFECT_FILE, read_deployments
 from flows.products_to_catalogue import products_to_catalogue
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tables.parquet import load_pyarrow

@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from uuid import uuid4
 
-from flux_prefect.bucket.image_bucket import ImageBucket
-from nursery import Nursery
+from support.nursery import Nursery
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox
 

@@ -16,16 +16,16 @@ from uuid import uuid4
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.compat import HTTPHeaders
-from flux_prefect.bucket.image_bucket import ImageBucket
-from nursery import Nursery
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError
 from prefect.utilities.callables import parameter_schema
 from pydantic import SecretStr
+from support.nursery import Nursery
 
 from flows.publish_batch import publish_batch
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import (
     BalanceTooLow,

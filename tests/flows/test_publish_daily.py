@@ -7,16 +7,16 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from nursery import Nursery
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ParameterTypeError
 from prefect.flow_engine import run_flow_async
 from prefect.states import Scheduled
 from prefect.utilities.callables import parameter_schema
+from support.nursery import Nursery
 
 from flows.publish_daily import publish_daily
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import TemplateFailed
 from flux_prefect.manifest.report import BatchReport

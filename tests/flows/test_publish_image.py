@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from nursery import Nursery
 from prefect.utilities.callables import parameter_schema
+from support.nursery import Nursery
 
 from flows.publish_image import publish_image
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import RequestRefused
 from flux_prefect.sandbox.launching import RunningSandbox

@@ -18,15 +18,15 @@ from uuid import uuid4
 
 import pytest
 from benchmarks.hosts import Host, deploy_shard, own_environment
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelling
 from pydantic import SecretStr
-from team import ROOT, Team
-from waiting import wait_for
+from support.team import ROOT, Team
+from support.waiting import wait_for
 
 from flows.publish_sharded import publish_sharded
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox

@@ -13,14 +13,14 @@ from uuid import uuid4
 
 import pytest
 from benchmarks.prefect_server import start_prefect
-from flux_prefect.bucket.image_bucket import ImageBucket
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
-from waiting import wait_for
+from support.waiting import wait_for
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
 
 ROOT = Path(__file__).parents[2]

@@ -14,14 +14,14 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from nursery import Batch, Nursery
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
-from waiting import wait_for
+from support.nursery import Batch, Nursery
+from support.waiting import wait_for
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.shell import INTERRUPTED

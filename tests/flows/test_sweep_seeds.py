@@ -6,13 +6,13 @@ import io
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
-from nursery import Nursery
 from PIL import Image
 from prefect.artifacts import Artifact
 from prefect.utilities.callables import parameter_schema
+from support.nursery import Nursery
 
 from flows.sweep_seeds import sweep_seeds
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.contact_sheets import MAX_DATA_URI, Cell, ContactSheet
 from flux_prefect.errors import BatchFailed, TooManyCombinations

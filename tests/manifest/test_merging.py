@@ -6,14 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import FluxError
 from flux_prefect.manifest.merging import attribute, fail, fold, is_open, merge_attempts
-from flux_prefect.manifest.report import ItemRecord, ItemStatus
+from flux_prefect.manifest.records import ItemRecord, ItemStatus
 
 SUMS = ("calls", "billed_calls", "unbilled_calls", "unpriced_calls", "credits_used", "refetched")
 

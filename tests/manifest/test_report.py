@@ -7,21 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flux_prefect.bucket.image_bucket import PublishedImage
-from reports import make_report
 from rich.console import Console
+from support.reports import make_report
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import PublishedImage
 from flux_prefect.errors import AnswerLost, BatchFailed, Billed, ContentFlagged, ImageGone, OutOfCredits
 from flux_prefect.host.spool import PaidCall
-from flux_prefect.manifest.report import (
-    BatchReport,
-    ItemRecord,
-    record_failed,
-    record_invalid,
-    record_production,
-    tabulate,
-)
+from flux_prefect.manifest.records import ItemRecord, record_failed, record_invalid, record_production
+from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import ImageOutcome, Production
 from flux_prefect.steps import CallOutcome

@@ -20,14 +20,14 @@ from typing import Any, ClassVar
 
 import anyio
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import PrivateAttr
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import BucketMissing, ManifestUnwritable, TableError
-from flux_prefect.manifest.report import ItemRecord
+from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tables.manifest_lines import mend, read_manifest

@@ -9,9 +9,9 @@ from uuid import uuid4
 
 import anyio
 import pytest
+
 from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket
-
 from flux_prefect.errors import BucketUnavailable, ShardSuperseded
 from flux_prefect.sharding.heartbeat import Sign, giving_signs, read_sign, sign_of, take_for_lost
 

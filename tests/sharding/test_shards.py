@@ -8,7 +8,6 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect import flow
@@ -16,8 +15,9 @@ from prefect import flow
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.context import BatchContext, open_context
 from flux_prefect.batch.planning import make_plan
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.manifest.report import ItemRecord
+from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.pipeline import produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.sharding.shards import (

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from flux_prefect.bucket.image_bucket import ImageBucket
 
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import TableError
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tables.sources import MAX_SOURCE_BYTES, Source, local_source, open_source

@@ -21,7 +21,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 POOL = "images"
 
 

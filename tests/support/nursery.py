@@ -20,7 +20,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Batch:

@@ -8,10 +8,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from uuid import uuid4
 
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
 from PIL import Image
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
 from flux_prefect.host.spool import ImageFile
 
 ENDPOINT = "http://127.0.0.1:9"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flux_prefect.manifest.report import BatchReport, ItemRecord, Tally
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport, Tally
 from flux_prefect.manifest.writer import record_line
 
 

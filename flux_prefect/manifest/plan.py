@@ -1,0 +1,71 @@
+"""The sums of a plan: what a batch is going to do and what it can cost at most."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flux_prefect.money.budget import describe_credits
+
+
+class Plan(BaseModel):
+    """The sums of a plan."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: int = Field(description="Rows of the table.")
+    invalid: int = Field(description="Rows that are no requests.")
+    published: int = Field(description="Rows whose pictures are all in the bucket: they cost nothing.")
+    repeats: int = Field(description="Rows that ask for what an earlier row asks for: paid for once.")
+    paid: int = Field(description="Rows whose pictures were paid for by this host and only need publishing.")
+    requests: int = Field(description="Calls to be paid for, at most.")
+    images: int = Field(description="Pictures to be paid for, at most.")
+    most_credits: float = Field(description="What those calls cost at most, in credits, unless prices have risen.")
+    max_credits: float | None = Field(description="The cap, in credits.")
+    max_images: int | None = Field(description="The cap, in pictures paid for.")
+    balance: float | None = Field(
+        default=None, description="What the account has, in credits, where the service tells."
+    )
+    seconds: float | None = Field(
+        default=None, description="How long it takes at the pace of the last batch; None for the first."
+    )
+
+    @property
+    def spendable(self) -> float:
+        """The most that this batch can cost under its cap, in credits."""
+        return self.most_credits if self.max_credits is None else min(self.most_credits, self.max_credits)
+
+    def summary(self) -> str:
+        """One line: what there is to do and what it costs."""
+        known = {
+            "already there": self.published,
+            "paid for and to be published": self.paid,
+            "repeated in the table": self.repeats,
+            "invalid": self.invalid,
+        }
+        told = "".join(f", {number} {name}" for name, number in known.items() if number)
+        line = f"{self.rows} rows: {self.requests} to generate{told}; at most {describe_credits(self.most_credits)}"
+        if self.spendable < self.most_credits:
+            line += f", capped at {describe_credits(self.spendable)}"
+        return line
+
+
+def describe_plan(plan: Plan) -> dict[str, str]:
+    """The plan's sums with their names, for people."""
+    described = {
+        "rows": f"{plan.rows:,}",
+        "invalid rows": f"{plan.invalid:,}",
+        "already published": f"{plan.published:,}",
+        "paid for, to be published": f"{plan.paid:,}",
+        "repeated in the table": f"{plan.repeats:,}",
+        "to generate": f"{plan.requests:,} requests, {plan.images:,} pictures",
+        "at most": describe_credits(plan.most_credits),
+    }
+    if plan.max_credits is not None:
+        described["cap"] = describe_credits(plan.max_credits)
+    if plan.max_images is not None:
+        described["cap in pictures"] = f"{plan.max_images:,}"
+    if plan.balance is not None:
+        described["the account has"] = describe_credits(plan.balance)
+    if plan.seconds is not None:
+        described["time at the last pace"] = f"{plan.seconds:,.0f} s"
+    return described
