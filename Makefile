@@ -19,13 +19,13 @@ REFERENCE := build/reference
 help: ## List what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(READY) ## Publish a dozen pictures to a local S3 server, twice; ARGS=--serve keeps the pages up
+demo: $(READY) ## Publish a dozen images to a local S3 server, twice; ARGS=--serve keeps the pages up
 	@$(RUN) -m flux_prefect.demo $(ARGS)
 
 test: $(READY) ## Run the tests; ARGS are pytest's
 	@$(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-chaos: $(READY) ## Kill a batch of 200 pictures 200 times and look at what is left (some ten minutes)
+chaos: $(READY) ## Kill a batch of 200 images 200 times and look at what is left (some ten minutes)
 	@PYTHONPATH=. $(RUN) tests/chaos.py $(ARGS)
 
 bench: $(READY) ## Measure what the project costs (ten to fifteen minutes); ARGS=--help
@@ -35,7 +35,7 @@ reference: $(READY) ## Build the API reference from the docstrings: build/refere
 	@$(RUN) -m pdoc --docformat google --no-show-source --template-directory .pdoc \
 		--output-directory $(REFERENCE) $(PUBLIC)
 
-screenshots: $(READY) ## Make the README's pictures anew from the running UI; needs chromium
+screenshots: $(READY) ## Make the README's images anew from the running UI; needs chromium
 	@PYTHONPATH=tests $(RUN) -m browser.screenshots
 
 lint: $(READY) ## Check style and types

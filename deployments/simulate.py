@@ -52,18 +52,18 @@ def tabulate_forecast(scenario: Scenario, result: Forecast) -> Table:
     table.add_column("", justify="right")
     asked = sum(result.s3_requests.values())
     told = {
-        "pictures": f"{scenario.images:,}",
+        "images": f"{scenario.images:,}",
         "runs": f"{len(scenario.shards()):,}, at most {scenario.workers} at a time",
         "published": f"{result.published:,}",
         "flagged": f"{result.flagged:,}",
         "failed": f"{result.failed:,}",
         "time": _describe_time(result.seconds),
-        "pictures a second": f"{result.published / result.seconds:.2f}" if result.seconds else "",
+        "images a second": f"{result.published / result.seconds:.2f}" if result.seconds else "",
         "calls": f"{result.calls:,}, {result.billed_calls:,} billed, {result.refused_calls:,} refused",
         "cost": describe_credits(result.credits),
         "calls at once, on average": f"{result.mean_in_flight:.1f}",
         "CPU of the busiest run": f"{100 * result.busiest_cpu:.0f} % of a core",
-        "S3 requests": f"{asked:,}" + (f", {asked / scenario.images:.1f} a picture" if scenario.images else ""),
+        "S3 requests": f"{asked:,}" + (f", {asked / scenario.images:.1f} an image" if scenario.images else ""),
         **{f"  {operation}": f"{count:,}" for operation, count in result.s3_requests.items()},
     }
     for name, value in told.items():

@@ -46,14 +46,14 @@ _MOST_TOLD = 100
 Mended = Literal["put back from the spool", "published again"]
 
 
-class AuditedPicture(BaseModel):
-    """A picture that was not as the manifest says, and what became of it."""
+class AuditedImage(BaseModel):
+    """An image that was not as the manifest says, and what became of it."""
 
     model_config = ConfigDict(frozen=True)
 
     row: int = Field(description="The row's place in the table, from 1.")
     id: str = Field(description="The row's id.")
-    key: str = Field(description="The picture's key.")
+    key: str = Field(description="The image's key.")
     finding: Finding = Field(description="What was found.")
     mended: Mended | None = Field(default=None, description="How it came back; None where it did not.")
     message: str = Field(default="", description="What differs, or why it did not come back.")
@@ -64,38 +64,38 @@ class AuditReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    counts: dict[Finding, int] = Field(description="How many pictures were found so.")
+    counts: dict[Finding, int] = Field(description="How many images were found so.")
     mended: dict[Mended, int] = Field(default_factory=dict, description="How many came back so.")
     unpublished: int = Field(
-        default=0, description="Rows for which the manifest has no picture. They are not looked for."
+        default=0, description="Rows for which the manifest has no image. They are not looked for."
     )
-    problems: tuple[AuditedPicture, ...] = Field(
+    problems: tuple[AuditedImage, ...] = Field(
         default=(), description="The first hundred that were not ok, those that still are not before the others."
     )
     batch: BatchReport | None = Field(default=None, description="Of what was generated again; with its own manifest.")
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """How many were looked at."""
         return sum(self.counts.values())
 
     @property
     def still_wrong(self) -> int:
         """How many are not as the manifest says, and did not come back."""
-        return self.pictures - self.counts.get("ok", 0) - sum(self.mended.values())
+        return self.images - self.counts.get("ok", 0) - sum(self.mended.values())
 
     def summary(self) -> str:
         """One line: what was found, what came back, what it cost."""
         found = ", ".join(f"{number:,} {finding}" for finding, number in sorted(self.counts.items(), key=_ok_first))
-        line = f"{self.pictures:,} pictures: {found or 'none'}"
+        line = f"{self.images:,} images: {found or 'none'}"
         line += "".join(f"; {number:,} {how}" for how, number in self.mended.items())
         if self.batch is not None:
             line += f", {describe_credits(self.batch.credits_used)}"
         return f"{line}; {self.still_wrong:,} still wrong" if self.still_wrong else line
 
 
-def _by_row(picture: AuditedPicture) -> int:
-    return picture.row
+def _by_row(image: AuditedImage) -> int:
+    return image.row
 
 
 def _ok_first(item: tuple[Finding, int]) -> tuple[bool, str]:
@@ -120,22 +120,22 @@ async def audit_bucket(
     credentials: CredentialsChoice = None,
     at_once: Annotated[int, Field(ge=1, le=64)] = 32,
 ) -> AuditReport:
-    """Look for every picture of a manifest in its bucket, and bring back what is missing where that is allowed.
+    """Look for every image of a manifest in its bucket, and bring back what is missing where that is allowed.
 
-    Without a repair it costs two HEADs a picture and changes nothing. What comes back comes from the spool of this
+    Without a repair it costs two HEADs an image and changes nothing. What comes back comes from the spool of this
     host, byte for byte, at no cost; else, where allowed, from a batch of what is missing, with the same seeds and under
     the caps. What that published again can have other bytes than the manifest says; its own manifest has theirs.
 
     Args:
         manifest: The .jsonl manifest of a run: a path, s3://… or https://….
         bucket: s3://name/prefix, or a saved Image Bucket block or its name: the one that was published to.
-        deep: Read every picture's bytes as well. The traffic may cost.
-        repair: Put missing pictures and records back from this host's spool.
+        deep: Read every image's bytes as well. The traffic may cost.
+        repair: Put missing images and records back from this host's spool.
         regenerate: Pay for what is missing and not in the spool. Needs max_credits or max_images.
-        replace: Take away what stands in the place of a picture with a wrong checksum, so that repair or regenerate
+        replace: Take away what stands in the place of an image with a wrong checksum, so that repair or regenerate
             can bring the right one. It is kept under replaced/ in the bucket.
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar).
-        max_images: A hard cap on the pictures that this run pays for.
+        max_images: A hard cap on the images that this run pays for.
         credentials: A saved AIMLAPI Credentials block or its name, for regenerate. Empty: AIMLAPI_KEY of the
             environment.
         at_once: How many rows are looked at at once.
@@ -147,10 +147,10 @@ async def audit_bucket(
         ValueError: the settings contradict each other.
         TableError: the manifest can't be read, or is none.
         BucketError: the bucket or its keys are wrong.
-        AuditFailed: pictures are still missing or wrong. Its `report` is the whole report.
+        AuditFailed: images are still missing or wrong. Its `report` is the whole report.
     """
     if regenerate and max_credits is None and max_images is None:
-        raise ValueError("regenerate pays for every missing picture: set max_credits or max_images as its cap")
+        raise ValueError("regenerate pays for every missing image: set max_credits or max_images as its cap")
     if replace and not (repair or regenerate):
         raise ValueError("replace makes room for a repair: set repair or regenerate as well")
     destination = await ImageBucket.resolve(bucket)
@@ -176,7 +176,7 @@ async def audit_bucket(
 
 
 class _Audit:
-    """An audit that is running. Memory: what is wrong, some 500 bytes a picture; nothing for what is right."""
+    """An audit that is running. Memory: what is wrong, some 500 bytes an image; nothing for what is right."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class _Audit:
         replace: bool,
         account: AimlApiCredentials | None,
     ) -> None:
-        self.wanted: dict[str, list[AuditedPicture]] = {}
+        self.wanted: dict[str, list[AuditedImage]] = {}
         self._bucket = bucket
         self._missing = missing
         self._deep = deep
@@ -199,22 +199,22 @@ class _Audit:
         self._counts: Counter[Finding] = Counter()
         self._mended: Counter[Mended] = Counter()
         self._unpublished = 0
-        self._wrong: list[AuditedPicture] = []
-        self._right: list[AuditedPicture] = []
+        self._wrong: list[AuditedImage] = []
+        self._right: list[AuditedImage] = []
         self._logger = get_run_logger()
         self._batch: BatchReport | None = None
 
     async def look_at(self, item: ItemRecord) -> None:
-        """Inspect a row's pictures, and put back or ask for what is not there."""
+        """Inspect a row's images, and put back or ask for what is not there."""
         if not item.images:
             self._unpublished += 1
-        wanted: list[AuditedPicture] = []
+        wanted: list[AuditedImage] = []
         for image in item.images:
             inspection = await inspect_published(self._bucket, image, deep=self._deep)
             self._counts[inspection.finding] += 1
             if inspection.finding == "ok":
                 continue
-            found = AuditedPicture(
+            found = AuditedImage(
                 row=item.row, id=item.id, key=image.key, finding=inspection.finding, message=inspection.message
             )
             try:
@@ -228,8 +228,8 @@ class _Audit:
             self.wanted[item.id] = wanted
             self._missing.write(json.dumps({**item.request.payload(), "id": item.id}) + "\n")
 
-    async def _brought_back(self, found: AuditedPicture, item: ItemRecord, image: PublishedImage) -> bool:
-        """Whether the picture is back; False where it is to be generated, and its key is free for it.
+    async def _brought_back(self, found: AuditedImage, item: ItemRecord, image: PublishedImage) -> bool:
+        """Whether the image is back; False where it is to be generated, and its key is free for it.
 
         Raises:
             RepairImpossible, BucketError: neither is possible or allowed.
@@ -253,22 +253,22 @@ class _Audit:
         await self._free(found, image)
         return False
 
-    def _check_generable(self, found: AuditedPicture, item: ItemRecord, image: PublishedImage) -> None:
+    def _check_generable(self, found: AuditedImage, item: ItemRecord, image: PublishedImage) -> None:
         if found.finding == "missing_sidecar":
-            raise RepairImpossible("its record is in no spool here, and a picture that is there is not paid for again")
+            raise RepairImpossible("its record is in no spool here, and an image that is there is not paid for again")
         if self._account is None or item.request is None or item.request.seed is None:
             raise RepairImpossible("its request is not in the manifest")
         if item.request.fingerprint(self._account.base_url) != image.fingerprint:
             raise RepairImpossible("it was made at another endpoint than the credentials are for")
         check_key(self._bucket, item.request, image)
 
-    async def _free(self, found: AuditedPicture, image: PublishedImage) -> None:
+    async def _free(self, found: AuditedImage, image: PublishedImage) -> None:
         if found.finding == "wrong_checksum":
             kept = await set_aside(self._bucket, image)
             self._logger.warning("What stood under %s is kept under %s", image.key, kept)
 
     def take(self, result: Any, message: str | None) -> None:
-        """Note what became of the pictures that were to be generated again."""
+        """Note what became of the images that were to be generated again."""
         batch = result.report if isinstance(result, BatchFailed) else result
         if isinstance(batch, BatchReport):
             self._batch = batch
@@ -292,12 +292,12 @@ class _Audit:
             batch=self._batch,
         )
 
-    def _note_mended(self, found: AuditedPicture, how: Mended) -> None:
+    def _note_mended(self, found: AuditedImage, how: Mended) -> None:
         self._mended[how] += 1
         if len(self._right) < _MOST_TOLD:
             self._right.append(found.model_copy(update={"mended": how}))
 
-    def _note_wrong(self, found: AuditedPicture, reason: str) -> None:
+    def _note_wrong(self, found: AuditedImage, reason: str) -> None:
         if len(self._wrong) < _MOST_TOLD:
             message = "; ".join(part for part in (found.message, reason) if part)
             self._wrong.append(found.model_copy(update={"message": message}))
@@ -330,12 +330,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("manifest", help="the .jsonl manifest of a run; a path, s3://… or https://…")
     add_connection_arguments(parser)
-    parser.add_argument("--deep", action="store_true", help="read every picture's bytes as well")
+    parser.add_argument("--deep", action="store_true", help="read every image's bytes as well")
     parser.add_argument("--repair", action="store_true", help="put back what is missing from this host's spool")
     parser.add_argument("--regenerate", action="store_true", help="pay for what is missing; needs a cap")
     parser.add_argument("--replace", action="store_true", help="set wrong objects aside so that they can be mended")
     parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
-    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the pictures paid for")
+    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the images paid for")
     given = parser.parse_args(arguments)
     state = run_to_state(
         audit_bucket(

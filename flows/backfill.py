@@ -1,4 +1,4 @@
-"""Publish the pictures of a range of days.
+"""Publish the images of a range of days.
 
 From a shell: `python -m flows.backfill products.csv --bucket s3://name/prefix --start 2026-03-01 --end 2026-03-05`.
 """
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from flows.publish_daily import Template, TemplateTable, add_daily_arguments, publish_daily, read_pictures
+from flows.publish_daily import Template, TemplateTable, add_daily_arguments, publish_daily, read_images
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed, BalanceTooLow, BatchFailed, TableError
 from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
@@ -30,7 +30,7 @@ from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
 from flux_prefect.shell import FAILED, run_to_state
-from flux_prefect.tables.templates import USUAL_PICTURES, PictureSettings
+from flux_prefect.tables.templates import USUAL_IMAGES, ImageSettings
 
 Order = Literal["oldest first", "newest first"]
 
@@ -84,16 +84,16 @@ async def backfill(
     order: Order = "oldest first",
     max_days: Annotated[int, Field(ge=1, le=3660)] = 31,
     template: Template = None,
-    pictures: PictureSettings = USUAL_PICTURES,
+    images: ImageSettings = USUAL_IMAGES,
     credentials: CredentialsChoice = None,
     max_in_flight: InFlight = 8,
     max_failed: Tolerated = 0,
     max_credits: CreditCap = None,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BackfillReport:
-    """Have the pictures of every day from start to end in a bucket, one subrun a day, one day after the other.
+    """Have the images of every day from start to end in a bucket, one subrun a day, one day after the other.
 
-    The pictures are those that publish_daily makes of each day; what it has published costs nothing, whatever the
+    The images are those that publish_daily makes of each day; what it has published costs nothing, whatever the
     order. A day that fails does not stop the others.
 
     Args:
@@ -104,10 +104,10 @@ async def backfill(
         order: Which end to begin with: what does not fit under the cap is missing at the other.
         max_days: How many days there may be, so that a slip in a date is not paid for.
         template: The prompt of rows whose own is empty.
-        pictures: What a row leaves open.
+        images: What a row leaves open.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
         max_in_flight: Most paid calls at once.
-        max_failed: How many items of a day may end without their pictures before the day counts as failed.
+        max_failed: How many items of a day may end without their images before the day counts as failed.
         max_credits: A hard cap on what all days spend together, in credits (2,000,000 to the US dollar). What does not
             fit is left for the next run and is no failure.
         dry_run: Plan every day and pay for nothing.
@@ -131,7 +131,7 @@ async def backfill(
                 bucket,
                 template=template,
                 day=day,
-                pictures=pictures,
+                images=images,
                 credentials=credentials,
                 max_in_flight=max_in_flight,
                 max_failed=max_failed,
@@ -195,7 +195,7 @@ def _spent_at_most(report: BatchReport | None, endpoint: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.backfill", description="Publish the pictures of a range of days."
+        prog="python -m flows.backfill", description="Publish the images of a range of days."
     )
     add_daily_arguments(parser)
     for name, told in {"start": "the first day", "end": "the last day, itself included"}.items():
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
             order="newest first" if given.newest_first else "oldest first",
             max_days=given.max_days,
             template=given.template,
-            pictures=read_pictures(parser, given),
+            images=read_images(parser, given),
             credentials=given.credentials,
             max_in_flight=given.max_in_flight,
             max_failed=given.max_failed,

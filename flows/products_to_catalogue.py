@@ -1,4 +1,4 @@
-"""Have a picture of every product of a table, and the table with the pictures' addresses in it: an example pipeline.
+"""Have an image of every product of a table, and the table with the images' addresses in it: an example pipeline.
 
 Product table (Parquet in S3) → prompts → `publish_batch` as a subflow → table and manifest joined, in S3 again.
 """
@@ -50,7 +50,7 @@ class CatalogueReport(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     catalogue: str = Field(description="The s3:// address of the joined table.")
-    batch: BatchReport = Field(description="The report of the pictures.")
+    batch: BatchReport = Field(description="The report of the images.")
 
 
 @flow(name="products-to-catalogue", flow_run_name="catalogue of {products}")
@@ -66,31 +66,31 @@ async def products_to_catalogue(
     max_failed: Tolerated = 0,
     max_credits: CreditCap = None,
 ) -> CatalogueReport:
-    """Have a picture of every product in a bucket, and beside them the product table with a column for what came of it.
+    """Have an image of every product in a bucket, and beside them the product table with a column for what came of it.
 
-    A product keeps its picture as long as what its prompt says of it stays: seeds follow from the ids, so a nightly run
-    pays for new and changed products alone. The table is written whether or not all pictures are there; `image_status`
+    A product keeps its image as long as what its prompt says of it stays: seeds follow from the ids, so a nightly run
+    pays for new and changed products alone. The table is written whether or not all images are there; `image_status`
     tells of each. For tables that fit into memory.
 
     Args:
         products: A Parquet file (s3://…, https://… or a path), a row a product.
-        bucket: s3://name/prefix, or a saved Image Bucket block or its name. Pictures and catalogue go there.
+        bucket: s3://name/prefix, or a saved Image Bucket block or its name. Images and catalogue go there.
         template: The prompt, in Jinja2; its variables are the table's columns.
         id_column: The column that tells products apart.
         catalogue: Where the joined table goes, below the bucket's prefix.
-        aspect_ratio: Width to height of all pictures.
+        aspect_ratio: Width to height of all images.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
         max_in_flight: Most paid calls at once.
-        max_failed: How many products may end without their pictures before the run counts as Failed.
+        max_failed: How many products may end without their images before the run counts as Failed.
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar).
 
     Returns:
-        Where the catalogue is, and the report of the pictures.
+        Where the catalogue is, and the report of the images.
 
     Raises:
         TableError: the table can't be read, its ids don't tell products apart, or a product lacks what the template
             asks for. Nothing was sent.
-        BatchFailed: more than max_failed products are without their pictures. The catalogue is written all the same.
+        BatchFailed: more than max_failed products are without their images. The catalogue is written all the same.
     """
     destination = await ImageBucket.resolve(bucket)
     uri = f"{destination.uri}/{clean_prefix(catalogue)}"

@@ -1,4 +1,4 @@
-"""Publish the pictures of a prompt table.
+"""Publish the images of a prompt table.
 
 From a shell: `python -m flows.publish_batch prompts.csv --bucket s3://name/prefix --max-in-flight 8`.
 """
@@ -67,9 +67,9 @@ async def publish_batch(
     density: Literal["auto", "steps", "chunks"] = "auto",
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
-    """Have the pictures of every row of a table in a bucket; what is there already costs nothing.
+    """Have the images of every row of a table in a bucket; what is there already costs nothing.
 
-    A bad row or a failed picture never stops the others. Everything that can be known before the first paid call
+    A bad row or a failed image never stops the others. Everything that can be known before the first paid call
     (the table, the bucket, the keys, the spool) is checked before it.
 
     Args:
@@ -79,14 +79,14 @@ async def publish_batch(
         bucket: s3://name/prefix, or a saved Image Bucket block or its name.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
         max_in_flight: Most paid calls at once.
-        max_failed: How many items may end without their pictures before the run counts as Failed.
+        max_failed: How many items may end without their images before the run counts as Failed.
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar). What does not fit is
             left for the next run and is no failure.
-        max_images: A hard cap on the pictures that this run pays for.
+        max_images: A hard cap on the images that this run pays for.
         only: Of a manifest as the source, the rows to take up again: failed, flagged, skipped_budget, or unpublished
             for failed and skipped_budget together.
-        density: steps shows three task runs a picture, for some hundreds of them; chunks shows one for a hundred rows,
-            for thousands. Pictures, records and costs are the same. auto takes chunks from 300 rows with work to do.
+        density: steps shows three task runs an image, for some hundreds of them; chunks shows one for a hundred rows,
+            for thousands. Images, records and costs are the same. auto takes chunks from 300 rows with work to do.
         dry_run: Make the plan and stop. Costs nothing.
 
     Returns:
@@ -138,7 +138,7 @@ async def publish_batch(
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.publish_batch", description="Publish a prompt table's pictures."
+        prog="python -m flows.publish_batch", description="Publish a prompt table's images."
     )
     add_batch_arguments(parser)
     parser.add_argument("--density", choices=["auto", "steps", "chunks"], default="auto", help="how many task runs")
@@ -157,10 +157,10 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
     parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate (default 0)")
     parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
-    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the pictures paid for")
+    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the images paid for")
     parser.add_argument("--only", choices=get_args(Only), help="of a manifest, the rows to take up again")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; costs nothing")
-    parser.add_argument("--gallery", type=Path, metavar="FOLDER", help="write a page with the pictures there")
+    parser.add_argument("--gallery", type=Path, metavar="FOLDER", help="write a page with the images there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report there as JSON")
 
 

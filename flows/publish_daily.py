@@ -1,4 +1,4 @@
-"""Publish a day's pictures of a table of prompt templates.
+"""Publish a day's images of a table of prompt templates.
 
 From a shell: `python -m flows.publish_daily products.csv --bucket s3://name/prefix --day 2026-03-01`.
 """
@@ -28,7 +28,7 @@ from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, Image
 from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.tables.table import explain_invalid
-from flux_prefect.tables.templates import USUAL_PICTURES, PictureSettings, render_table
+from flux_prefect.tables.templates import USUAL_IMAGES, ImageSettings, render_table
 
 
 def _known_timezone(name: str) -> str:
@@ -62,7 +62,7 @@ async def publish_daily(
     template: Template = None,
     day: date | Annotated[None, Field(title="As scheduled")] = None,
     timezone: Timezone = "UTC",
-    pictures: PictureSettings = USUAL_PICTURES,
+    images: ImageSettings = USUAL_IMAGES,
     credentials: CredentialsChoice = None,
     max_in_flight: InFlight = 8,
     max_failed: Tolerated = 0,
@@ -70,11 +70,11 @@ async def publish_daily(
     max_images: ImageCap = None,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
-    """Have a day's pictures of a table in a bucket; a day that is published already costs nothing.
+    """Have a day's images of a table in a bucket; a day that is published already costs nothing.
 
     Prompts are Jinja2 templates: `a {{ colour }} {{ name }} on a {{ day | weekday }} in {{ day | season }}`. Known are
     the row's columns, `row["a column with spaces"]` and `day`. Seeds follow from the day and the row's id, so the same
-    day is always the same pictures, and another day other ones. All rows are rendered before anything is paid for;
+    day is always the same images, and another day other ones. All rows are rendered before anything is paid for;
     one that can't be stops the run.
 
     Args:
@@ -85,12 +85,12 @@ async def publish_daily(
         template: The prompt of rows whose own is empty.
         day: The day to publish. Empty: the one that the run is scheduled for.
         timezone: Where that day begins and ends, such as Europe/Berlin.
-        pictures: What a row leaves open.
+        images: What a row leaves open.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
         max_in_flight: Most paid calls at once.
-        max_failed: How many items may end without their pictures before the run counts as Failed.
+        max_failed: How many items may end without their images before the run counts as Failed.
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar).
-        max_images: A hard cap on the pictures that this run pays for.
+        max_images: A hard cap on the images that this run pays for.
         dry_run: Render and plan, and stop. Costs nothing.
 
     Returns:
@@ -99,16 +99,16 @@ async def publish_daily(
     Raises:
         TableError: the table can't be read as a whole.
         TemplateFailed: rows can't be rendered: each with its number and the variable that it lacks.
-        BatchFailed: more than max_failed items ended without their pictures. Its `report` is the whole report.
+        BatchFailed: more than max_failed items ended without their images. Its `report` is the whole report.
     """
     chosen = day or scheduled_day(timezone)
     with tempfile.TemporaryDirectory(prefix="flux-daily-") as folder:
         rendered = Path(folder, f"{chosen}.jsonl")
         count = await render_table(
-            source, chosen, rendered, template=template, pictures=pictures, bucket=await ImageBucket.resolve(bucket)
+            source, chosen, rendered, template=template, images=images, bucket=await ImageBucket.resolve(bucket)
         )
         get_run_logger().info("Rendered %d rows for %s", count, chosen)
-        state: State[Any] = await publish_batch.with_options(flow_run_name=f"pictures of {chosen}")(
+        state: State[Any] = await publish_batch.with_options(flow_run_name=f"images of {chosen}")(
             str(rendered),
             bucket,
             credentials,
@@ -136,7 +136,7 @@ def add_daily_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a .csv, .jsonl or .parquet file with a column 'prompt'; a path, s3:// or https")
     add_connection_arguments(parser)
     parser.add_argument("--template", metavar="TEXT", help="the prompt of rows whose own is empty")
-    for name, field in PictureSettings.model_fields.items():
+    for name, field in ImageSettings.model_fields.items():
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"where a row leaves it open: {field.description}")
     parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
     parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate a day (default 0)")
@@ -144,11 +144,11 @@ def add_daily_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="render and plan, and stop; costs nothing")
 
 
-def read_pictures(parser: argparse.ArgumentParser, given: argparse.Namespace) -> PictureSettings:
-    """The picture settings of a command line; a wrong one ends it as every wrong argument does."""
-    values = {name: getattr(given, name) for name in PictureSettings.model_fields}
+def read_images(parser: argparse.ArgumentParser, given: argparse.Namespace) -> ImageSettings:
+    """The image settings of a command line; a wrong one ends it as every wrong argument does."""
+    values = {name: getattr(given, name) for name in ImageSettings.model_fields}
     try:
-        return PictureSettings.model_validate({name: value for name, value in values.items() if value is not None})
+        return ImageSettings.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         parser.error(explain_invalid(error))
 
@@ -156,12 +156,12 @@ def read_pictures(parser: argparse.ArgumentParser, given: argparse.Namespace) ->
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.publish_daily", description="Publish a day's pictures of a table of prompt templates."
+        prog="python -m flows.publish_daily", description="Publish a day's images of a table of prompt templates."
     )
     add_daily_arguments(parser)
     parser.add_argument("--day", type=date.fromisoformat, metavar="YYYY-MM-DD", help="the day (default: today)")
     parser.add_argument("--timezone", default="UTC", metavar="NAME", help="where today is (default UTC)")
-    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the pictures paid for")
+    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the images paid for")
     given = parser.parse_args(arguments)
     state = run_to_state(
         publish_daily(
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
             template=given.template,
             day=given.day,
             timezone=given.timezone,
-            pictures=read_pictures(parser, given),
+            images=read_images(parser, given),
             credentials=given.credentials,
             max_in_flight=given.max_in_flight,
             max_failed=given.max_failed,

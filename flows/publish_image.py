@@ -1,4 +1,4 @@
-"""Publish the pictures of one request.
+"""Publish the images of one request.
 
 From a shell: `python -m flows.publish_image "a lighthouse at dusk" --bucket s3://name/prefix --seed 7`.
 """
@@ -33,7 +33,7 @@ async def publish_image(
     bucket: BucketChoice,
     credentials: CredentialsChoice = None,
 ) -> list[PublishedImage]:
-    """Have the 1 to 4 pictures of one request in a bucket; what is there already costs nothing.
+    """Have the 1 to 4 images of one request in a bucket; what is there already costs nothing.
 
     Args:
         request: What to generate. Without a seed, one is drawn from the run and recorded.
@@ -41,10 +41,10 @@ async def publish_image(
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
 
     Returns:
-        The pictures as they stand in the bucket, in the service's order.
+        The images as they stand in the bucket, in the service's order.
 
     Raises:
-        FluxError: a picture failed. The others of the request are published all the same.
+        FluxError: an image failed. The others of the request are published all the same.
     """
     logger = get_run_logger()
     destination = await ImageBucket.resolve(bucket)
@@ -54,9 +54,9 @@ async def publish_image(
     production = await produce_image(with_seed(request, str(flow_run.id), "image"), destination, account)
     for outcome in production.images:
         if outcome.image is not None:
-            logger.info("Picture %d %s: %s", outcome.index, outcome.status.value, outcome.image.uri)
+            logger.info("Image %d %s: %s", outcome.index, outcome.status.value, outcome.image.uri)
         else:
-            logger.error("Picture %d %s: %s", outcome.index, outcome.status.value, outcome.error)
+            logger.error("Image %d %s: %s", outcome.index, outcome.status.value, outcome.error)
     cost = _tell_cost(production)
     if production.error is not None:
         state: State[Any] = Failed(
@@ -75,16 +75,14 @@ def _tell_cost(production: Production) -> str:
         told += f" and {production.unpriced_calls} billed calls whose cost the service did not say"
     if production.open_calls:
         ids = ", ".join(call.client_request_id for call in production.open_calls)
-        told += f"; billed or possibly billed without a picture: {ids}"
+        told += f"; billed or possibly billed without an image: {ids}"
     return told
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.publish_image", description="Publish one request's pictures."
-    )
-    parser.add_argument("prompt", help="what the picture shows")
+    parser = argparse.ArgumentParser(prog="python -m flows.publish_image", description="Publish one request's images.")
+    parser.add_argument("prompt", help="what the image shows")
     options = [name for name in ImageRequest.model_fields if name != "prompt"]
     for name in options:
         parser.add_argument(f"--{name.replace('_', '-')}", help=ImageRequest.model_fields[name].description)

@@ -38,7 +38,7 @@ async def publish_shard(
     max_in_flight: InFlight = 8,
     max_credits: CreditCap = None,
     max_images: ImageCap = None,
-    prices: Annotated[dict[str, float], Field(description="Credits that a picture costs, by model.")] | None = None,
+    prices: Annotated[dict[str, float], Field(description="Credits that an image costs, by model.")] | None = None,
     sign_seconds: Annotated[float, Field(gt=0)] = 15,
 ) -> dict[str, int]:
     """Publish the rows of one shard, under its share of the batch's cap and pace. Rows that fail do not fail the run.
@@ -52,8 +52,8 @@ async def publish_shard(
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the worker's environment.
         max_in_flight: Most paid calls at once.
         max_credits: The share of the batch's cap, in credits.
-        max_images: The share of the batch's cap, in pictures.
-        prices: What the batch counts a picture of a model as costing.
+        max_images: The share of the batch's cap, in images.
+        prices: What the batch counts an image of a model as costing.
         sign_seconds: Between two signs of life.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Publish the pictures of a prompt table over many workers.
+"""Publish the images of a prompt table over many workers.
 
 From a shell: `python -m flows.publish_sharded prompts.csv --bucket s3://name/prefix --at-once 4`, where PREFECT_API_URL
 names the server, deployments/prefect.yaml is deployed there, and workers of its pool run.
@@ -66,7 +66,7 @@ async def publish_sharded(
     lost_after_seconds: Annotated[float, Field(ge=5)] = 120,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
-    """Have the pictures of every row of a table in a bucket, made by many workers under one cap and one pace.
+    """Have the images of every row of a table in a bucket, made by many workers under one cap and one pace.
 
     The same as publish_batch, but that the rows which need work are cut into shards, each a run of a deployment. One
     that is lost with its worker is started again. Where this run itself is killed, the same call goes on with its
@@ -84,14 +84,14 @@ async def publish_sharded(
         at_once: Most shards at work at a time.
         max_in_flight: Most paid calls at once over all shards, in even parts; with a concurrency limit each shard may
             use all of it.
-        max_failed: How many items may end without their pictures before the run counts as Failed.
+        max_failed: How many items may end without their images before the run counts as Failed.
         max_credits: A hard cap on what all shards together spend, in credits (2,000,000 to the US dollar). What a shard
             leaves of its share goes to others; what a lost one may have spent is never given out again.
-        max_images: A hard cap on the pictures that are paid for.
+        max_images: A hard cap on the images that are paid for.
         only: Of a manifest as the source, the rows to take up again: failed, flagged, skipped_budget, or unpublished
             for failed and skipped_budget together.
         lost_after_seconds: How long a shard may give no sign before it counts as lost and is started again. One that
-            was only out of reach stops to pay at its next sign; until then both may pay for the same picture, unless
+            was only out of reach stops to pay at its next sign; until then both may pay for the same image, unless
             the bucket has a lease or both are on one host. Also how long the same call, given again, waits before it
             takes over from this run, where this one was killed.
         dry_run: Make the plan and stop. Costs nothing.
@@ -240,7 +240,7 @@ def _learn(job: BatchContext, report: BatchReport, following: Following) -> Expe
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.publish_sharded", description="Publish a prompt table's pictures over many workers."
+        prog="python -m flows.publish_sharded", description="Publish a prompt table's images over many workers."
     )
     add_batch_arguments(parser)
     parser.set_defaults(max_in_flight=32)

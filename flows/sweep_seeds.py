@@ -54,7 +54,7 @@ class SweepReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    batch: BatchReport = Field(description="The report of all pictures.")
+    batch: BatchReport = Field(description="The report of all images.")
     sheets: dict[str, str] = Field(description="The s3:// address of the contact sheet of each prompt.")
 
 
@@ -82,18 +82,18 @@ async def sweep_seeds(
 ) -> SweepReport:
     """Have every prompt with every seed, aspect ratio and guidance in a bucket, and a contact sheet of each prompt.
 
-    How many pictures that is, and what they cost at most, is told and checked before the first is paid for. What is
-    there already costs nothing, so a sweep can be widened list by list. A picture that fails leaves its place on the
+    How many images that is, and what they cost at most, is told and checked before the first is paid for. What is
+    there already costs nothing, so a sweep can be widened list by list. An image that fails leaves its place on the
     sheet empty, with its status, and the run Failed.
 
     Args:
-        prompts: What the pictures show; a contact sheet each.
+        prompts: What the images show; a contact sheet each.
         bucket: s3://name/prefix, or a saved Image Bucket block or its name. The sheets go to contact-sheets/ in it.
         seeds: The seeds to compare, 1 to 4,294,967,295.
         aspect_ratios: The shapes to compare.
         guidance_scales: The values of guidance_scale to compare, 1 to 20. Empty: the service's own.
-        max_combinations: How many pictures there may be, so that long lists are not paid for by mistake.
-        output_format: The pictures' file format.
+        max_combinations: How many images there may be, so that long lists are not paid for by mistake.
+        output_format: The images' file format.
         safety_tolerance: 1 is the strictest, 5 and 6 are the most permissive.
         model: The text-to-image model of the service.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
@@ -106,7 +106,7 @@ async def sweep_seeds(
 
     Raises:
         TooManyCombinations: there are more than max_combinations: with their number and what they would cost.
-        BatchFailed: pictures failed. Its `report` is the whole report; the sheets are there all the same.
+        BatchFailed: images failed. Its `report` is the whole report; the sheets are there all the same.
     """
     guidances: list[float | None] = [*guidance_scales] or [None]
     requests = [
@@ -160,7 +160,7 @@ def _check_number(requests: Sequence[ImageRequest], most: int, endpoint: str) ->
         )
         cost = describe_credits(sum(budget.price_of(request).credits for request in requests))
         raise TooManyCombinations(
-            f"The lists make {len(requests):,} pictures, at most {cost}, and max_combinations is {most}: "
+            f"The lists make {len(requests):,} images, at most {cost}, and max_combinations is {most}: "
             "shorten a list, or raise it. Nothing was sent."
         )
 
@@ -185,7 +185,7 @@ async def _publish_sheet(prompt: str, items: Sequence[ItemRecord], bucket: Image
         path,
         io.BytesIO(await anyio.to_thread.run_sync(sheet.to_jpeg)),
         content_type="image/jpeg",
-        cache_control="no-cache",  # a picture that failed may be on it next time
+        cache_control="no-cache",  # an image that failed may be on it next time
     )
     uri = f"{bucket.uri}/{path}"
     text = _MARKDOWN.sub(r"\\\1", " ".join(prompt.split()))
@@ -218,12 +218,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flows.sweep_seeds", description="Publish prompts in many variants, with contact sheets."
     )
-    parser.add_argument("prompts", nargs="+", help="what the pictures show; a contact sheet each")
+    parser.add_argument("prompts", nargs="+", help="what the images show; a contact sheet each")
     add_connection_arguments(parser)
     parser.add_argument("--seeds", nargs="+", default=["1-4"], metavar="N", help="seeds, or ranges of them (1-4)")
     parser.add_argument("--aspect-ratios", nargs="+", choices=get_args(AspectRatio), default=["1:1"], metavar="W:H")
     parser.add_argument("--guidance-scales", nargs="*", type=float, default=[], metavar="N", help="1 to 20")
-    parser.add_argument("--max-combinations", type=int, default=64, metavar="N", help="pictures allowed (default 64)")
+    parser.add_argument("--max-combinations", type=int, default=64, metavar="N", help="images allowed (default 64)")
     parser.add_argument("--output-format", choices=get_args(OutputFormat), default="jpeg")
     parser.add_argument("--safety-tolerance", choices=get_args(SafetyTolerance), default="2")
     parser.add_argument("--model", choices=get_args(TextToImageModel), default=get_args(TextToImageModel)[0])

@@ -1,4 +1,4 @@
-"""When a picture counts as made already."""
+"""When an image counts as made already."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flux_prefect.host.locks import HostLockManager
 class PromptSeedCachePolicy(CachePolicy):
     """Cache on prompt + seed: the step's name and the request's fingerprint at its endpoint, nothing else.
 
-    The key changes with every field of the request that changes the picture and with the endpoint. It does not
+    The key changes with every field of the request that changes the image and with the endpoint. It does not
     change with the API key, the flow, the run, the task's code or any other argument. A request without a seed is
     not cached. A task with a `Generation` argument (a later step) is keyed by that generation's fingerprint
     and, where it has one, by its `index` argument.
@@ -40,7 +40,7 @@ class PromptSeedCachePolicy(CachePolicy):
 
     def compute_key(
         self,
-        task_ctx: TaskRunContext,  # noqa: ARG002 - the task and its run don't change the picture
+        task_ctx: TaskRunContext,  # noqa: ARG002 - the task and its run don't change the image
         inputs: dict[str, Any],
         flow_parameters: dict[str, Any],  # noqa: ARG002 - nor does the flow
         **kwargs: Any,  # noqa: ARG002 - Prefect's to extend
@@ -50,7 +50,7 @@ class PromptSeedCachePolicy(CachePolicy):
         if generation is not None:
             index = inputs.get("index")
             place = "" if index is None else f"-{index}"
-            # Of the very answer: a picture that was paid for anew is not the one cached for the old answer.
+            # Of the very answer: an image that was paid for anew is not the one cached for the old answer.
             answer = hashlib.sha256(generation.client_request_id.encode()).hexdigest()[:8]
             return f"flux-{self.step}-{generation.fingerprint}{place}-{answer}"
         request, credentials = _one(inputs, ImageRequest), _one(inputs, AimlApiCredentials)
@@ -64,5 +64,5 @@ def _one(inputs: dict[str, Any], kind: type[Any]) -> Any:
 
 
 GENERATION = PromptSeedCachePolicy(step="generation")
-PICTURE = PromptSeedCachePolicy(step="picture", isolation_level=IsolationLevel.READ_COMMITTED, lock_manager=None)
-"""Without a lock: to fetch a picture twice at the same time costs no credits, and either file is whole."""
+IMAGE = PromptSeedCachePolicy(step="picture", isolation_level=IsolationLevel.READ_COMMITTED, lock_manager=None)
+"""Without a lock: to fetch an image twice at the same time costs no credits, and either file is whole."""

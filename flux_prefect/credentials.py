@@ -41,7 +41,7 @@ class AimlApiCredentials(CredentialsBlock):
     """An account at the AI/ML API: the key, where the service is, and how patient to be with it.
 
     Example:
-        Load stored credentials and generate one picture:
+        Load stored credentials and generate one image:
         ```python
         from flux_prefect.api.models import ImageRequest
         from flux_prefect.credentials import AimlApiCredentials
@@ -86,9 +86,7 @@ class AimlApiCredentials(CredentialsBlock):
         default=300, gt=0, description="Seconds without a byte after which an answer counts as lost."
     )
     generation_timeout: float = Field(default=600, gt=0, description="Seconds that one paid call may take in all.")
-    download_timeout: float = Field(
-        default=300, gt=0, description="Seconds that one picture's download may take in all."
-    )
+    download_timeout: float = Field(default=300, gt=0, description="Seconds that one image's download may take in all.")
     pacing_timeout: float = Field(
         default=600, gt=0, description="Seconds that a call may wait because the service asked to slow down."
     )

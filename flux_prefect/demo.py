@@ -63,7 +63,7 @@ class DemoFailed(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where both runs did what they should."""
-    parser = argparse.ArgumentParser(prog="python -m flux_prefect.demo", description="Publish a dozen pictures, twice.")
+    parser = argparse.ArgumentParser(prog="python -m flux_prefect.demo", description="Publish a dozen images, twice.")
     parser.add_argument("--serve", action="store_true", help="keep the servers up until Ctrl-C, to look around")
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="emptied first (default: .demo)")
     given = parser.parse_args(arguments)
@@ -151,10 +151,10 @@ def _compare(runs: list[Run]) -> Table:
     for title in ("first run", "the same again"):
         table.add_column(title, justify="right")
     rows: dict[str, list[str]] = {
-        "pictures published": [str(run.report.count("published")) for run in runs],
+        "images published": [str(run.report.count("published")) for run in runs],
         "already in the bucket": [str(run.report.count("unchanged")) for run in runs],
         "calls that the service got": [str(run.calls) for run in runs],
-        "pictures downloaded": [str(run.downloads) for run in runs],
+        "images downloaded": [str(run.downloads) for run in runs],
         "paid": [describe_credits(run.credits_used) for run in runs],
         "seconds": [f"{run.report.seconds:.1f}" for run in runs],
     }
@@ -167,9 +167,9 @@ def _check(runs: list[Run]) -> None:
     first, second = runs
     items = first.report.rows
     if (first.report.count("published"), first.calls) != (items, items):
-        raise DemoFailed(f"The first run should have published {items} pictures with {items} calls.")
+        raise DemoFailed(f"The first run should have published {items} images with {items} calls.")
     if (second.report.count("unchanged"), second.calls, second.downloads) != (items, 0, 0):
-        raise DemoFailed("The second run should have found every picture and done nothing.")
+        raise DemoFailed("The second run should have found every image and done nothing.")
 
 
 @contextmanager

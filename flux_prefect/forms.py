@@ -35,5 +35,5 @@ Tolerated = Annotated[int, Field(ge=0)]
 CreditCap = Annotated[float, Field(ge=0, title="Credits")] | Annotated[None, Field(title="No cap")]
 """A hard cap in credits, or none."""
 
-ImageCap = Annotated[int, Field(ge=0, title="Pictures")] | Annotated[None, Field(title="No cap")]
-"""A hard cap in pictures, or none."""
+ImageCap = Annotated[int, Field(ge=0, title="Images")] | Annotated[None, Field(title="No cap")]
+"""A hard cap in images, or none."""

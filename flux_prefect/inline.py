@@ -1,6 +1,6 @@
 """Run a Prefect task as its engine would, with the same cache, locks and retries, but without a task run.
 
-Every task run costs Prefect's server 25 to 30 ms of CPU time. Where thousands of pictures are made, one task run stands
+Every task run costs Prefect's server 25 to 30 ms of CPU time. Where thousands of images are made, one task run stands
 for many of them, and their steps run here inside it.
 """
 

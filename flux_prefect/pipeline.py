@@ -39,7 +39,7 @@ _R = TypeVar("_R")
 _logger = logging.getLogger(__name__)
 
 Density = Literal["steps", "chunks"]
-"""`steps`: a task run for each step of each row, three a picture. `chunks`: one task run for a hundred rows."""
+"""`steps`: a task run for each step of each row, three an image. `chunks`: one task run for a hundred rows."""
 
 _LOCKS = HostLockManager()
 _GENERATE_AGAIN = generate_image.with_options(refresh_cache=True)
@@ -47,7 +47,7 @@ _DOWNLOAD_AGAIN = download_image.with_options(refresh_cache=True)
 
 
 class Status(str, Enum):
-    """How one picture ended."""
+    """How one image ended."""
 
     PUBLISHED = "published"
     UNCHANGED = "unchanged"
@@ -58,7 +58,7 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class ImageOutcome:
-    """How one picture of a request ended."""
+    """How one image of a request ended."""
 
     index: int
     image: PublishedImage | None = None
@@ -76,15 +76,15 @@ class ImageOutcome:
 
 @dataclass
 class Production:
-    """What became of one request, picture by picture, and of the money.
+    """What became of one request, image by image, and of the money.
 
     Attributes:
-        outcomes: how each picture ended, by its index.
+        outcomes: how each image ended, by its index.
         calls: the paid calls of this run, refused and lost ones among them.
         open_calls: all calls for this request, of this run and earlier ones of this host, that were or may have been
-            paid for and brought no picture.
-        regenerated: a cached answer's URL had died, and the picture was paid for anew.
-        refetched: pictures whose cached file was gone or changed and that were downloaded anew.
+            paid for and brought no image.
+        regenerated: a cached answer's URL had died, and the image was paid for anew.
+        refetched: images whose cached file was gone or changed and that were downloaded anew.
     """
 
     request: ImageRequest
@@ -112,17 +112,17 @@ class Production:
 
     @property
     def images(self) -> list[ImageOutcome]:
-        """The outcomes in the order of the pictures."""
+        """The outcomes in the order of the images."""
         return [self.outcomes[index] for index in sorted(self.outcomes)]
 
     @property
     def missing(self) -> list[int]:
-        """The pictures without an outcome yet."""
+        """The images without an outcome yet."""
         return [index for index in range(self.request.num_images) if index not in self.outcomes]
 
     @property
     def error(self) -> FluxError | None:
-        """The first failed picture's error."""
+        """The first failed image's error."""
         return next((outcome.error for outcome in self.images if outcome.error is not None), None)
 
     def paid_for(self, generation: Generation) -> bool:
@@ -170,13 +170,13 @@ async def produce_image(
     *,
     run: StepRunner = run_as_task,
 ) -> Production:
-    """Have every picture of a request in the bucket, spending as little as possible.
+    """Have every image of a request in the bucket, spending as little as possible.
 
     One at a time on a host for one request, in whatever process: the second finds what the first published. Where the
     bucket has `lease_seconds`, one at a time on all hosts that publish to it. What is
     in the bucket already costs a HEAD. A cached answer whose URL has died is paid for anew, a cached file that
     is gone is fetched anew, each at most once. A missing bucket is found before anything is paid for. Failures of
-    pictures are outcomes, not exceptions.
+    images are outcomes, not exceptions.
 
     Args:
         request: what to make.
@@ -230,7 +230,7 @@ class _Producer:
     async def _find(self, index: int) -> None:
         try:
             image = await self._look(index)
-        except Exception as error:  # noqa: BLE001 - whatever it was, nothing is paid for this picture
+        except Exception as error:  # noqa: BLE001 - whatever it was, nothing is paid for this image
             self._fail([index], error)
         else:
             if image is not None:
@@ -247,7 +247,7 @@ class _Producer:
     async def _make(self, wanted: list[int]) -> None:
         production = self.production
         try:
-            await self.bucket.check_once()  # a HEAD can't tell a missing bucket from a missing picture
+            await self.bucket.check_once()  # a HEAD can't tell a missing bucket from a missing image
             generation = await self.run(generate_image, production.request, self.credentials)
             await self._deliver_all(generation, wanted)
             gone = [index for index in wanted if isinstance(production.outcomes[index].error, ImageGone)]
@@ -256,7 +256,7 @@ class _Producer:
                 production.regenerated = True
                 generation = await self.run(_GENERATE_AGAIN, production.request, self.credentials)
                 await self._deliver_all(generation, gone)
-        except Exception as error:  # noqa: BLE001 - of a generation, so of all its pictures
+        except Exception as error:  # noqa: BLE001 - of a generation, so of all its images
             self._fail(wanted, error)
 
     async def _deliver_all(self, generation: Generation, indexes: list[int]) -> None:

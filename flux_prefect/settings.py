@@ -49,7 +49,7 @@ class FluxSettings(BaseSettings):
 
     spool: Path = Field(
         default_factory=_default_spool,
-        description="Folder of the pictures and records in our custody. Default: in the Prefect home.",
+        description="Folder of the images and records in our custody. Default: in the Prefect home.",
     )
     locks: Path = Field(
         default_factory=_default_locks,
@@ -61,7 +61,7 @@ class FluxSettings(BaseSettings):
     )
     credits_per_image: _Amount = Field(
         default=200_000,
-        description="What a picture counts as costing, in credits, before the service charged for one. Ten US cents.",
+        description="What an image counts as costing, in credits, before the service charged for one. Ten US cents.",
     )
     repeat_unknown: _Count = Field(
         default=1,

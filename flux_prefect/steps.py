@@ -1,4 +1,4 @@
-"""The three steps of one picture as plain functions: generate, download, upload.
+"""The three steps of one image as plain functions: generate, download, upload.
 
 They need no Prefect; `tasks` wraps them for it.
 """
@@ -139,42 +139,42 @@ def recover(request: ImageRequest, endpoint: str, spool: Spool) -> Generation | 
 
 
 async def download(generation: Generation, index: int, client: AimlApiClient, spool: Spool) -> ImageFile:
-    """Bring one picture into the spool, checked. A whole file that is there already is not fetched again.
+    """Bring one image into the spool, checked. A whole file that is there already is not fetched again.
 
     Raises:
         ImageUnwritable: the spool can't take it; nothing was fetched.
-        ContentFlagged: the service flagged the picture or delivered it black. Nothing else is done with it.
+        ContentFlagged: the service flagged the image or delivered it black. Nothing else is done with it.
         UnexpectedFormat: it came in another format before, and lies in the spool as that.
         ImageGone: neither its URL nor the spool has it any more.
-        DownloadError: the bytes could not be fetched, or are not the picture asked for.
+        DownloadError: the bytes could not be fetched, or are not the image asked for.
     """
     image = _image(generation, index)
     if image.flagged:
         raise ContentFlagged(
-            f"The service flagged picture {index} of {generation.request.label!r} as unsafe. It was paid for and is "
+            f"The service flagged image {index} of {generation.request.label!r} as unsafe. It was paid for and is "
             "not published. Change the prompt or the seed, or raise safety_tolerance."
         )
     rejected = spool.rejected_path(generation, index)
     if rejected.exists():
         raise UnexpectedFormat(
-            f"Picture {index} of {generation.request.label!r} came in another format than output_format asks for. It "
+            f"Image {index} of {generation.request.label!r} came in another format than output_format asks for. It "
             f"was paid for and is kept as {rejected}; it is not published. Remove that file to fetch it again."
         )
-    picture = None
-    if spool.picture_path(generation, index).exists():
-        picture = await run_in_thread(spool.find_picture, generation, index)
-    if picture is None:
-        picture = await client.download(
+    found = None
+    if spool.image_path(generation, index).exists():
+        found = await run_in_thread(spool.find_image, generation, index)
+    if found is None:
+        found = await client.download(
             _url(generation, image, spool),
-            spool.picture_path(generation, index),
+            spool.image_path(generation, index),
             expected=generation.request.output_format,
         )
-    if picture.black:
+    if found.black:
         raise ContentFlagged(
-            f"Picture {index} of {generation.request.label!r} is black all over, which is how the service hides an "
+            f"Image {index} of {generation.request.label!r} is black all over, which is how the service hides an "
             "unsafe one. It was paid for and is not published. Change the prompt or the seed."
         )
-    return ImageFile(**picture.model_dump(), index=index, generation=generation)
+    return ImageFile(**found.model_dump(), index=index, generation=generation)
 
 
 def _keep(call: PaidCall, generation: Generation, spool: Spool) -> Generation:
@@ -192,9 +192,9 @@ def _image(generation: Generation, index: int) -> GeneratedImage:
         if image.index == index:
             return image
     raise EmptyGeneration(
-        f"The service was asked for {generation.request.num_images} pictures and answered with "
-        f"{len(generation.images)}: there is no picture {index}. The call was billed. Ask for the same with "
-        "another seed, or one picture a request.",
+        f"The service was asked for {generation.request.num_images} images and answered with "
+        f"{len(generation.images)}: there is no image {index}. The call was billed. Ask for the same with "
+        "another seed, or one image a request.",
         client_request_id=generation.client_request_id,
         billed=Billed.YES,
         retryable=False,
@@ -208,7 +208,7 @@ def _url(generation: Generation, image: GeneratedImage, spool: Spool) -> str:
     inline = None if kept is None else _image(kept, image.index).url
     if inline is None:
         raise ImageGone(
-            f"Picture {image.index} of {generation.request.label!r} came inside the answer, and this host's spool "
+            f"Image {image.index} of {generation.request.label!r} came inside the answer, and this host's spool "
             f"({spool.root}) no longer has it."
         )
     return inline

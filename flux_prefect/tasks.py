@@ -1,6 +1,6 @@
 """The Prefect tasks: find, generate, download, upload.
 
-Each costs one task run. Results are small JSON records; the bytes of pictures never pass between tasks.
+Each costs one task run. Results are small JSON records; the bytes of images never pass between tasks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prefect.tasks import Task
 from flux_prefect import steps
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
-from flux_prefect.cache_policies import GENERATION, PICTURE
+from flux_prefect.cache_policies import GENERATION, IMAGE
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import Billed, FluxError, ServiceError
 from flux_prefect.host.spool import ImageFile, Spool
@@ -35,7 +35,7 @@ def is_worth_repeating(
     """Whether Prefect should run a failed step again.
 
     Yes for a passing failure that was not billed. A call that may have been billed is repeated at most
-    `FLUX_PREFECT_REPEAT_UNKNOWN` times in one task run. A picture that was paid for is fetched again
+    `FLUX_PREFECT_REPEAT_UNKNOWN` times in one task run. An image that was paid for is fetched again
     without being paid for again.
     """
     error = state.data
@@ -60,11 +60,11 @@ def is_worth_repeating(
 async def find_published(
     request: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials, index: int = 0
 ) -> PublishedImage | None:
-    """The picture of a request as it stands in the bucket, or None. One HEAD; nothing is paid.
+    """The image of a request as it stands in the bucket, or None. One HEAD; nothing is paid.
 
     Raises:
         ValueError: the request has no seed.
-        BucketError: the bucket can't say, or holds something else under the picture's key.
+        BucketError: the bucket can't say, or holds something else under the image's key.
     """
     return await bucket.find(request, request.fingerprint(credentials.base_url), index)
 
@@ -81,7 +81,7 @@ async def find_published(
     retry_condition_fn=is_worth_repeating,
 )
 async def generate_image(request: ImageRequest, credentials: AimlApiCredentials) -> Generation:
-    """Generate a picture: one paid call, cached on prompt + seed (see `PromptSeedCachePolicy`).
+    """Generate an image: one paid call, cached on prompt + seed (see `PromptSeedCachePolicy`).
 
     The same request at the same time is paid for once on a host. An answer that was paid for and that Prefect's
     results have lost is taken from the spool instead of being paid for again. Waiting for a rate limit happens
@@ -103,7 +103,7 @@ async def generate_image(request: ImageRequest, credentials: AimlApiCredentials)
         generation = await steps.generate(request, client, spool, task_run_id=str(step.id))
     if request.seed is not None and generation.reported_seed not in {None, request.seed}:
         logger.warning(
-            "The service reports seed %s for a request with seed %s: the picture may not come out the same again.",
+            "The service reports seed %s for a request with seed %s: the image may not come out the same again.",
             generation.reported_seed,
             request.seed,
         )
@@ -113,7 +113,7 @@ async def generate_image(request: ImageRequest, credentials: AimlApiCredentials)
 @task(
     name="download-image",
     task_run_name="download {generation.request.label}",
-    cache_policy=PICTURE,
+    cache_policy=IMAGE,
     persist_result=True,
     result_serializer="json",
     cache_result_in_memory=False,
@@ -122,14 +122,14 @@ async def generate_image(request: ImageRequest, credentials: AimlApiCredentials)
     retry_condition_fn=is_worth_repeating,
 )
 async def download_image(generation: Generation, credentials: AimlApiCredentials, index: int = 0) -> ImageFile:
-    """Bring a generated picture into the spool: whole, decodable, in the format asked for, never rewritten.
+    """Bring a generated image into the spool: whole, decodable, in the format asked for, never rewritten.
 
-    Cached on prompt + seed and the picture's index. Costs no credits.
+    Cached on prompt + seed and the image's index. Costs no credits.
 
     Raises:
         ContentFlagged: the service flagged it or delivered it black.
         ImageGone: its URL is dead. Generating with `refresh_cache=True` pays for it anew.
-        DownloadError: it could not be fetched or is not the picture asked for.
+        DownloadError: it could not be fetched or is not the image asked for.
     """
     async with credentials.open_client() as client:
         return await steps.download(generation, index, client, Spool())
@@ -144,13 +144,13 @@ async def download_image(generation: Generation, credentials: AimlApiCredentials
     retry_condition_fn=is_worth_repeating,
 )
 async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
-    """Publish a picture under its key unless it is there already, with its JSON record beside it.
+    """Publish an image under its key unless it is there already, with its JSON record beside it.
 
     Idempotent and never cached: the bucket itself says what is there. S3 verifies the SHA-256.
 
     Raises:
         ImageChanged: the file's bytes are no longer those that were checked.
-        BucketError: the bucket did not take it; the picture stays in the spool.
+        BucketError: the bucket did not take it; the image stays in the spool.
     """
     run = PublishingRun(flow_run_id=flow_run.id, flow_run_name=flow_run.name)
     published = await bucket.publish(file, run)

@@ -1,6 +1,6 @@
 """A batch that is killed with `kill -9` again and again, and started again until it is done.
 
-`make chaos` runs it long; `test_chaos.py` runs it short. Afterwards every picture must be in the bucket, whole, and
+`make chaos` runs it long; `test_chaos.py` runs it short. Afterwards every image must be in the bucket, whole, and
 nothing may be paid for twice but calls that were in flight at a kill, each of them noted.
 """
 
@@ -59,7 +59,7 @@ class Outcome:
         """What is not as it must be; empty where all is well."""
         found = []
         if self.published != self.rows:
-            found.append(f"{self.published} of {self.rows} pictures are published")
+            found.append(f"{self.published} of {self.rows} images are published")
         if self.wrong:
             found.append(f"wrong bytes in {self.wrong}")
         if self.billed_again > max_in_flight * self.kills:

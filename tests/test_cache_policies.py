@@ -13,7 +13,7 @@ from prefect.transactions import IsolationLevel
 from pydantic import SecretStr
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
-from flux_prefect.cache_policies import GENERATION, PICTURE, PromptSeedCachePolicy
+from flux_prefect.cache_policies import GENERATION, IMAGE, PromptSeedCachePolicy
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.host.locks import HostLockManager
 
@@ -52,7 +52,7 @@ def test_the_keys_never_change() -> None:
         model="flux/kontext-pro/text-to-image",
     )
     assert _key(request=full, credentials=ACCOUNT) == "flux-generation-7bc5af5625a409fa95a8825f3b194e52"
-    assert _key(PICTURE, generation=_generation(), index=2) == f"flux-picture-{'f' * 32}-2-858c06cf"
+    assert _key(IMAGE, generation=_generation(), index=2) == f"flux-image-{'f' * 32}-2-858c06cf"
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_the_keys_never_change() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_field_that_changes_the_picture_changes_the_key(change: dict[str, Any]) -> None:
-    """A picture is never taken for another request's."""
+def test_every_field_that_changes_the_image_changes_the_key(change: dict[str, Any]) -> None:
+    """An image is never taken for another request's."""
     other = ImageRequest.model_validate({**REQUEST.model_dump(), **change})
     assert _key(request=other, credentials=ACCOUNT) != _key(request=REQUEST, credentials=ACCOUNT)
 
@@ -83,20 +83,20 @@ def test_the_test_above_knows_every_field() -> None:
 
 
 def test_another_endpoint_is_another_key() -> None:
-    """A stand-in's picture never passes for the real one."""
+    """A stand-in's image never passes for the real one."""
     stand_in = AimlApiCredentials(api_key=SecretStr("key-one"), base_url="http://127.0.0.1:8080")
     assert _key(request=REQUEST, credentials=stand_in) != _key(request=REQUEST, credentials=ACCOUNT)
 
 
 def test_another_step_is_another_key() -> None:
-    """The record of an answer is not the picture's file."""
+    """The record of an answer is not the image's file."""
     generation = _generation()
-    assert _key(GENERATION, generation=generation) != _key(PICTURE, generation=generation)
+    assert _key(GENERATION, generation=generation) != _key(IMAGE, generation=generation)
 
 
-def test_another_picture_of_the_answer_is_another_key() -> None:
+def test_another_image_of_the_answer_is_another_key() -> None:
     """Each index has its own, however many there are."""
-    keys = {_key(PICTURE, generation=_generation(), index=index) for index in (0, 1, 2, 3, None)}
+    keys = {_key(IMAGE, generation=_generation(), index=index) for index in (0, 1, 2, 3, None)}
     assert len(keys) == 5
 
 
@@ -110,7 +110,7 @@ def test_another_picture_of_the_answer_is_another_key() -> None:
     ],
     ids=lambda account: next(iter(account)),
 )
-def test_what_does_not_change_the_picture_does_not_change_the_key(account: dict[str, Any]) -> None:
+def test_what_does_not_change_the_image_does_not_change_the_key(account: dict[str, Any]) -> None:
     """A new key, other time-outs or the same address written otherwise find what was paid for."""
     other = AimlApiCredentials.model_validate({**ACCOUNT.model_dump(), "api_key": ACCOUNT.api_key, **account})
     assert _key(request=REQUEST, credentials=other) == _key(request=REQUEST, credentials=ACCOUNT)
@@ -139,9 +139,9 @@ def test_what_cannot_be_recognised_is_not_cached(inputs: dict[str, Any]) -> None
 
 
 def test_the_answer_of_a_request_without_a_seed_has_a_key() -> None:
-    """Its picture is downloaded once, though it can't be generated again."""
+    """Its image is downloaded once, though it can't be generated again."""
     seedless = _generation(REQUEST.model_copy(update={"seed": None}), fingerprint="e" * 32)
-    assert _key(PICTURE, generation=seedless, credentials=ACCOUNT, index=0) == f"flux-picture-{'e' * 32}-0-858c06cf"
+    assert _key(IMAGE, generation=seedless, credentials=ACCOUNT, index=0) == f"flux-image-{'e' * 32}-0-858c06cf"
 
 
 def test_the_api_key_is_in_no_cache_key() -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.timeout(420)
 def test_a_batch_survives_being_killed_again_and_again(prefect_server: str) -> None:
-    """Every picture is published whole; only calls in flight at a kill were paid for again; nothing is left behind."""
+    """Every image is published whole; only calls in flight at a kill were paid for again; nothing is left behind."""
     ended = subprocess.run(
         [sys.executable, "tests/chaos.py", "--rows", "200", "--kills", "30"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Processes killed with `kill -9` at each step, and processes that want the same picture at once."""
+"""Processes killed with `kill -9` at each step, and processes that want the same image at once."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def only_item(batch: Batch) -> dict[str, Any]:
     return item
 
 
-def list_pictures(bucket: ImageBucket) -> list[dict[str, object]]:
+def list_images(bucket: ImageBucket) -> list[dict[str, object]]:
     """What is in the bucket beside the runs' manifests, with the time of its writing."""
     listed = bucket.get_client().list_objects_v2(Bucket="images", Prefix=bucket.prefix)["Contents"]
     return [dict(entry) for entry in listed if "/manifests/" not in entry["Key"]]
@@ -122,7 +122,7 @@ def test_killed_during_the_call_the_report_names_it(
 
 
 # The first PUT is the manifest's, which goes before the paid call.
-@pytest.mark.parametrize("before_put", [2, 3], ids=["before-the-record", "between-record-and-picture"])
+@pytest.mark.parametrize("before_put", [2, 3], ids=["before-the-record", "between-record-and-image"])
 def test_killed_during_the_upload_nothing_is_paid_for_again(
     sandbox: RunningSandbox,
     bucket: ImageBucket,
@@ -130,7 +130,7 @@ def test_killed_during_the_upload_nothing_is_paid_for_again(
     host: Host,
     before_put: int,
 ) -> None:
-    """No half-published picture is taken for a whole one; the next run publishes from the spool."""
+    """No half-published image is taken for a whole one; the next run publishes from the spool."""
     stall = Stall(before_put)
     with open_proxy(sandbox.environment["AWS_ENDPOINT_URL_S3"]) as proxy:
         proxy.meddle = stall
@@ -144,7 +144,7 @@ def test_killed_during_the_upload_nothing_is_paid_for_again(
     after = sandbox.control.summary()
     assert (after.calls, after.billed_calls) == (before.calls, before.billed_calls)
     assert before.billed_calls == 1
-    keys = [str(entry["Key"]) for entry in list_pictures(bucket)]
+    keys = [str(entry["Key"]) for entry in list_images(bucket)]
     assert sorted(key.endswith(".json") for key in keys) == [False, True]
 
 
@@ -158,12 +158,12 @@ def test_an_empty_machine_finds_everything_in_the_bucket(
     """Another folder, an empty Prefect home and an empty spool: no call, no download, nothing written."""
     host.publish(request_, bucket).finish()
     before = sandbox.control.summary()
-    listed = list_pictures(bucket)
+    listed = list_images(bucket)
     item = only_item(other_host.publish(request_, bucket))
 
     assert item["status"] == "unchanged"
     assert sandbox.control.summary() == before
-    assert list_pictures(bucket) == listed
+    assert list_images(bucket) == listed
 
 
 def test_two_processes_at_once_pay_once(

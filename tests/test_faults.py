@@ -180,7 +180,7 @@ DOWNLOAD_FAULTS = [
 
 
 def test_every_fault_of_the_sandbox_is_tried() -> None:
-    """A new one needs its row here, or its test of what becomes of the picture in test_pipeline."""
+    """A new one needs its row here, or its test of what becomes of the image in test_pipeline."""
     elsewhere = {"flagged", "black", "fewer_images"}
     assert {fault.name for fault in (*GENERATION_FAULTS, *DOWNLOAD_FAULTS)} | elsewhere == set(FAULTS)
 
@@ -217,7 +217,7 @@ async def test_a_fault_of_the_generation(
 async def test_a_fault_of_the_download(
     fault: Fault, sandbox: RunningSandbox, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """Never pays again, never leaves half a picture, and keeps a whole one that is not as it was asked for."""
+    """Never pays again, never leaves half an image, and keeps a whole one that is not as it was asked for."""
     sandbox.control.inject(fault.name, times=fault.times, **fault.arguments)
     state = await generate_and_download(request_, credentials.model_copy(update=fault.settings), return_state=True)
 

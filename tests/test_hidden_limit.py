@@ -53,5 +53,5 @@ async def test_a_limit_that_nobody_told_is_found_and_kept(
     assert 0 < totals.refused < 0.05 * totals.calls
     # A refused try halves the limit for a moment.
     assert sum(6 <= limit <= 8 for limit in limits) > 0.85 * len(limits)
-    # Of places, not of pictures a second: those are also a matter of how busy this machine is.
+    # Of places, not of images a second: those are also a matter of how busy this machine is.
     assert sum(places_used) > 0.85 * len(places_used)

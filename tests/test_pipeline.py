@@ -48,7 +48,7 @@ def forget_spool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / uuid4().hex))
 
 
-async def test_a_picture_is_generated_downloaded_and_published_once(
+async def test_an_image_is_generated_downloaded_and_published_once(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """The second run pays nothing, fetches nothing and writes nothing."""
@@ -78,14 +78,14 @@ async def test_a_picture_is_generated_downloaded_and_published_once(
     ],
     ids=lambda change: next(iter(change)),
 )
-async def test_any_field_that_changes_the_picture_pays_for_another(
+async def test_any_field_that_changes_the_image_pays_for_another(
     sandbox: RunningSandbox,
     bucket: ImageBucket,
     credentials: AimlApiCredentials,
     request_: ImageRequest,
     change: dict[str, object],
 ) -> None:
-    """The other picture is published beside the first."""
+    """The other image is published beside the first."""
     if "prompt" in change:
         change = {"prompt": f"another {request_.prompt}"}
     first = await produce(request_, bucket, credentials)
@@ -97,7 +97,7 @@ async def test_any_field_that_changes_the_picture_pays_for_another(
     assert first.images[0].image.key != second.images[0].image.key
 
 
-async def test_another_api_key_finds_the_picture_of_the_first(
+async def test_another_api_key_finds_the_image_of_the_first(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """The key is no part of the cache: even a wrong one finds what is published, and the cached answer."""
@@ -114,7 +114,7 @@ async def test_another_api_key_finds_the_picture_of_the_first(
 async def test_another_endpoint_is_another_cache(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """A stand-in's picture never passes for the real service's."""
+    """A stand-in's image never passes for the real service's."""
     other = credentials.model_copy(update={"base_url": credentials.base_url.replace("127.0.0.1", "localhost")})
     await produce(request_, bucket, credentials)
     second = await produce(request_, bucket, other)
@@ -123,7 +123,7 @@ async def test_another_endpoint_is_another_cache(
     assert sandbox.control.summary().billed_calls == 2
 
 
-async def test_an_empty_machine_finds_the_picture_in_the_bucket(
+async def test_an_empty_machine_finds_the_image_in_the_bucket(
     sandbox: RunningSandbox,
     bucket: ImageBucket,
     credentials: AimlApiCredentials,
@@ -161,8 +161,8 @@ async def test_a_missing_spool_file_is_fetched_again_for_nothing(
     """One download, no call."""
     first = await produce(request_, bucket, credentials)
     _delete(bucket, first)
-    for picture in (Spool().root / "pictures").iterdir():
-        picture.unlink()
+    for image in (Spool().root / "pictures").iterdir():
+        image.unlink()
     before = sandbox.control.summary()
     second = await produce(request_, bucket, credentials)
     after = sandbox.control.summary()
@@ -175,12 +175,12 @@ async def test_a_missing_spool_file_is_fetched_again_for_nothing(
 async def test_a_changed_spool_file_is_fetched_again_for_nothing(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """Bytes that rotted on the disk are refused by S3 and fetched anew; the picture ends published, and right."""
+    """Bytes that rotted on the disk are refused by S3 and fetched anew; the image ends published, and right."""
     first = await produce(request_, bucket, credentials)
     _delete(bucket, first)
-    (picture,) = (Spool().root / "pictures").iterdir()
-    content = picture.read_bytes()
-    picture.write_bytes(content[:-2] + b"\x00\x00")
+    (image,) = (Spool().root / "pictures").iterdir()
+    content = image.read_bytes()
+    image.write_bytes(content[:-2] + b"\x00\x00")
     second = await produce(request_, bucket, credentials)
 
     assert second.images[0].status is Status.PUBLISHED
@@ -194,10 +194,10 @@ async def test_a_changed_spool_file_is_fetched_again_for_nothing(
 async def test_a_file_that_could_not_be_fetched_again_is_not_counted_as_fetched(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """File and URL are gone: the picture is paid for anew, and that is all that is told."""
+    """File and URL are gone: the image is paid for anew, and that is all that is told."""
     _delete(bucket, await produce(request_, bucket, credentials))
-    for picture in (Spool().root / "pictures").iterdir():
-        picture.unlink()
+    for image in (Spool().root / "pictures").iterdir():
+        image.unlink()
     sandbox.control.inject("dead_url", times=1)
     second = await produce(request_, bucket, credentials)
 
@@ -209,7 +209,7 @@ async def test_a_file_that_could_not_be_fetched_again_is_not_counted_as_fetched(
 async def test_a_dead_url_in_a_cached_answer_is_paid_for_once_more(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """Neither bytes nor URL are left: one new call with the same seed, counted, and the picture is published."""
+    """Neither bytes nor URL are left: one new call with the same seed, counted, and the image is published."""
     sandbox.control.inject("dead_url", times=1)
     first = await produce(request_, bucket, credentials)
     assert first.images[0].status is Status.FAILED
@@ -254,7 +254,7 @@ async def test_an_answer_that_prefect_lost_is_taken_from_the_spool(
 async def test_the_same_request_at_once_is_paid_for_once(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """Inside one process, one of the runs publishes and the others find its picture."""
+    """Inside one process, one of the runs publishes and the others find its image."""
     sandbox.control.settings(latency=0.3)
 
     @flow
@@ -268,10 +268,10 @@ async def test_the_same_request_at_once_is_paid_for_once(
     assert sandbox.control.summary().billed_calls == 1
 
 
-async def test_several_pictures_of_one_request_are_one_call(
+async def test_several_images_of_one_request_are_one_call(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """Each picture has its own object; one that was deleted comes back alone."""
+    """Each image has its own object; one that was deleted comes back alone."""
     request = request_.model_copy(update={"num_images": 4})
     first = await produce(request, bucket, credentials)
     image = first.images[2].image
@@ -290,10 +290,10 @@ async def test_several_pictures_of_one_request_are_one_call(
     assert sandbox.control.summary().billed_calls == 1
 
 
-async def test_a_flagged_picture_is_told_and_never_paid_for_again(
+async def test_a_flagged_image_is_told_and_never_paid_for_again(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """The service would flag the same seed again, so the flag is cached like a picture."""
+    """The service would flag the same seed again, so the flag is cached like an image."""
     sandbox.control.inject("flagged", times=1)
     first = await produce(request_, bucket, credentials)
     second = await produce(request_, bucket, credentials)
@@ -304,7 +304,7 @@ async def test_a_flagged_picture_is_told_and_never_paid_for_again(
     assert _keys(bucket) == []
 
 
-async def test_a_black_picture_is_flagged_and_never_paid_for_again(
+async def test_a_black_image_is_flagged_and_never_paid_for_again(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """Its bytes stay in the spool, so not even the download is repeated."""
@@ -318,10 +318,10 @@ async def test_a_black_picture_is_flagged_and_never_paid_for_again(
     assert _keys(bucket) == []
 
 
-async def test_a_picture_missing_from_the_answer_fails_alone(
+async def test_an_image_missing_from_the_answer_fails_alone(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """The pictures that came are published."""
+    """The images that came are published."""
     sandbox.control.inject("fewer_images", times=1)
     production = await produce(request_.model_copy(update={"num_images": 2}), bucket, credentials)
 
@@ -345,7 +345,7 @@ async def test_a_stranger_under_the_key_stops_before_paying(
 async def test_a_failed_upload_keeps_what_was_paid_for(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """The next run publishes the picture without a call or a download."""
+    """The next run publishes the image without a call or a download."""
     frozen = ImageBucket.model_validate(
         {**{name: getattr(bucket, name) for name in ImageBucket.model_fields}, "storage_class": "NO_SUCH_CLASS"}
     )
@@ -362,7 +362,7 @@ async def test_a_failed_upload_keeps_what_was_paid_for(
 async def test_a_missing_bucket_stops_before_paying(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """A HEAD of a picture can't tell it from a missing picture, so the bucket itself is asked."""
+    """A HEAD of an image can't tell it from a missing image, so the bucket itself is asked."""
     production = await produce(request_, bucket.model_copy(update={"bucket_name": "nowhere"}), credentials)
 
     assert isinstance(production.error, BucketMissing)
@@ -372,7 +372,7 @@ async def test_a_missing_bucket_stops_before_paying(
 async def test_an_error_that_nobody_foresaw_does_not_hide_the_money(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """It is told as the picture's outcome, beside what the call cost."""
+    """It is told as the image's outcome, beside what the call cost."""
 
     class BrokenBucket(ImageBucket):
         """A bucket with a defect."""
@@ -401,7 +401,7 @@ async def test_every_shape_of_answer_ends_published(
     shape: str,
     tmp_path: Path,
 ) -> None:
-    """Inline pictures, too, survive a lost result store; and no result holds their bytes."""
+    """Inline images, too, survive a lost result store; and no result holds their bytes."""
     sandbox.control.settings(response_shape=shape)
     storage = tmp_path / "results"
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: storage}):

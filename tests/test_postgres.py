@@ -20,7 +20,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 
-PICTURES = 12
+IMAGES = 12
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +70,19 @@ def _publish(table: Path, bucket: ImageBucket, team: Team) -> BatchReport:
 def test_a_batch_is_published_once_on_postgres(
     postgres: Postgres, team: Team, sandbox: RunningSandbox, bucket: ImageBucket, tmp_path: Path
 ) -> None:
-    """A dozen pictures in steps are three dozen task runs in Postgres; again, they cost no call. No key is in it."""
+    """A dozen images in steps are three dozen task runs in Postgres; again, they cost no call. No key is in it."""
     table = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": f"a harbour on postgres, {bucket.prefix}", "seed": seed} for seed in range(1, PICTURES + 1)]
+    rows = [{"prompt": f"a harbour on postgres, {bucket.prefix}", "seed": seed} for seed in range(1, IMAGES + 1)]
     table.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
 
     first = _publish(table, bucket, team)
     second = _publish(table, bucket, team)
 
-    assert (first.counts, first.billed_calls) == ({"published": PICTURES}, PICTURES)
-    assert (second.counts, second.calls) == ({"unchanged": PICTURES}, 0)
-    assert sandbox.control.summary().calls == PICTURES
+    assert (first.counts, first.billed_calls) == ({"published": IMAGES}, IMAGES)
+    assert (second.counts, second.calls) == ({"unchanged": IMAGES}, 0)
+    assert sandbox.control.summary().calls == IMAGES
     completed = "select count(*) from {} where state_type = 'COMPLETED'"
-    assert _wait_for_count(postgres, completed.format("task_run"), 3 * PICTURES) == 3 * PICTURES
+    assert _wait_for_count(postgres, completed.format("task_run"), 3 * IMAGES) == 3 * IMAGES
     assert postgres.run("psql", "-Atc", completed.format("flow_run")) == "2"
     dump = postgres.run("pg_dump")
     assert "generate-image" in dump

@@ -24,7 +24,7 @@ from flux_prefect.tasks import download_image, generate_image, upload_to_s3
 distributed: Any = importlib.import_module("distributed")
 prefect_dask: Any = importlib.import_module("prefect_dask")
 
-PICTURES = 6
+IMAGES = 6
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_the_tasks_run_unchanged_on_dask(
     """By `submit` and by `map`: paid for once, found in the cache by the next run, with no key in what is told."""
     runner = prefect_dask.DaskTaskRunner(address=cluster.scheduler_address)
     caplog.set_level(logging.DEBUG)
-    requests = [ImageRequest(prompt=f"a lighthouse on dask {uuid4().hex}", seed=7) for _ in range(PICTURES)]
+    requests = [ImageRequest(prompt=f"a lighthouse on dask {uuid4().hex}", seed=7) for _ in range(IMAGES)]
 
     @flow(task_runner=runner)
     def publish_on_dask() -> tuple[list[bool], list[str]]:
@@ -57,12 +57,12 @@ def test_the_tasks_run_unchanged_on_dask(
         published = cast("list[PublishedImage]", upload_to_s3.map(files, unmapped(bucket)).result())
         return [image.created for image in published], [str(future.state.name) for future in generations]
 
-    assert publish_on_dask() == ([True] * PICTURES, ["Completed"] * PICTURES)
+    assert publish_on_dask() == ([True] * IMAGES, ["Completed"] * IMAGES)
     totals = sandbox.control.summary()
-    assert (totals.calls, totals.billed_calls) == (PICTURES, PICTURES)
+    assert (totals.calls, totals.billed_calls) == (IMAGES, IMAGES)
 
-    assert publish_on_dask() == ([False] * PICTURES, ["Cached"] * PICTURES)
-    assert sandbox.control.summary().calls == PICTURES
+    assert publish_on_dask() == ([False] * IMAGES, ["Cached"] * IMAGES)
+    assert sandbox.control.summary().calls == IMAGES
 
     with SyncPrefectClient(prefect_server) as client:
         told = "\n".join([str(cluster.get_logs()), caplog.text, *(log.message for log in client.read_logs(limit=200))])

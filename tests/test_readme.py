@@ -33,7 +33,7 @@ def run_snippet(number: int) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("prefect_server")
-async def test_the_flow_of_ones_own_publishes_a_picture(sandbox: RunningSandbox) -> None:
+async def test_the_flow_of_ones_own_publishes_an_image(sandbox: RunningSandbox) -> None:
     """Copied as it stands, with the sandbox's environment."""
     names = run_snippet(0)
     uri = await names["publish_cover"]("a lighthouse in the README", 7)

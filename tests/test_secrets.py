@@ -37,7 +37,7 @@ async def test_no_key_in_any_log_or_object(
         sandbox.control.inject(fault, times=1)
     with pytest.raises(BatchFailed) as caught:
         await publish_batch(
-            [{"prompt": f"a key among {number} pictures", "seed": number} for number in range(1, 9)],
+            [{"prompt": f"a key among {number} images", "seed": number} for number in range(1, 9)],
             bucket,
             credentials,
             max_in_flight=2,
@@ -55,7 +55,7 @@ async def test_no_key_in_any_log_or_object(
     assert any("AnswerLost" in line for line in logs)
     assert find_leaks(database_files()) == []
     objects = {key: _read(bucket, key) for key in await bucket.list_keys(most=1000) or ()}
-    assert len(objects) >= 6  # a picture and its record, two manifests in two forms each
+    assert len(objects) >= 6  # an image and its record, two manifests in two forms each
     assert set(KEYS) >= {sandbox.environment["AIMLAPI_KEY"], sandbox.environment["AWS_SECRET_ACCESS_KEY"]}
     for key in KEYS:
         assert key not in told

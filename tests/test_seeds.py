@@ -35,7 +35,7 @@ def test_the_seeds_of_a_run_never_change() -> None:
 
 
 def test_a_table_of_many_rows_gets_many_seeds() -> None:
-    """Rows of one run don't share pictures."""
+    """Rows of one run don't share images."""
     assert len({draw_seed("run", str(row)) for row in range(10_000)}) > 9_990
 
 

@@ -47,8 +47,8 @@ def _encode(image: Image.Image, form: str = "JPEG") -> bytes:
     return buffer.getvalue()
 
 
-PICTURE = _encode(Image.linear_gradient("L").resize((96, 64)).convert("RGB"))
-OTHER_PICTURE = _encode(Image.radial_gradient("L").resize((96, 64)).convert("RGB"))
+IMAGE = _encode(Image.linear_gradient("L").resize((96, 64)).convert("RGB"))
+OTHER_IMAGE = _encode(Image.radial_gradient("L").resize((96, 64)).convert("RGB"))
 PNG = _encode(Image.radial_gradient("L").resize((96, 64)).convert("RGB"), "PNG")
 BLACK = _encode(Image.new("RGB", (96, 64)))
 
@@ -58,13 +58,13 @@ class Service:
 
     Attributes:
         answer: what the service does with a POST.
-        files: what the pictures' host has, by path.
+        files: what the images' host has, by path.
         fetched: the paths that were asked for.
     """
 
     def __init__(self) -> None:
         self.answer: Callable[[httpx.Request], Awaitable[httpx.Response]] = self.answer_with_url
-        self.files: dict[str, bytes] = {"/0.jpg": PICTURE}
+        self.files: dict[str, bytes] = {"/0.jpg": IMAGE}
         self.posts: list[httpx.Request] = []
         self.fetched: list[str] = []
 
@@ -90,7 +90,7 @@ def _answer(*data: dict[str, Any], credits_used: float = 168_000, **body: Any) -
     )
 
 
-def _inline(content: bytes = PICTURE) -> dict[str, str]:
+def _inline(content: bytes = IMAGE) -> dict[str, str]:
     return {"b64_json": base64.b64encode(content).decode()}
 
 
@@ -169,7 +169,7 @@ class TestNotes:
     async def test_an_empty_answer_that_was_billed_stays_noted_as_billed(
         self, service: Service, client: AimlApiClient, spool: Spool
     ) -> None:
-        """Its cost is known, its picture never came."""
+        """Its cost is known, its image never came."""
 
         async def empty(_: httpx.Request) -> httpx.Response:
             return _answer()
@@ -347,7 +347,7 @@ class TestCustody:
     async def test_a_disk_that_cannot_take_the_record_does_not_lose_the_answer(
         self, service: Service, client: AimlApiClient, spool: Spool
     ) -> None:
-        """The whole record is returned, inline bytes with it, and its picture can be downloaded."""
+        """The whole record is returned, inline bytes with it, and its image can be downloaded."""
 
         async def fill_disk(_: httpx.Request) -> httpx.Response:
             (spool.root / "records").touch()
@@ -361,7 +361,7 @@ class TestCustody:
 
         (spool.root / "records").unlink()
         file = await download(generation, 0, client, spool)
-        assert file.path.read_bytes() == PICTURE
+        assert file.path.read_bytes() == IMAGE
 
     async def test_what_was_paid_for_is_recovered(self, client: AimlApiClient, spool: Spool) -> None:
         """The spool's record is the answer, for this request at this endpoint alone."""
@@ -374,8 +374,8 @@ class TestCustody:
         assert recover(REQUEST.model_copy(update={"seed": None}), ROOT, spool) is None
 
 
-class TestInlinePictures:
-    """Pictures that come inside the answer."""
+class TestInlineImages:
+    """Images that come inside the answer."""
 
     @pytest.fixture(autouse=True)
     def inline(self, service: Service) -> None:
@@ -395,10 +395,10 @@ class TestInlinePictures:
         assert len(generation.model_dump_json()) < 1500
 
     async def test_the_bytes_are_found_again(self, service: Service, client: AimlApiClient, spool: Spool) -> None:
-        """Downloading such a picture needs no network."""
+        """Downloading such an image needs no network."""
         generation = await generate(REQUEST, client, spool)
         file = await download(generation, 0, client, spool)
-        assert file.path.read_bytes() == PICTURE
+        assert file.path.read_bytes() == IMAGE
         assert service.fetched == []
 
     async def test_bytes_that_are_gone_are_gone(self, client: AimlApiClient, spool: Spool, tmp_path: Path) -> None:
@@ -452,26 +452,26 @@ class TestMetering:
 class TestDownload:
     """From an answer to a file."""
 
-    async def test_a_picture_is_brought_in_as_it_was_delivered(self, client: AimlApiClient, spool: Spool) -> None:
+    async def test_an_image_is_brought_in_as_it_was_delivered(self, client: AimlApiClient, spool: Spool) -> None:
         """Byte for byte, measured, with its answer."""
         generation = await generate(REQUEST, client, spool)
         file = await download(generation, 0, client, spool)
-        assert file.path.read_bytes() == PICTURE
-        assert (file.width, file.height, file.size, file.index) == (96, 64, len(PICTURE), 0)
+        assert file.path.read_bytes() == IMAGE
+        assert (file.width, file.height, file.size, file.index) == (96, 64, len(IMAGE), 0)
         assert file.generation == generation
-        assert file.path == spool.picture_path(generation, 0)
+        assert file.path == spool.image_path(generation, 0)
 
-    async def test_a_picture_paid_for_anew_is_not_the_old_one(
+    async def test_an_image_paid_for_anew_is_not_the_old_one(
         self, service: Service, client: AimlApiClient, spool: Spool
     ) -> None:
         """The old answer's bytes go with its record."""
         old = await download(await generate(REQUEST, client, spool), 0, client, spool)
-        service.files["/0.jpg"] = OTHER_PICTURE
+        service.files["/0.jpg"] = OTHER_IMAGE
         new = await download(await generate(REQUEST, client, spool), 0, client, spool)
         assert old.path == new.path
-        assert new.path.read_bytes() == OTHER_PICTURE
+        assert new.path.read_bytes() == OTHER_IMAGE
 
-    async def test_a_picture_of_another_format_is_not_fetched_twice(
+    async def test_an_image_of_another_format_is_not_fetched_twice(
         self, service: Service, client: AimlApiClient, spool: Spool
     ) -> None:
         """It is in custody: a URL that dies meanwhile must not look as if it were gone."""
@@ -494,10 +494,10 @@ class TestDownload:
         assert service.fetched == ["/0.jpg"]
 
     async def test_a_cut_file_is_fetched_again(self, service: Service, client: AimlApiClient, spool: Spool) -> None:
-        """Half a picture in the spool is replaced, never passed on."""
+        """Half an image in the spool is replaced, never passed on."""
         generation = await generate(REQUEST, client, spool)
         first = await download(generation, 0, client, spool)
-        first.path.write_bytes(PICTURE[:-100])
+        first.path.write_bytes(IMAGE[:-100])
         assert await download(generation, 0, client, spool) == first
         assert service.fetched == ["/0.jpg", "/0.jpg"]
 
@@ -514,14 +514,14 @@ class TestDownload:
     ) -> None:
         """The answer stays good."""
         generation = await generate(REQUEST, client, spool)
-        service.files["/0.jpg"] = PICTURE[:100]
+        service.files["/0.jpg"] = IMAGE[:100]
         with pytest.raises(NotAnImage) as broken:
             await download(generation, 0, client, spool)
         assert broken.value.retryable
-        service.files["/0.jpg"] = PICTURE
+        service.files["/0.jpg"] = IMAGE
         await download(generation, 0, client, spool)
 
-    async def test_a_flagged_picture_is_left_alone(self, service: Service, client: AimlApiClient, spool: Spool) -> None:
+    async def test_a_flagged_image_is_left_alone(self, service: Service, client: AimlApiClient, spool: Spool) -> None:
         """It is not even fetched."""
 
         async def flag(_: httpx.Request) -> httpx.Response:
@@ -535,9 +535,7 @@ class TestDownload:
         assert not flagged.value.retryable
         assert service.fetched == []
 
-    async def test_a_black_picture_counts_as_flagged(
-        self, service: Service, client: AimlApiClient, spool: Spool
-    ) -> None:
+    async def test_a_black_image_counts_as_flagged(self, service: Service, client: AimlApiClient, spool: Spool) -> None:
         """Also when it is in the spool already, and without being fetched again."""
         service.files["/0.jpg"] = BLACK
         generation = await generate(REQUEST, client, spool)
@@ -546,13 +544,13 @@ class TestDownload:
                 await download(generation, 0, client, spool)
         assert service.fetched == ["/0.jpg"]
 
-    async def test_a_picture_that_is_not_in_the_answer_is_missed(
+    async def test_an_image_that_is_not_in_the_answer_is_missed(
         self, service: Service, client: AimlApiClient, spool: Spool
     ) -> None:
         """Asked for two and sent one: the first is good, the second an error that repeating won't help."""
         generation = await generate(REQUEST.model_copy(update={"num_images": 2}), client, spool)
         await download(generation, 0, client, spool)
-        with pytest.raises(EmptyGeneration, match="no picture 1") as missed:
+        with pytest.raises(EmptyGeneration, match="no image 1") as missed:
             await download(generation, 1, client, spool)
         assert missed.value.billed is Billed.YES
         assert not missed.value.retryable

@@ -86,7 +86,7 @@ async def test_refreshing_the_cache_pays_anew(
 async def test_find_published_looks_without_paying(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """None before, the picture after."""
+    """None before, the image after."""
 
     @flow
     async def look_publish_look() -> tuple[PublishedImage | None, PublishedImage | None]:

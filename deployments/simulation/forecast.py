@@ -7,10 +7,10 @@ Modelled:
 - the in-flight limit of each run, by the rules of the real pacer: a refusal pauses and halves it as in life; and one
   limit over all runs behind it;
 - each call's latency; a service that takes so many calls at once; refusals, failures with their retries and delays,
-  lost answers, flagged pictures;
+  lost answers, flagged images;
 - CPU time: a run has one core at most, and all runs may share some cores;
 - shards in a queue, each with a start and an end of its own, and what comes before the first and after the last;
-- the S3 requests of plans, pictures, leases and manifests.
+- the S3 requests of plans, images, leases and manifests.
 
 Not modelled: bandwidth, a Prefect server at its limit (27 ms of its CPU a task run), a service that slows down or
 limits calls a minute, S3's own failures, dead result URLs, repeated prompts, spending caps, killed workers.
@@ -36,18 +36,18 @@ _Outcome: TypeAlias = Literal["good", "refused", "failed", "lost", "flagged"]
 _CHUNKS_AT_ONCE = 3
 _ROWS_A_CALL_IN_STEPS = 2
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0
-_MOST_LISTED, _KEYS_A_PAGE, _KEYS_A_PICTURE = 3000, 1000, 2
+_MOST_LISTED, _KEYS_A_PAGE, _KEYS_A_IMAGE = 3000, 1000, 2
 _PUTS_A_RUN = 5  # the manifest, and what the run leaves beside it
 _RENEWED_AFTER = 1 / 3  # of a lease's time
 
-# What a picture's CPU time goes into, roughly: a part is computed in one go, and others have their turn in between.
+# What an image's CPU time goes into, roughly: a part is computed in one go, and others have their turn in between.
 _FINDING, _SENDING, _READING, _PUBLISHING = 0.15, 0.1, 0.1, (0.2, 0.2, 0.25)
 
 
 def forecast(scenario: Scenario) -> Forecast:
     """Simulate a scenario. The same one always has the same forecast.
 
-    Costs a tenth of a millisecond a picture, however long the pictures take.
+    Costs a tenth of a millisecond an image, however long the images take.
     """
     simulation = _Simulation(scenario)
     runs = [_Worker(simulation) for _ in range(scenario.workers)]
@@ -115,7 +115,7 @@ class _Worker:
             yield self._clock.pause(self._scenario.end_seconds)
 
     def _count_run(self, rows: int) -> None:
-        s3, keys = self._simulation.s3, self._scenario.keys + _KEYS_A_PICTURE * self._simulation.ends["published"]
+        s3, keys = self._simulation.s3, self._scenario.keys + _KEYS_A_IMAGE * self._simulation.ends["published"]
         s3["LIST"] += min(keys, _MOST_LISTED - 1) // _KEYS_A_PAGE + 1
         s3["HEAD"] += 1 + (rows if keys > _MOST_LISTED else 0)  # the bucket, and what was not listed
         s3["PUT"] += _PUTS_A_RUN
@@ -145,7 +145,7 @@ class _Worker:
             for share in _PUBLISHING:
                 yield from self._compute(share)
         if end == "published":
-            s3["PUT"] += 2  # the record and the picture
+            s3["PUT"] += 2  # the record and the image
         if scenario.results_in_bucket and end != "failed":
             kept = 2 if end == "published" else 1  # of the call, and of the download
             s3["GET"] += kept  # whether they are there

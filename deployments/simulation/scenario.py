@@ -20,7 +20,7 @@ class Scenario(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    images: int = Field(ge=0, description="Pictures to make, one a row, none of them there yet.")
+    images: int = Field(ge=0, description="Images to make, one a row, none of them there yet.")
     workers: _Count = Field(default=1, description="Runs at a time, each a process of its own.")
     max_in_flight: _Count = Field(default=8, description="Paid calls at once of each run.")
     max_in_flight_in_all: _Count | None = Field(
@@ -44,7 +44,7 @@ class Scenario(BaseModel):
         default=None, description="How long such a call takes. Empty: as long as a good one."
     )
     lost: _Share = Field(default=0, description="Calls that are billed and whose answers are lost.")
-    flagged: _Share = Field(default=0, description="Calls that are billed and whose pictures are not published.")
+    flagged: _Share = Field(default=0, description="Calls that are billed and whose images are not published.")
 
     retries: int = Field(default=4, ge=0, description="FLUX_PREFECT_RETRIES.")
     retry_delays: tuple[Seconds, ...] = Field(
@@ -52,18 +52,18 @@ class Scenario(BaseModel):
     )
     repeat_unknown: int = Field(default=1, ge=0, description="FLUX_PREFECT_REPEAT_UNKNOWN.")
 
-    cpu_seconds: Seconds = Field(default=0, description="CPU time of a run for a picture.")
+    cpu_seconds: Seconds = Field(default=0, description="CPU time of a run for an image.")
     cores: _Count | None = Field(
         default=None, description="Cores that all runs share. Empty: each run has one of its own, which is its most."
     )
-    transfer_seconds: Seconds = Field(default=0, description="A picture's download and upload, beside their CPU time.")
+    transfer_seconds: Seconds = Field(default=0, description="An image's download and upload, beside their CPU time.")
     start_seconds: Seconds = Field(default=0, description="Of each run, before its rows: the process, the plan.")
     end_seconds: Seconds = Field(default=0, description="Of each run, after its rows: the manifest, the gallery.")
     before_seconds: Seconds = Field(default=0, description="Once, before the first run: the plan of all of them.")
     after_seconds: Seconds = Field(default=0, description="Once, after the last run: their reports are merged.")
 
-    price: float = Field(default=200_000, ge=0, allow_inf_nan=False, description="Credits of a picture.")
-    keys: int = Field(default=0, ge=0, description="Keys below the bucket's prefix before: two a picture.")
+    price: float = Field(default=200_000, ge=0, allow_inf_nan=False, description="Credits of an image.")
+    keys: int = Field(default=0, ge=0, description="Keys below the bucket's prefix before: two an image.")
     lease_seconds: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="The bucket's setting of that name."
     )
@@ -91,9 +91,9 @@ class Forecast(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     seconds: float = Field(description="From the beginning to the end of all.")
-    published: int = Field(description="Pictures published.")
-    flagged: int = Field(description="Pictures paid for and not published.")
-    failed: int = Field(description="Rows without a picture, their retries used up.")
+    published: int = Field(description="Images published.")
+    flagged: int = Field(description="Images paid for and not published.")
+    failed: int = Field(description="Rows without an image, their retries used up.")
     calls: int = Field(description="Paid calls sent, whatever their answers.")
     billed_calls: int = Field(description="Calls that cost money.")
     refused_calls: int = Field(description="Calls answered with 429.")

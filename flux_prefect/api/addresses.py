@@ -1,7 +1,7 @@
-"""Which addresses a picture may be fetched from.
+"""Which addresses an image may be fetched from.
 
 A result URL is the service's word, and a machine that runs pipelines reaches more than the internet: a cloud's
-metadata, databases, admin pages. So a picture comes from a public address only, unless the service itself
+metadata, databases, admin pages. So an image comes from a public address only, unless the service itself
 stands in a private network, as a local stand-in does.
 """
 
@@ -47,18 +47,18 @@ class AddressRules:
         schemes = {"https", self._endpoint.scheme}
         if url.scheme not in schemes or not url.host:
             raise UnsafeURL(
-                f"The picture's URL ({url.scheme or 'no'}:// to {url.host or 'no host'}) is not fetched: "
+                f"The image's URL ({url.scheme or 'no'}:// to {url.host or 'no host'}) is not fetched: "
                 "only https is, and http where base_url itself is http."
             )
         try:
             addresses = await _look_up(url)
         except UnicodeError:
-            raise UnsafeURL(f"The picture's URL names a host that cannot exist: {url.host[:80]}…") from None
+            raise UnsafeURL(f"The image's URL names a host that cannot exist: {url.host[:80]}…") from None
         except socket.gaierror as error:
             if proxied:
                 return
             raise DownloadInterrupted(
-                f"The picture's host {url.host} could not be looked up ({error.strerror}): check the network's DNS."
+                f"The image's host {url.host} could not be looked up ({error.strerror}): check the network's DNS."
             ) from error
         for address in addresses:
             await self._check(address, url.host)
@@ -83,7 +83,7 @@ class AddressRules:
         if _is_local(address) and any(_is_local(neighbour) for neighbour in neighbours):
             return
         raise UnsafeURL(
-            f"The picture's host {host} is {address}, which is not a public address: pictures are fetched from "
+            f"The image's host {host} is {address}, which is not a public address: images are fetched from "
             "one only where base_url is in a private network itself."
         )
 

@@ -24,7 +24,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from typing_extensions import Self
 
-from flux_prefect.api.downloading import DownloadedPicture, Downloader
+from flux_prefect.api.downloads import DownloadedImage, Downloader
 from flux_prefect.api.models import (
     CREDITS_PER_USD,
     GENERATIONS_PATH,
@@ -64,7 +64,7 @@ MAX_PIXELS = 64_000_000
 
 _CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _KEY = re.compile(r"[\x21-\x7e]+")  # what a header can carry; the HTTP library quotes all else in its errors
-_ENVELOPE = 1024 * 1024  # bytes of an answer beside the pictures in it
+_ENVELOPE = 1024 * 1024  # bytes of an answer beside the images in it
 _REFUSAL = 64 * 1024  # bytes read of an error's body
 _REFUSAL_SECONDS = 10.0  # for that body, once the status is known
 _LOG_PAGE = 16 * 1024 * 1024  # bytes; a row is documented with some 400, and may grow
@@ -98,8 +98,8 @@ class Timeouts(BaseModel):
     pacing: float = Field(
         default=600, ge=0, allow_inf_nan=False, description="For a call that the service refuses as one too many."
     )
-    download_read: float = Field(default=60, gt=0, allow_inf_nan=False, description="Between two pieces of a picture.")
-    download: float = Field(default=300, gt=0, allow_inf_nan=False, description="For one picture in all.")
+    download_read: float = Field(default=60, gt=0, allow_inf_nan=False, description="Between two pieces of an image.")
+    download: float = Field(default=300, gt=0, allow_inf_nan=False, description="For one image in all.")
 
 
 class AimlApiClient:
@@ -109,7 +109,7 @@ class AimlApiClient:
         ```python
         async with AimlApiClient(api_key=key, base_url=url, pacer=shared_pacer(url, 16)) as client:
             generation = await client.generate(ImageRequest(prompt="a lighthouse at dusk", seed=7))
-            picture = await client.download(
+            image = await client.download(
                 generation.images[0].url, Path("lighthouse.jpeg"), expected="jpeg"
             )
         ```
@@ -119,12 +119,12 @@ class AimlApiClient:
         base_url: the root of the service, without /v1.
         pacer: the in-flight limit, shared by all clients of the process: see `shared_pacer`.
         timeouts: how long to wait for what.
-        max_bytes: the most bytes of one picture.
-        max_pixels: the most pixels of one picture.
+        max_bytes: the most bytes of one image.
+        max_pixels: the most pixels of one image.
         gate: entered around each time that a paid call goes out, while it holds its slot of the pacer: a limit over
             several processes. What it raises stops the call.
         transport: takes the place of the network to the service, for tests.
-        download_transport: takes the place of the network to the pictures' hosts, for tests.
+        download_transport: takes the place of the network to the images' hosts, for tests.
 
     Raises:
         ValueError: `api_key` can't stand in a header, or `base_url` is no root URL.
@@ -198,7 +198,7 @@ class AimlApiClient:
         before_send: Callable[[], None] | None = None,
         after_refusal: Callable[[], None] | None = None,
     ) -> Generation:
-        """Have pictures made: one POST, which is paid for.
+        """Have images made: one POST, which is paid for.
 
         It is sent again only where the service refused it as one too many (429, or 503 with Retry-After:
         not paid), after the pause that the service asked for, until `timeouts.pacing` seconds after the first such
@@ -215,7 +215,7 @@ class AimlApiClient:
         Raises:
             NotSent: no connection. Not paid.
             AnswerLost: sent, and no whole answer came within `timeouts`. Perhaps paid.
-            InvalidResponse, EmptyGeneration: answered, but not with a picture. `billed` says what is known.
+            InvalidResponse, EmptyGeneration: answered, but not with an image. `billed` says what is known.
             StatusError: answered with an error status, as the subclass of its meaning. Of `RateLimited` and of
                 `ServiceBusy` with `retryable` False, the time for waiting is over.
             ValueError: `client_request_id` is one that the service would drop.
@@ -304,14 +304,14 @@ class AimlApiClient:
             if not fresh or len(page) < LOG_PAGE_ROWS:
                 return
 
-    async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedPicture:
-        """Bring one picture into `destination`: the bytes as delivered, whole, checked, and on the disk.
+    async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedImage:
+        """Bring one image into `destination`: the bytes as delivered, whole, checked, and on the disk.
 
-        Streams to a file of its own beside it (`….part`), decodes the whole picture, then moves it into place at once:
+        Streams to a file of its own beside it (`….part`), decodes the whole image, then moves it into place at once:
         `destination` is never half a file, also where several download to it at the same time. An
-        inline picture (`data:`) goes the same way. The API key is not sent.
+        inline image (`data:`) goes the same way. The API key is not sent.
 
-        A whole picture in another format is kept as `<destination>.rejected`. After any other failure nothing is
+        A whole image in another format is kept as `<destination>.rejected`. After any other failure nothing is
         left behind.
 
         Args:
@@ -322,8 +322,8 @@ class AimlApiClient:
         Raises:
             ImageGone: the URL is dead.
             DownloadInterrupted: cut, stalled, over `timeouts.download` in all, or refused for now.
-            NotAnImage: the bytes are no picture, or a cut one.
-            UnexpectedFormat: a whole picture, in another format.
+            NotAnImage: the bytes are no image, or a cut one.
+            UnexpectedFormat: a whole image, in another format.
             ImageTooLarge: over `max_bytes` or `max_pixels`.
             UnsafeURL: not https (nor http where base_url is), or into a private network where base_url is not in
                 one. Redirects are followed at most 5 times and checked the same.
@@ -376,7 +376,7 @@ class AimlApiClient:
                 body += chunk
                 if len(body) > most:
                     raise InvalidResponse(
-                        f"The service's answer is over {most:,} bytes, more than its pictures can take "
+                        f"The service's answer is over {most:,} bytes, more than its images can take "
                         "(max_bytes of the client).",
                         client_request_id=call_id,
                         billed=_if_lost(call_id),

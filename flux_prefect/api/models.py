@@ -42,10 +42,10 @@ GuidanceScale = Annotated[
         ge=1,
         le=20,
         allow_inf_nan=False,
-        description="How closely the picture follows the prompt, 1 to 20. Not sent where empty.",
+        description="How closely the image follows the prompt, 1 to 20. Not sent where empty.",
     ),
 ]
-ImageCount = Annotated[int, Field(ge=1, le=4, description="Pictures a request, 1 to 4; each is paid for.")]
+ImageCount = Annotated[int, Field(ge=1, le=4, description="Images a request, 1 to 4; each is paid for.")]
 
 _SUCCEEDED = {"succeeded": True, "success": True, "failed": False, "error": False}
 _TIME = TypeAdapter(datetime)
@@ -55,7 +55,7 @@ class ImageRequest(BaseModel):
     """One request to the service, checked before it costs anything.
 
     Every default of the service stands here and is always sent, so that a change of the service's
-    defaults never changes a picture. Unknown fields are refused.
+    defaults never changes an image. Unknown fields are refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,19 +63,19 @@ class ImageRequest(BaseModel):
     prompt: str = Field(
         min_length=1,
         max_length=4000,
-        description="What the picture shows: content, style, composition. 1 to 4,000 characters.",
+        description="What the image shows: content, style, composition. 1 to 4,000 characters.",
     )
     seed: Seed | None = Field(
         default=None,
         description=(
-            "The same seed with the same other fields gives the same picture. "
+            "The same seed with the same other fields gives the same image. "
             "A flow draws one and records it where none is given."
         ),
     )
     aspect_ratio: AspectRatio = Field(
         default="16:9", description="Width to height. The service chooses the size in pixels."
     )
-    output_format: OutputFormat = Field(default="jpeg", description="The picture's file format.")
+    output_format: OutputFormat = Field(default="jpeg", description="The image's file format.")
     guidance_scale: GuidanceScale = None
     safety_tolerance: SafetyTolerance = Field(
         default="2", description="1 is the strictest, 5 and 6 are the most permissive."
@@ -96,7 +96,7 @@ class ImageRequest(BaseModel):
     @classmethod
     def _not_blank(cls, prompt: str) -> str:
         if not prompt.strip():
-            raise ValueError("prompt is blank: say what the picture shows")
+            raise ValueError("prompt is blank: say what the image shows")
         return prompt
 
     @property
@@ -111,10 +111,10 @@ class ImageRequest(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
     def fingerprint(self, endpoint: str) -> str:
-        """The identity of this request's pictures at one endpoint: 32 hex digits.
+        """The identity of this request's images at one endpoint: 32 hex digits.
 
-        Two requests share a fingerprint exactly where the service promises the same pictures: all fields
-        that change the picture and the endpoint's root URL go in, the API key never does.
+        Two requests share a fingerprint exactly where the service promises the same images: all fields
+        that change the image and the endpoint's root URL go in, the API key never does.
 
         Raises:
             ValueError: the request has no seed, so the service promises nothing.
@@ -125,22 +125,22 @@ class ImageRequest(BaseModel):
 
 
 class GeneratedImage(BaseModel):
-    """One picture of an answer: where its bytes are, and what the service said of it."""
+    """One image of an answer: where its bytes are, and what the service said of it."""
 
     model_config = ConfigDict(frozen=True)
 
-    index: int = Field(ge=0, description="The picture's place in the answer, from 0.")
+    index: int = Field(ge=0, description="The image's place in the answer, from 0.")
     url: str | None = Field(
         description="Where the bytes can be fetched, for some minutes. None once inline bytes are spooled."
     )
     width: int | None = Field(default=None, description="Pixels, as the service said.")
     height: int | None = Field(default=None, description="Pixels, as the service said.")
     content_type: str | None = Field(default=None, description="The MIME type, as the service said.")
-    flagged: bool = Field(default=False, description="The service marked the picture as unsafe.")
+    flagged: bool = Field(default=False, description="The service marked the image as unsafe.")
 
 
 class Generation(BaseModel):
-    """One paid answer of the service. A small record: it holds no picture bytes once a task returns it."""
+    """One paid answer of the service. A small record: it holds no image bytes once a task returns it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -150,11 +150,11 @@ class Generation(BaseModel):
     endpoint: str = Field(description="The root URL of the service that answered.")
     fingerprint: str = Field(
         description=(
-            "The identity of these pictures. Of a request without a seed: by the seed that the service "
+            "The identity of these images. Of a request without a seed: by the seed that the service "
             "reported, else by the call itself."
         )
     )
-    images: tuple[GeneratedImage, ...] = Field(description="The pictures, in the service's order.")
+    images: tuple[GeneratedImage, ...] = Field(description="The images, in the service's order.")
     seed: int | None = Field(description="The seed asked for, else the one that the service reported.")
     reported_seed: int | None = Field(default=None, description="The seed that the service reported.")
     credits_used: float | None = Field(
@@ -197,7 +197,7 @@ class LogEntry(BaseModel):
         return Billed.YES if self.succeeded and self.credits is None else Billed.UNKNOWN
 
 
-@functools.lru_cache(maxsize=512)  # every step of a picture asks for it
+@functools.lru_cache(maxsize=512)  # every step of an image asks for it
 def _fingerprint(request: ImageRequest, endpoint: str) -> str:
     canonical = json.dumps(
         {"version": 1, "endpoint": normalize_endpoint(endpoint), "request": request.payload()},
@@ -229,12 +229,12 @@ def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword 
     """Read any of the answer shapes that the service is known to send.
 
     `{"data": [{"url" | "b64_json"}], "meta"}` as its schema says, `{"images": [{"url", ...}], "seed",
-    "has_nsfw_concepts"}` as its samples show, and both at once. Pictures sent inline come out as `data:`
+    "has_nsfw_concepts"}` as its samples show, and both at once. Images sent inline come out as `data:`
     URIs in `GeneratedImage.url`.
 
     Raises:
-        InvalidResponse: the body is no JSON object, or its lists hold something else than pictures.
-        EmptyGeneration: no picture is in it.
+        InvalidResponse: the body is no JSON object, or its lists hold something else than images.
+        EmptyGeneration: no image is in it.
     """
     cost = _read_cost(body, headers)
     if not isinstance(body, dict):
@@ -265,7 +265,7 @@ def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword 
         )
     if not images:
         raise EmptyGeneration(
-            f"The service answered with no picture in it. {_paid_sentence(cost)} "
+            f"The service answered with no image in it. {_paid_sentence(cost)} "
             f"Look for {client_request_id} in its log.",
             client_request_id=client_request_id,
             billed=_billed(cost),
@@ -383,7 +383,7 @@ def _read_list(body: dict[str, Any], name: str, client_request_id: str, cost: _C
     if isinstance(value, list) and all(item is None or isinstance(item, dict) for item in value):
         return value
     raise InvalidResponse(
-        f"{name} in the service's answer is {_kind(value)} instead of a list of pictures. "
+        f"{name} in the service's answer is {_kind(value)} instead of a list of images. "
         f"{_paid_sentence(cost)} Look for {client_request_id} in its log.",
         client_request_id=client_request_id,
         billed=_billed(cost),

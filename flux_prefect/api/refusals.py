@@ -43,7 +43,7 @@ _ADVICE: dict[type[StatusError], str] = {
     RateLimited: "Lower max_in_flight, or run later.",
     ServerFailed: "Failed requests are not charged.",
     ServiceBusy: "Not charged. It is overloaded or under maintenance: repeat later.",
-    GenerationTimedOut: "The picture may have been made and paid for all the same.",
+    GenerationTimedOut: "The image may have been made and paid for all the same.",
 }
 
 

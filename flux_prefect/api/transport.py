@@ -20,7 +20,7 @@ from aiohttp.abc import AbstractResolver
 from multidict import CIMultiDict
 from yarl import URL
 
-_READ_BUFFER = 256 * 1024  # bytes: a picture in some two or three pieces
+_READ_BUFFER = 256 * 1024  # bytes: an image in some two or three pieces
 _LONGEST_HEADER = 64 * 1024  # bytes: signed addresses to redirect to are long
 
 

@@ -20,7 +20,7 @@ class BatchContext:
     """What a batch works with, all of it proved to be usable.
 
     Attributes:
-        bucket: where pictures are published.
+        bucket: where images are published.
         account: who pays, and how many calls at once.
         client: of the account, shared by all that runs inside `open_context`.
         spool: this host's.
@@ -51,8 +51,8 @@ async def open_context(
         bucket: where to publish.
         credentials: who pays.
         max_credits: the cap, in credits; None for none.
-        max_images: the cap, in pictures that are paid for; None for none.
-        prices: the most credits that a picture of a model costs, where somebody knows better than this host.
+        max_images: the cap, in images that are paid for; None for none.
+        prices: the most credits that an image of a model costs, where somebody knows better than this host.
 
     Raises:
         BucketError: the bucket or its keys are wrong.

@@ -47,8 +47,8 @@ MOST_IN_STEPS = 300
 
 ROWS_A_CHUNK = 100
 _CHUNKS_AT_ONCE = 3  # while one is down to its last rows, two others keep every slot busy
-_FILES_PER_ITEM = 4  # two locks, a connection, and the picture
-_FEWEST_THREADS = 8  # for S3 and the disk: three requests of 30 ms a picture are 80 pictures a second
+_FILES_PER_ITEM = 4  # two locks, a connection, and the image
+_FEWEST_THREADS = 8  # for S3 and the disk: three requests of 30 ms an image are 80 images a second
 _OTHER_FILES = 256  # Prefect's own, boto3's connections, everything else
 
 
@@ -75,7 +75,7 @@ async def run_batch(  # noqa: PLR0913 - keyword-only from the fifth on
     credits left, no bucket): then nothing more is sent, and the rest is recorded as failed for it.
     Once the budget has no room, the rows left are recorded as skipped, but for those that were paid for before.
 
-    Where it is cancelled, nothing more is sent either; calls in flight are awaited, and their pictures published, for
+    Where it is cancelled, nothing more is sent either; calls in flight are awaited, and their images published, for
     `FLUX_PREFECT_GRACE_SECONDS`; the rows left are recorded as failed, those that were cut off with the ids of their
     calls; then the cancellation goes on.
 

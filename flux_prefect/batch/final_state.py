@@ -42,10 +42,10 @@ def end_batch(report: BatchReport, max_failed: int) -> State[Any]:
 
     Returns:
         Completed with the report, or Failed with a `BatchFailed` where more than `max_failed` items are without their
-        pictures.
+        images.
     """
     if report.unsuccessful > max_failed:
-        told = f"{report.unsuccessful} of {report.rows} items without their pictures (max_failed {max_failed})"
+        told = f"{report.unsuccessful} of {report.rows} items without their images (max_failed {max_failed})"
         message = f"{told}: {report.summary()}"
         return Failed(message=message, data=BatchFailed(message, report))
     return Completed(message=report.summary(), data=report)

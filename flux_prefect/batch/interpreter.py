@@ -1,4 +1,4 @@
-"""Settings of the interpreter for hundreds of pictures at once."""
+"""Settings of the interpreter for hundreds of images at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tuned_interpreter() -> Iterator[None]:
 
     The collector leaves alone what is there already, half a million objects of Prefect's for the most part: it would
     go through them again and again, for a tenth of a batch's CPU time. And threads that upload give way to the event
-    loop after half a millisecond instead of five, for which it waits several times a picture.
+    loop after half a millisecond instead of five, for which it waits several times an image.
     """
     interval = sys.getswitchinterval()
     gc.freeze()

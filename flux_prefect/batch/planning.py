@@ -32,7 +32,7 @@ class PlannedBatch:
 
     Attributes:
         run: what the plan was made for.
-        found: the pictures of requests that are whole in the bucket.
+        found: the images of requests that are whole in the bucket.
     """
 
     plan: Plan
@@ -59,12 +59,12 @@ async def make_plan(
 ) -> PlannedBatch:
     """Look through the whole table and the bucket; nothing is paid for.
 
-    One HEAD a picture, 32 at once. A bucket that holds little beside the table is listed first, and pictures that
+    One HEAD an image, 32 at once. A bucket that holds little beside the table is listed first, and images that
     are not in the list are not looked for. Memory: some 300 bytes a row.
 
     Args:
         table: the table.
-        bucket: where pictures would be published.
+        bucket: where images would be published.
         endpoint: the root URL of the service.
         budget: the prices and caps.
         run: what seeds are drawn from for rows without one.
@@ -175,11 +175,11 @@ async def _list_keys(bucket: ImageBucket) -> frozenset[str] | None:
     try:
         return await bucket.list_keys(most=_LISTED)
     except FluxError:
-        return None  # looking for each picture needs fewer permissions
+        return None  # looking for each image needs fewer permissions
 
 
 async def _find_all(request: ImageRequest, fingerprint: str, bucket: ImageBucket) -> list[PublishedImage] | None:
-    """The pictures of a request where all of them are there."""
+    """The images of a request where all of them are there."""
     try:
         images = [await bucket.find(request, fingerprint, index) for index in range(request.num_images)]
     except FluxError:

@@ -1,4 +1,4 @@
-"""The bucket that pictures are published to, as a Prefect block over boto3.
+"""The bucket that images are published to, as a Prefect block over boto3.
 
 Works with any S3 server that verifies SHA-256 checksums and refuses a second write under `If-None-Match: *`.
 """
@@ -69,7 +69,7 @@ _AWS_BUCKET, _AWS_CREDENTIALS = "s3-bucket", "aws-credentials"  # types of saved
 
 
 class PublishedImage(BaseModel):
-    """One picture in the bucket, whole, with its JSON record beside it."""
+    """One image in the bucket, whole, with its JSON record beside it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -84,7 +84,7 @@ class PublishedImage(BaseModel):
     width: int = Field(description="Pixels.")
     height: int = Field(description="Pixels.")
     fingerprint: str = Field(description="The identity of the request at its endpoint.")
-    index: int = Field(description="The picture's place in its generation.")
+    index: int = Field(description="The image's place in its generation.")
     seed: int | None = Field(description="The seed that makes it again.")
     sidecar_key: str = Field(description="The key of the JSON record.")
     published_at: AwareDatetime = Field(description="When it was written to the bucket.")
@@ -92,7 +92,7 @@ class PublishedImage(BaseModel):
 
 
 class PublishingRun(BaseModel):
-    """The run that publishes, for the record beside the picture."""
+    """The run that publishes, for the record beside the image."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -116,13 +116,13 @@ class _AwsAccess:
 
 
 class ImageBucket(WritableFileSystem):
-    """An S3 bucket (or a prefix in one) to publish pictures to. Also a place for Prefect results.
+    """An S3 bucket (or a prefix in one) to publish images to. Also a place for Prefect results.
 
     Without keys boto3's own chain decides: environment, profile, role. `AWS_ENDPOINT_URL_S3` and `AWS_DEFAULT_REGION`
     are obeyed where `endpoint_url` and `region_name` are empty.
 
     Example:
-        Load a stored bucket and look for a picture:
+        Load a stored bucket and look for an image:
         ```python
         from flux_prefect.bucket.image_bucket import ImageBucket
 
@@ -167,7 +167,7 @@ class ImageBucket(WritableFileSystem):
     )
     cache_control: str | None = Field(
         default="public, max-age=31536000, immutable",
-        description="The Cache-Control header of published pictures. A key's bytes never change.",
+        description="The Cache-Control header of published images. A key's bytes never change.",
     )
     storage_class: str | None = Field(default=None, description="The S3 storage class, such as STANDARD_IA.")
     server_side_encryption: Literal["AES256", "aws:kms"] | None = Field(
@@ -180,7 +180,7 @@ class ImageBucket(WritableFileSystem):
         le=600,
         title="Lease (seconds)",
         description=(
-            "Set it where several machines publish to this bucket: one at a time then makes a picture, and another "
+            "Set it where several machines publish to this bucket: one at a time then makes an image, and another "
             "takes over from a machine that is silent for so long. 60 is a good value, the same on all machines. "
             "Needs a server with conditional writes, and s3:DeleteObject. Empty: one machine only."
         ),
@@ -351,14 +351,14 @@ class ImageBucket(WritableFileSystem):
         self._checked = self.bucket_name
 
     def key_of(self, request: ImageRequest, fingerprint: str, index: int) -> str:
-        """The key of one picture in this bucket."""
+        """The key of one image in this bucket."""
         return object_key(request, fingerprint, index, prefix=self.prefix, template=self.key_template)
 
     async def find(self, request: ImageRequest, fingerprint: str, index: int) -> PublishedImage | None:
-        """The picture as published, or None. One HEAD, no cost at the image service.
+        """The image as published, or None. One HEAD, no cost at the image service.
 
         Raises:
-            KeyOccupied: the key holds something that was not published as this picture.
+            KeyOccupied: the key holds something that was not published as this image.
             BucketError: the bucket can't say.
         """
         return await self._head(self.key_of(request, fingerprint, index))
@@ -384,7 +384,7 @@ class ImageBucket(WritableFileSystem):
         return await self._run(read, self.prefix)
 
     async def publish(self, file: ImageFile, run: PublishingRun) -> PublishedImage:
-        """Put a picture under its key unless it is there already; its JSON record goes first.
+        """Put an image under its key unless it is there already; its JSON record goes first.
 
         Idempotent, and safe against any number of publishers at once: the first whole object wins and stays, and
         every publisher returns it. The server verifies the SHA-256 of what it stores. At most two PUTs and a HEAD.
@@ -414,7 +414,7 @@ class ImageBucket(WritableFileSystem):
 
         def put(client: S3Client) -> str | None:
             self._put_new(client, record_key, record, content_type="application/json")
-            with _open_picture(file) as body:
+            with _open_image(file) as body:
                 return self._put_new(
                     client,
                     key,
@@ -430,7 +430,7 @@ class ImageBucket(WritableFileSystem):
             if there is None:
                 raise BucketUnavailable(
                     f"{self.bucket_name}/{key} was there and is gone again: something deletes objects while they "
-                    "are published. The picture stays in the spool; run again."
+                    "are published. The image stays in the spool; run again."
                 )
             return there
         return PublishedImage(
@@ -453,7 +453,7 @@ class ImageBucket(WritableFileSystem):
         )
 
     async def read_image(self, image: PublishedImage) -> bytes:
-        """The bytes of a published picture, proved to be those that were published.
+        """The bytes of a published image, proved to be those that were published.
 
         Raises:
             ImageChanged: the object has other bytes.
@@ -596,7 +596,7 @@ class ImageBucket(WritableFileSystem):
             )
         except (KeyError, ValueError) as error:
             raise KeyOccupied(
-                f"s3://{self.bucket_name}/{key} is there but was not published as a picture "
+                f"s3://{self.bucket_name}/{key} is there but was not published as an image "
                 f"(its metadata lacks or spoils {error}). Remove it, or publish under another prefix."
             ) from error
 
@@ -702,7 +702,7 @@ def _read_access(credentials: Any, *, reference: str | None) -> _AwsAccess:
     return _AwsAccess(reference, credentials.get_boto3_session, options)
 
 
-def _open_picture(file: ImageFile) -> BinaryIO:
+def _open_image(file: ImageFile) -> BinaryIO:
     try:
         return file.path.open("rb")
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Object keys: from the fingerprint alone, so that anybody can compute where a picture is."""
+"""Object keys: from the fingerprint alone, so that anybody can compute where an image is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_KEY_BYTES = 1024 - 22  # S3's limit, less what `sidecar_key` adds
 
 
 def check_key_template(template: str) -> str:
-    """Return the template if every pair of different pictures gets different keys by it.
+    """Return the template if every pair of different images gets different keys by it.
 
     Raises:
         ValueError: a field is unknown, missing or formatted, or a rendered key would leave its prefix.
@@ -31,9 +31,9 @@ def check_key_template(template: str) -> str:
             f"key_template has the unknown field {min(unknown)!r}: it may use {', '.join(sorted(_ALLOWED))}"
         )
     if missing := _REQUIRED - fields:
-        raise ValueError(f"key_template lacks {{{min(missing)}}}: without it different pictures would share a key")
+        raise ValueError(f"key_template lacks {{{min(missing)}}}: without it different images would share a key")
     if any(spec or conversion for _, _, spec, conversion in parts):
-        raise ValueError(  # {fingerprint:.8} would let different pictures share a key
+        raise ValueError(  # {fingerprint:.8} would let different images share a key
             f"key_template {template!r} formats a field: write the name alone between the braces"
         )
     _check_key(_render(template, ImageRequest(prompt="x", seed=1), "0" * 64, 0))
@@ -56,7 +56,7 @@ def clean_prefix(prefix: str) -> str:
 def object_key(
     request: ImageRequest, fingerprint: str, index: int, *, prefix: str = "", template: str = DEFAULT_KEY_TEMPLATE
 ) -> str:
-    """The key of one picture of a request. Nothing of the prompt goes into it.
+    """The key of one image of a request. Nothing of the prompt goes into it.
 
     Raises:
         ValueError: the key would leave its prefix, or be longer than S3 allows (1,024 bytes, the record's key
@@ -67,7 +67,7 @@ def object_key(
 
 
 def sidecar_key(key: str, sha256: str) -> str:
-    """The key of the JSON record beside a picture.
+    """The key of the JSON record beside an image.
 
     The digest of the bytes is part of it: a record always describes the bytes that it stands beside, also where
     two hosts publish different bytes under one key and one of them comes too late.

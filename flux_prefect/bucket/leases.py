@@ -1,4 +1,4 @@
-"""Leases: of all machines that publish to a bucket, one at a time makes a picture.
+"""Leases: of all machines that publish to a bucket, one at a time makes an image.
 
 A lease is a small object in the bucket, written under conditions. Why not Redis: that is one more server to run, and
 its lock in Prefect's own integration is never released by async code; a lease guards a paid call of seconds to minutes,
@@ -75,7 +75,7 @@ class BucketLeases:
     """The leases in one bucket, by their keys. Hosts that share a bucket and a prefix share them.
 
     Args:
-        bucket: where the leases are, as `leases/<digest of the key>.json` below the prefix. Neither a picture nor a
+        bucket: where the leases are, as `leases/<digest of the key>.json` below the prefix. Neither an image nor a
             manifest can have such a name.
         lease_seconds: how long a holder may be silent. The same on all hosts.
         clock: seconds that never go back. Another one is for tests.
@@ -154,7 +154,7 @@ class Lease:
         if self._lost is not None:
             raise LeaseLost(
                 f"Not sent: the lease {self._place.uri} is lost, as {self._lost}. Another machine may be making the "
-                "picture. Run again: what is published by then costs nothing."
+                "image. Run again: what is published by then costs nothing."
             )
 
     async def _take(self) -> None:

@@ -4,7 +4,7 @@ Keys are the same in every run, so that Prefect's history shows run after run:
 
 flux-progress   done of total, pace, credits, time left
 flux-summary    counts, costs, what needs a person, where everything is
-flux-gallery    the newest pictures, and in the place of those that are missing the reason
+flux-gallery    the newest images, and in the place of those that are missing the reason
 
 Text of tables and of the service stands inside blocks of HTML with no blank line in them, where markdown has no meaning
 in either of Prefect's UIs; there only HTML needs escaping.
@@ -109,12 +109,12 @@ async def leave_artifacts(
         report: of the batch, with its manifest's address.
         newest: its newest records, the newest first.
         bucket: where it was published.
-        spool: where pictures are that need no reading from the bucket.
+        spool: where images are that need no reading from the bucket.
         logger: of the run.
     """
     page, thumbnails = await asyncio.gather(
-        _attempt("page of all pictures", publish_page(report, bucket), logger),
-        _attempt("pictures in the gallery", draw_thumbnails(newest, bucket, spool), logger),
+        _attempt("page of all images", publish_page(report, bucket), logger),
+        _attempt("images in the gallery", draw_thumbnails(newest, bucket, spool), logger),
     )
     await asyncio.gather(
         _attempt("summary", show_summary(report, bucket, page), logger),
@@ -126,7 +126,7 @@ async def _attempt(what: str, work: Awaitable[_Value], logger: Logger) -> _Value
     try:
         with anyio.fail_after(_MOST_SECONDS):
             return await work
-    except Exception as error:  # noqa: BLE001 - the pictures are published, whatever becomes of pages about them
+    except Exception as error:  # noqa: BLE001 - the images are published, whatever becomes of pages about them
         logger.warning("The %s is missing from this run's artifacts: %s", what, str(error) or repr(error))
         return None
 
@@ -147,12 +147,12 @@ async def show_summary(report: BatchReport, bucket: ImageBucket, page: str | Non
 
 
 async def draw_thumbnails(records: Sequence[ItemRecord], bucket: ImageBucket, spool: Spool) -> dict[str, str]:
-    """The thumbnails that a gallery of these records shows, as `data:` URIs by the pictures' s3:// addresses.
+    """The thumbnails that a gallery of these records shows, as `data:` URIs by the images' s3:// addresses.
 
     Args:
         records: the newest first.
-        bucket: where the pictures were published.
-        spool: where pictures are that need no reading from the bucket.
+        bucket: where the images were published.
+        spool: where images are that need no reading from the bucket.
     """
     images = list(islice((image for record in records for image in record.images), PAGE))
     thumbnails = await make_thumbnails(images, bucket, spool)
@@ -166,11 +166,11 @@ async def show_gallery(
     bucket: ImageBucket,
     page: str | None,
 ) -> None:
-    """Leave the artifact `flux-gallery` at the enclosing flow run: 48 pictures or reasons, under 1 MiB.
+    """Leave the artifact `flux-gallery` at the enclosing flow run: 48 images or reasons, under 1 MiB.
 
     Args:
         records: the newest first.
-        thumbnails: `data:` URIs by the pictures' s3:// addresses.
+        thumbnails: `data:` URIs by the images' s3:// addresses.
         report: of the batch.
         bucket: where it was published.
         page: the key of the page with all of them, where there is one.
@@ -189,11 +189,11 @@ def write_markdown_gallery(
     bucket: ImageBucket,
     page: str | None,
 ) -> str:
-    """A page of pictures as markdown, the records in the order given, under 1 MiB whatever they hold.
+    """A page of images as markdown, the records in the order given, under 1 MiB whatever they hold.
 
     Args:
         records: what became of rows.
-        thumbnails: `data:` URIs by the pictures' s3:// addresses.
+        thumbnails: `data:` URIs by the images' s3:// addresses.
         report: of the batch.
         bucket: where it was published.
         page: the key of the page with all of them, where there is one.
@@ -228,12 +228,12 @@ def write_summary(report: BatchReport, bucket: ImageBucket, page: str | None) ->
         ),
     ]
     if found.failures:
-        lines += ["### Without their pictures", "", *_facts(found.reasons())]
+        lines += ["### Without their images", "", *_facts(found.reasons())]
     if report.count("failed"):
         lines += ["To take up again what failed, run the manifest as the source with `only` set to `failed`.", ""]
     if report.billed_and_lost:
         lines += ["### Billed and lost", ""]
-        lines += ["Paid for, and no picture came. The service's support can look the calls up by these ids.", ""]
+        lines += ["Paid for, and no image came. The service's support can look the calls up by these ids.", ""]
         lines += _list_ids(report.billed_and_lost)
     if report.possibly_billed:
         lines += ["### Possibly billed", ""]
@@ -258,7 +258,7 @@ def object_address(bucket: ImageBucket, key: str) -> str:
 def _cells(records: Iterable[ItemRecord], thumbnails: dict[str, str], bucket: ImageBucket) -> Iterator[str]:
     for record in records:
         for image in record.images:
-            yield _cell(_picture(image, thumbnails.get(image.uri), bucket), record, image)
+            yield _cell(_image(image, thumbnails.get(image.uri), bucket), record, image)
         if record.message is not None:
             reason = (
                 f'<strong>{record.status}</strong><div dir="auto">{_excerpt(record.message, _MOST_OF_A_MESSAGE)}</div>'
@@ -266,8 +266,8 @@ def _cells(records: Iterable[ItemRecord], thumbnails: dict[str, str], bucket: Im
             yield _cell(reason, record, None)
 
 
-def _picture(image: PublishedImage, thumbnail: str | None, bucket: ImageBucket) -> str:
-    shown = "no thumbnail" if thumbnail is None else f'<img src="{thumbnail}" alt="picture">'
+def _image(image: PublishedImage, thumbnail: str | None, bucket: ImageBucket) -> str:
+    shown = "no thumbnail" if thumbnail is None else f'<img src="{thumbnail}" alt="image">'
     return f'<a href="{html.escape(object_address(bucket, image.key))}">{shown}</a>'
 
 
@@ -282,14 +282,14 @@ def _cell(shown: str, record: ItemRecord, image: PublishedImage | None) -> str:
     if record.request is not None:
         facts.append(f"seed {record.request.seed}")
     if record.credits_used:
-        several = f" for {len(record.images)} pictures" if len(record.images) > 1 else ""
+        several = f" for {len(record.images)} images" if len(record.images) > 1 else ""
         facts.append(f"{record.credits_used:,.0f} credits{several}")
     return f'<td width="{100 // _COLUMNS}%" valign="top">{shown}{prompt}<small>{" · ".join(facts)}</small></td>'
 
 
 @dataclass
 class _Findings:
-    """What only the records tell: the pictures made, and the kinds of failure with their numbers and an example."""
+    """What only the records tell: the images made, and the kinds of failure with their numbers and an example."""
 
     images: int = 0
     failures: Counter[str] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""One picture of many pictures, each with a label, to compare them at a glance."""
+"""One image of many images, each with a label, to compare them at a glance."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class Cell:
     """One place on a sheet.
 
     Attributes:
-        label: what stands below the picture.
-        picture: the file's bytes; None where there is no picture, and the label says why.
+        label: what stands below the image.
+        image: the file's bytes; None where there is no image, and the label says why.
     """
 
     label: str
-    picture: bytes | None
+    image: bytes | None
 
 
 class ContactSheet:
-    """A sheet that is filled a picture at a time, from left to right.
+    """A sheet that is filled an image at a time, from left to right.
 
-    Memory: the sheet's own pixels, at most some 60 MB for a thousand pictures. Not for several threads at once.
+    Memory: the sheet's own pixels, at most some 60 MB for a thousand images. Not for several threads at once.
 
     Args:
         title: what stands above, in one line.
-        cells: how many pictures there will be.
+        cells: how many images there will be.
         columns: how many in a row, where there is room for so many.
     """
 
@@ -56,21 +56,21 @@ class ContactSheet:
         self._filled = 0
 
     def add(self, cell: Cell) -> None:
-        """Fill the next place. Some ten milliseconds for a picture of a megapixel: call it in a thread.
+        """Fill the next place. Some ten milliseconds for an image of a megapixel: call it in a thread.
 
         Raises:
-            OSError: the bytes are no picture.
+            OSError: the bytes are no image.
         """
         row, column = divmod(self._filled, self._columns)
         left, top = _GAP + column * (self._side + _GAP), _TITLE + row * (self._side + _LABEL + _GAP)
-        if cell.picture is None:
+        if cell.image is None:
             self._draw.rectangle((left, top, left + self._side - 1, top + self._side - 1), fill=_EMPTY)
         else:
-            with Image.open(io.BytesIO(cell.picture)) as picture:
-                picture.draft("RGB", (self._side, self._side))  # a JPEG is decoded at an eighth of its size
-                picture.thumbnail((self._side, self._side))
-                room = (self._side - picture.width) // 2, (self._side - picture.height) // 2
-                self._image.paste(picture.convert("RGB"), (left + room[0], top + room[1]))
+            with Image.open(io.BytesIO(cell.image)) as image:
+                image.draft("RGB", (self._side, self._side))  # a JPEG is decoded at an eighth of its size
+                image.thumbnail((self._side, self._side))
+                room = (self._side - image.width) // 2, (self._side - image.height) // 2
+                self._image.paste(image.convert("RGB"), (left + room[0], top + room[1]))
         self._write((left, top + self._side + 2), cell.label, 12, _FAINT, self._side)
         self._filled += 1
 

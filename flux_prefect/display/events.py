@@ -1,11 +1,11 @@
 """What a batch tells automations, as Prefect events. Sent in the background: one that is lost costs the batch nothing.
 
 flux.batch.finished     once, when the manifest is whole; its resource is s3://bucket/prefix/manifests/<run>
-flux.image.published    a picture that this run wrote; its resource is the picture, s3://bucket/key
-flux.image.failed       a row without its pictures; its resource is s3://bucket/prefix/manifests/<run>/rows/<row>
+flux.image.published    an image that this run wrote; its resource is the image, s3://bucket/key
+flux.image.failed       a row without its images; its resource is s3://bucket/prefix/manifests/<run>/rows/<row>
 
 And the destination as an asset: `prefect.asset.materialization.succeeded` of s3://bucket/prefix. A dry run tells of
-nothing; one that was cancelled has told of its pictures, and Prefect itself tells of its end.
+nothing; one that was cancelled has told of its images, and Prefect itself tells of its end.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tell_batch(report: BatchReport, bucket: ImageBucket, run: str, *, succeeded:
 
     Args:
         report: of a run whose manifest is in the bucket.
-        bucket: where the pictures are.
+        bucket: where the images are.
         run: the flow run's id.
         succeeded: whether the run ends as Completed.
     """
@@ -70,7 +70,7 @@ def tell_batch(report: BatchReport, bucket: ImageBucket, run: str, *, succeeded:
 
 
 def tell_item(record: ItemRecord, bucket: ImageBucket, run: str, *, density: Density) -> None:
-    """Tell of a row that has ended: an event a picture that this run wrote, and one where pictures are missing.
+    """Tell of a row that has ended: an event an image that this run wrote, and one where images are missing.
 
     In `steps` alone: the server stores each, beside the ten or so that the row's own task runs send. In `chunks` one
     task run stands for a hundred rows, and the manifest alone tells of them.

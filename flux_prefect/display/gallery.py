@@ -1,6 +1,6 @@
-"""A page of a batch's pictures: in the bucket beside its manifest, or in a folder.
+"""A page of a batch's images: in the bucket beside its manifest, or in a folder.
 
-The page is one file that loads nothing but the pictures beside it, so that it works from the bucket, through a CDN and
+The page is one file that loads nothing but the images beside it, so that it works from the bucket, through a CDN and
 from disk. Without JavaScript it is a plain list; with it, the list can be filtered.
 """
 
@@ -29,7 +29,7 @@ _DOWNLOADS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Image:
     image: PublishedImage
     address: str
 
@@ -37,7 +37,7 @@ class _Picture:
 @dataclass(frozen=True)
 class _Item:
     record: ItemRecord
-    pictures: list[_Picture]
+    images: list[_Image]
 
     @property
     def details(self) -> str:
@@ -48,7 +48,7 @@ class _Item:
 
 
 def write_page(report: BatchReport, file: BinaryIO, *, title: str, address_of: Callable[[PublishedImage], str]) -> None:
-    """Write the page of a batch: every row in the table's order, with its pictures or the reason for their absence.
+    """Write the page of a batch: every row in the table's order, with its images or the reason for their absence.
 
     Whatever a table or the service holds shows as text. About a kilobyte and a fifth of a millisecond a row, one row
     at a time in memory; call it in a thread.
@@ -57,14 +57,14 @@ def write_page(report: BatchReport, file: BinaryIO, *, title: str, address_of: C
         report: of the batch, on the host of its run.
         file: where it goes, as UTF-8.
         title: the heading.
-        address_of: where a picture is, as a URL relative to the page.
+        address_of: where an image is, as a URL relative to the page.
 
     Raises:
         TableError: the records are gone.
     """
     style, script = _asset("gallery.css"), _asset("gallery.js")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_asset("gallery.html.j2"))
-    items = (_Item(record, [_Picture(image, address_of(image)) for image in record.images]) for record in report.read())
+    items = (_Item(record, [_Image(image, address_of(image)) for image in record.images]) for record in report.read())
     parts = page.generate(
         title=title,
         report=report,
@@ -80,7 +80,7 @@ def write_page(report: BatchReport, file: BinaryIO, *, title: str, address_of: C
 async def publish_page(report: BatchReport, bucket: ImageBucket) -> str:
     """Put the page beside the run's manifest, as `index.html`; returns its key.
 
-    It names the pictures relative to itself, so it also works in a copy of the prefix.
+    It names the images relative to itself, so it also works in a copy of the prefix.
 
     Raises:
         ValueError: the report names no manifest of this bucket.
@@ -99,15 +99,15 @@ async def publish_page(report: BatchReport, bucket: ImageBucket) -> str:
 
 
 async def write_gallery(report: BatchReport, bucket: ImageBucket, folder: Path, *, title: str) -> Path:
-    """Write `folder/index.html` with the pictures as they stand in the bucket; returns its path.
+    """Write `folder/index.html` with the images as they stand in the bucket; returns its path.
 
-    The pictures are read from S3 into `folder/pictures`, so the page needs neither network nor public bucket.
+    The images are read from S3 into `folder/images`, so the page needs neither network nor public bucket.
 
     Raises:
         TableError: the records are gone.
-        BucketError: a picture can't be read.
+        BucketError: an image can't be read.
     """
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
 
     async def fetch(image: PublishedImage) -> None:
         content = await bucket.read_image(image)
@@ -136,7 +136,7 @@ def _write_beside_manifest(report: BatchReport, file: BinaryIO, bucket: ImageBuc
 
 def _file_name(image: PublishedImage) -> str:
     # Not the key's last part: a template may end in one that many keys share.
-    return f"pictures/{image.fingerprint}-{image.index}{Path(image.key).suffix}"
+    return f"images/{image.fingerprint}-{image.index}{Path(image.key).suffix}"
 
 
 def _file_address(image: PublishedImage) -> str:
@@ -148,7 +148,7 @@ def _asset(name: str) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Nothing may be loaded or run but this page's own style and script, and pictures of where it is from."""
+    """Nothing may be loaded or run but this page's own style and script, and images of where it is from."""
     styles, scripts = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script))
     return (
         f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{styles}'; script-src 'sha256-{scripts}'; "

@@ -34,7 +34,7 @@ class Progress:
     Attributes:
         total: items of the batch.
         done: how many of them have ended.
-        images: pictures that this batch has published.
+        images: images that this batch has published.
         spent: what the service said that they cost, in credits.
     """
 
@@ -132,7 +132,7 @@ def _telling(progress: Progress, show: Callable[[], None], logger: Logger) -> Ca
             if failures <= _MOST_FAILURES_TOLD:
                 logger.warning("%s %s: %s: %s", record.id, record.status, record.error, record.message)
             elif failures == _MOST_FAILURES_TOLD + 1:
-                logger.warning("More items without their pictures: from here on the manifest alone tells of them.")
+                logger.warning("More items without their images: from here on the manifest alone tells of them.")
         show()
 
     return tell

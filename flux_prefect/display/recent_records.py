@@ -10,13 +10,13 @@ from itertools import chain, islice
 from flux_prefect.manifest.records import ItemRecord
 
 PAGE = 48
-"""Pictures on a page."""
+"""Images on a page."""
 
 
 class RecentRecords:
     """Keeps the newest of the records that are added as they come, at most a page of each kind.
 
-    What this run made or failed at comes first, the last end foremost. Then pictures that were there already, by when
+    What this run made or failed at comes first, the last end foremost. Then images that were there already, by when
     they were published; then what a cap left out, which has nothing to show.
     """
 

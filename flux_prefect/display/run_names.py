@@ -29,7 +29,7 @@ def name_before_plan(source: str | Sequence[Any]) -> str:
 
 
 def name_planned(source: str | Sequence[Any], plan: Plan) -> str:
-    """The run's name once it is known how many pictures it makes, or publishes of those paid for before."""
+    """The run's name once it is known how many images it makes, or publishes of those paid for before."""
     images = plan.images + plan.paid
     told = "nothing new" if images == 0 else f"{images:,} image{'' if images == 1 else 's'}"
     return f"{name_source(source)} · {told}"
@@ -47,4 +47,4 @@ async def rename_run(name: str, *, instead_of: str) -> None:
         async with get_client() as client:
             if (await client.read_flow_run(context.flow_run.id)).name == instead_of:
                 await client.update_flow_run(context.flow_run.id, name=name)
-                context.flow_run.name = name  # what the records beside the pictures call it
+                context.flow_run.name = name  # what the records beside the images call it

@@ -1,4 +1,4 @@
-"""Small pictures for the pages of Prefect's UI, as `data:` URIs, so that they show of private buckets too."""
+"""Small images for the pages of Prefect's UI, as `data:` URIs, so that they show of private buckets too."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _DRAWN_AT_ONCE = 4
 
 
 async def make_thumbnails(images: Sequence[PublishedImage], bucket: ImageBucket, spool: Spool) -> list[str | None]:
-    """A JPEG of each picture as a `data:` URI, in order; None where the picture can't be read or drawn.
+    """A JPEG of each image as a `data:` URI, in order; None where the image can't be read or drawn.
 
     Drawn from the spool's file where it has the published bytes, else from the bucket: a GET each. Some ten
-    milliseconds a picture in threads, four at once; memory for four pictures.
+    milliseconds an image in threads, four at once; memory for four images.
     """
     drawn: list[str | None] = [None] * len(images)
     limit = anyio.CapacityLimiter(_DRAWN_AT_ONCE)
@@ -55,7 +55,7 @@ async def make_thumbnails(images: Sequence[PublishedImage], bucket: ImageBucket,
 
 
 def draw_thumbnail(content: bytes) -> bytes:
-    """A picture's bytes as a JPEG of at most 160 pixels a side and at most 9,000 bytes. Call it in a thread.
+    """An image's bytes as a JPEG of at most 160 pixels a side and at most 9,000 bytes. Call it in a thread.
 
     What is transparent becomes white.
 
@@ -85,7 +85,7 @@ def _read_spooled(spool: Spool, image: PublishedImage) -> bytes | None:
         generation = spool.find_generation(image.fingerprint)
         if generation is None:
             return None
-        content = spool.picture_path(generation, image.index).read_bytes()
+        content = spool.image_path(generation, image.index).read_bytes()
     except (OSError, SpoolUnreadable):
         return None
     return content if hashlib.sha256(content).hexdigest() == image.sha256 else None

@@ -1,4 +1,4 @@
-"""Our custody of what was paid for: records of calls, generations and pictures in a local folder.
+"""Our custody of what was paid for: records of calls, generations and images in a local folder.
 
 spool/
   calls/       one small file for each paid call without a known end; most times empty
@@ -20,9 +20,9 @@ from typing import BinaryIO
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flux_prefect.api.client import MAX_PIXELS
-from flux_prefect.api.downloading import DownloadedPicture
+from flux_prefect.api.downloads import DownloadedImage
+from flux_prefect.api.images import inspect_image
 from flux_prefect.api.models import FILE_EXTENSIONS, Generation, normalize_endpoint
-from flux_prefect.api.pictures import inspect_picture
 from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.local_files import explain, own_part, writer_of
 from flux_prefect.settings import current_settings
@@ -48,10 +48,10 @@ class PaidCall(BaseModel):
     )
 
 
-class ImageFile(DownloadedPicture):
-    """One picture in our custody: a whole, checked file and where it came from."""
+class ImageFile(DownloadedImage):
+    """One image in our custody: a whole, checked file and where it came from."""
 
-    index: int = Field(ge=0, description="The picture's place in its generation.")
+    index: int = Field(ge=0, description="The image's place in its generation.")
     generation: Generation = Field(description="The paid answer that it belongs to.")
 
     def is_whole(self) -> bool:
@@ -67,7 +67,7 @@ class Experience(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    prices: dict[str, float] = Field(default_factory=dict, description="Credits that a picture cost, by model.")
+    prices: dict[str, float] = Field(default_factory=dict, description="Credits that an image cost, by model.")
     seconds: float | None = Field(default=None, description="How long a generation took, all its steps together.")
     in_flight: int | None = Field(default=None, description="The in-flight limit that the pacing had settled at.")
 
@@ -153,7 +153,7 @@ class Spool:
     def keep_generation(self, generation: Generation) -> None:
         """Keep the record of a paid answer, inline bytes with it, replacing an older one of the same request.
 
-        The pictures of an older answer go with its record: they would pass for those of the new one.
+        The images of an older answer go with its record: they would pass for those of the new one.
 
         Takes milliseconds: it waits for the disk.
         """
@@ -162,8 +162,8 @@ class Spool:
         except SpoolUnreadable:
             older = None
         if older is not None and older.client_request_id != generation.client_request_id:
-            for picture in (self.root / "pictures").glob(f"{generation.fingerprint}-*"):
-                picture.unlink(missing_ok=True)
+            for image in (self.root / "pictures").glob(f"{generation.fingerprint}-*"):
+                image.unlink(missing_ok=True)
         _write(self._record_path(generation.fingerprint), generation.model_dump_json(), os.fsync)
 
     def find_generation(self, fingerprint: str) -> Generation | None:
@@ -197,31 +197,31 @@ class Spool:
         except (OSError, ValidationError):
             return Experience()
 
-    # Pictures
+    # Images
 
-    def picture_path(self, generation: Generation, index: int) -> Path:
-        """Where the bytes of one picture belong."""
+    def image_path(self, generation: Generation, index: int) -> Path:
+        """Where the bytes of one image belong."""
         extension = FILE_EXTENSIONS[generation.request.output_format]
         return self.root / "pictures" / f"{generation.fingerprint}-{index}.{extension}"
 
     def rejected_path(self, generation: Generation, index: int) -> Path:
-        """Where a whole picture of another format than asked for is kept."""
-        path = self.picture_path(generation, index)
+        """Where a whole image of another format than asked for is kept."""
+        path = self.image_path(generation, index)
         return path.with_name(f"{path.name}.rejected")
 
-    def find_picture(self, generation: Generation, index: int) -> DownloadedPicture | None:
-        """The picture's file, inspected anew, where it is here and whole. Reads and decodes it: call it in a thread."""
-        path = self.picture_path(generation, index)
+    def find_image(self, generation: Generation, index: int) -> DownloadedImage | None:
+        """The image's file, inspected anew, where it is here and whole. Reads and decodes it: call it in a thread."""
+        path = self.image_path(generation, index)
         try:
-            picture = inspect_picture(path, generation.request.output_format, max_pixels=MAX_PIXELS)
+            image = inspect_image(path, generation.request.output_format, max_pixels=MAX_PIXELS)
         except (OSError, DownloadError):
             return None
-        return DownloadedPicture(**picture.model_dump(), path=path)
+        return DownloadedImage(**image.model_dump(), path=path)
 
     def _unwritable(self, error: OSError) -> SpoolUnwritable:
         return SpoolUnwritable(
             f"The spool {self.root} can't be written "
-            f"{explain(error, 'set FLUX_PREFECT_SPOOL to a folder with room for the pictures')}, then run again."
+            f"{explain(error, 'set FLUX_PREFECT_SPOOL to a folder with room for the images')}, then run again."
         )
 
     def _call_path(self, fingerprint: str, client_request_id: str) -> Path:

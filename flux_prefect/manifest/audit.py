@@ -27,29 +27,29 @@ _NOT_FOUND = 404
 
 
 class Inspection(BaseModel):
-    """What stands under one picture's key."""
+    """What stands under one image's key."""
 
     model_config = ConfigDict(frozen=True)
 
     finding: Finding = Field(
         description=(
             "ok, missing, wrong_checksum where other bytes or something else stands there, missing_sidecar where the "
-            "picture is there without its record, unreadable where the bucket does not say."
+            "image is there without its record, unreadable where the bucket does not say."
         )
     )
     message: str = Field(default="", description="What differs.")
 
 
 async def inspect_published(bucket: ImageBucket, image: PublishedImage, *, deep: bool) -> Inspection:
-    """Compare a picture and its record in the bucket with what a manifest says of them.
+    """Compare an image and its record in the bucket with what a manifest says of them.
 
-    Two HEADs: the size, the digest that was stored with the picture, and the one that the server keeps, where it
+    Two HEADs: the size, the digest that was stored with the image, and the one that the server keeps, where it
     gives it. Takes a thread. Never raises for what the bucket answers.
 
     Args:
-        bucket: whose keys are used; the picture's own key is looked at, wherever the block would put it now.
+        bucket: whose keys are used; the image's own key is looked at, wherever the block would put it now.
         image: as the manifest has it.
-        deep: read the picture's bytes as well, once, in memory of a megabyte. The traffic may cost.
+        deep: read the image's bytes as well, once, in memory of a megabyte. The traffic may cost.
     """
     if image.bucket != bucket.bucket_name:
         return Inspection(finding="unreadable", message=f"it is in the bucket {image.bucket!r}, which was not given")
@@ -57,7 +57,7 @@ async def inspect_published(bucket: ImageBucket, image: PublishedImage, *, deep:
 
 
 async def find_in_spool(bucket: ImageBucket, image: PublishedImage) -> ImageFile:
-    """The picture's very bytes from this host's spool, read and checked, ready to be published under its key.
+    """The image's very bytes from this host's spool, read and checked, ready to be published under its key.
 
     Raises:
         RepairImpossible: there are none that fit.
@@ -70,16 +70,16 @@ async def find_in_spool(bucket: ImageBucket, image: PublishedImage) -> ImageFile
     if generation is None:
         raise RepairImpossible("this host's spool has no record of it")
     check_key(bucket, generation.request, image)
-    picture = await anyio.to_thread.run_sync(spool.find_picture, generation, image.index)
-    if picture is None:
+    found = await anyio.to_thread.run_sync(spool.find_image, generation, image.index)
+    if found is None:
         raise RepairImpossible("its file is not in this host's spool")
-    if picture.sha256 != image.sha256:
+    if found.sha256 != image.sha256:
         raise RepairImpossible("this host's spool has other bytes of it")
-    return ImageFile(**picture.model_dump(), index=image.index, generation=generation)
+    return ImageFile(**found.model_dump(), index=image.index, generation=generation)
 
 
 def check_key(bucket: ImageBucket, request: ImageRequest, image: PublishedImage) -> None:
-    """Prove that the block would publish a picture to the very key that the manifest has.
+    """Prove that the block would publish an image to the very key that the manifest has.
 
     Raises:
         RepairImpossible: it would go elsewhere.
@@ -89,7 +89,7 @@ def check_key(bucket: ImageBucket, request: ImageRequest, image: PublishedImage)
 
 
 async def set_aside(bucket: ImageBucket, image: PublishedImage) -> str:
-    """Free a picture's key: copy what stands there to `replaced/` below the prefix, then remove it.
+    """Free an image's key: copy what stands there to `replaced/` below the prefix, then remove it.
 
     Returns:
         The copy's key.
@@ -132,7 +132,7 @@ def _compare(bucket: ImageBucket, image: PublishedImage) -> str | None:
     found = bucket.get_client().head_object(Bucket=bucket.bucket_name, Key=image.key, ChecksumMode="ENABLED")
     stored = found["Metadata"].get("flux-sha256")
     if stored is None:
-        return "something that was not published as a picture stands under its key"
+        return "something that was not published as an image stands under its key"
     if stored != image.sha256:
         return f"it was published with the SHA-256 {stored[:16]}…, not {image.sha256[:16]}…"
     if found["ContentLength"] != image.size:

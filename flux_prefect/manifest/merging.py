@@ -64,14 +64,14 @@ def merge_attempts(table: Iterable[ItemRecord], attempts: Sequence[Iterable[Item
 
 
 async def attribute(records: Iterable[ItemRecord], bucket: ImageBucket, runs: Collection[str]) -> dict[int, ItemRecord]:
-    """Count pictures for this batch that a run of it has published, and was killed before it could tell.
+    """Count images for this batch that a run of it has published, and was killed before it could tell.
 
-    A later attempt found them there. The record beside a picture names the run that published it, and what it cost.
+    A later attempt found them there. The record beside an image names the run that published it, and what it cost.
     One GET for every row that was found so, and none where all runs ended in order.
 
     Args:
         records: the folded ones of a shard.
-        bucket: where the pictures are.
+        bucket: where the images are.
         runs: the flow runs of this batch.
 
     Raises:

@@ -1,6 +1,6 @@
 """A manifest as a Parquet file, for those who join and sum.
 
-A column for every field of a record, of its request and of its first picture, with the same name and type in every
+A column for every field of a record, of its request and of its first image, with the same name and type in every
 run; then the table's other columns under their own names, or with `input_` before them where those are taken.
 """
 
@@ -17,8 +17,8 @@ from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.tables.manifest_lines import VERSION
 from flux_prefect.tables.parquet import MANIFEST_METADATA, load_pyarrow
 
-PICTURE_COLUMNS = ("sha256", "width", "height", "key", "uri", "url")
-"""The fields of a record's first picture that have columns of their own; all pictures are JSON under `images`."""
+IMAGE_COLUMNS = ("sha256", "width", "height", "key", "uri", "url")
+"""The fields of a record's first image that have columns of their own; all images are JSON under `images`."""
 
 _ROWS_AT_ONCE = 200
 _BATCHES_A_GROUP = 5  # readers like large groups, but a group is in memory until it is written, some 5 kB a row
@@ -64,14 +64,14 @@ def _to_batch(pyarrow: Any, schema: Any, kinds: dict[str, str], rows: list[dict[
 
 def _own_columns() -> dict[str, str]:
     """The columns that every manifest has, and the kind of each: from the models, so that they never differ."""
-    pictures = _fields(PublishedImage)
+    images = _fields(PublishedImage)
     columns = {"run": "string"}
     for name, kind in _fields(ItemRecord).items():
         if name == "request":
             columns |= {field: kind for field, kind in _fields(ImageRequest).items() if field not in columns}
         elif name != "carried":
             columns[name] = kind
-    return {**columns, **{name: pictures[name] for name in PICTURE_COLUMNS}}
+    return {**columns, **{name: images[name] for name in IMAGE_COLUMNS}}
 
 
 def _fields(model: type[ItemRecord | ImageRequest | PublishedImage]) -> dict[str, str]:

@@ -14,14 +14,14 @@ class Plan(BaseModel):
 
     rows: int = Field(description="Rows of the table.")
     invalid: int = Field(description="Rows that are no requests.")
-    published: int = Field(description="Rows whose pictures are all in the bucket: they cost nothing.")
+    published: int = Field(description="Rows whose images are all in the bucket: they cost nothing.")
     repeats: int = Field(description="Rows that ask for what an earlier row asks for: paid for once.")
-    paid: int = Field(description="Rows whose pictures were paid for by this host and only need publishing.")
+    paid: int = Field(description="Rows whose images were paid for by this host and only need publishing.")
     requests: int = Field(description="Calls to be paid for, at most.")
-    images: int = Field(description="Pictures to be paid for, at most.")
+    images: int = Field(description="Images to be paid for, at most.")
     most_credits: float = Field(description="What those calls cost at most, in credits, unless prices have risen.")
     max_credits: float | None = Field(description="The cap, in credits.")
-    max_images: int | None = Field(description="The cap, in pictures paid for.")
+    max_images: int | None = Field(description="The cap, in images paid for.")
     balance: float | None = Field(
         default=None, description="What the account has, in credits, where the service tells."
     )
@@ -57,13 +57,13 @@ def describe_plan(plan: Plan) -> dict[str, str]:
         "already published": f"{plan.published:,}",
         "paid for, to be published": f"{plan.paid:,}",
         "repeated in the table": f"{plan.repeats:,}",
-        "to generate": f"{plan.requests:,} requests, {plan.images:,} pictures",
+        "to generate": f"{plan.requests:,} requests, {plan.images:,} images",
         "at most": describe_credits(plan.most_credits),
     }
     if plan.max_credits is not None:
         described["cap"] = describe_credits(plan.max_credits)
     if plan.max_images is not None:
-        described["cap in pictures"] = f"{plan.max_images:,}"
+        described["cap in images"] = f"{plan.max_images:,}"
     if plan.balance is not None:
         described["the account has"] = describe_credits(plan.balance)
     if plan.seconds is not None:

@@ -16,7 +16,7 @@ from flux_prefect.tables.table import Row
 ItemStatus = Literal["published", "unchanged", "flagged", "skipped_budget", "failed", "invalid"]
 
 UNSUCCESSFUL: tuple[ItemStatus, ...] = ("failed", "flagged", "invalid")
-"""The ends without pictures in the bucket that are nobody's choice."""
+"""The ends without images in the bucket that are nobody's choice."""
 
 _WORST_FIRST = (Status.FAILED, Status.FLAGGED, Status.SKIPPED_BUDGET, Status.PUBLISHED, Status.UNCHANGED)
 
@@ -35,7 +35,7 @@ class ItemRecord(BaseModel):
         )
     )
     request: ImageRequest | None = Field(description="The request with its seed; None for an invalid row.")
-    images: tuple[PublishedImage, ...] = Field(default=(), description="The pictures in the bucket.")
+    images: tuple[PublishedImage, ...] = Field(default=(), description="The images in the bucket.")
     error: str | None = Field(default=None, description="The class of the first error.")
     message: str | None = Field(default=None, description="What happened and what to do.")
     calls: int = Field(default=0, description="Calls sent by this run, unbilled ones among them.")
@@ -44,7 +44,7 @@ class ItemRecord(BaseModel):
     unpriced_calls: int = Field(default=0, description="Billed calls whose cost the service did not say.")
     credits_used: float = Field(default=0, description="What the service said that they cost, in credits.")
     regenerated: bool = Field(default=False, description="Paid for anew because a cached answer's URL had died.")
-    refetched: int = Field(default=0, description="Pictures fetched anew because the cached file was gone.")
+    refetched: int = Field(default=0, description="Images fetched anew because the cached file was gone.")
     billed_and_lost: tuple[str, ...] = Field(
         default=(), description="Request ids of calls that were billed and brought nothing."
     )
@@ -70,7 +70,7 @@ def record_invalid(row: Row) -> ItemRecord:
 
 
 def record_unchanged(row: Row, images: Sequence[PublishedImage]) -> ItemRecord:
-    """The record of a row whose pictures were all there when the batch was planned."""
+    """The record of a row whose images were all there when the batch was planned."""
     return ItemRecord(
         row=row.number, id=row.id, status="unchanged", request=row.request, images=tuple(images), carried=row.carried
     )

@@ -64,7 +64,7 @@ class BatchReport(BaseModel):
 
     @property
     def unsuccessful(self) -> int:
-        """How many items are without their pictures in the bucket: failed, flagged or invalid."""
+        """How many items are without their images in the bucket: failed, flagged or invalid."""
         return self.count(*UNSUCCESSFUL)
 
     @property
@@ -170,7 +170,7 @@ class Tally:
 def tabulate(report: BatchReport) -> Table:
     """The report as a table for a terminal: an item a line, sums at the foot.
 
-    Of a large batch only the items without their pictures, and of those the first hundred.
+    Of a large batch only the items without their images, and of those the first hundred.
     """
     shown = report.read() if report.rows <= _MOST_SHOWN else report.read(*UNSUCCESSFUL)
     table = Table(show_footer=True, box=box.SIMPLE_HEAD, pad_edge=False)

@@ -1,4 +1,4 @@
-"""The manifest of a run: a record for every row, in the bucket beside the pictures.
+"""The manifest of a run: a record for every row, in the bucket beside the images.
 
 <prefix>/manifests/<run>/manifest.jsonl     while the run goes on, and whole at its end
 <prefix>/manifests/<run>/manifest.parquet   at its end, where pyarrow is installed
@@ -27,7 +27,7 @@ from typing_extensions import Self
 
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, ManifestUnwritable, TableError
-from flux_prefect.manifest.parquet import PICTURE_COLUMNS, write_columns
+from flux_prefect.manifest.parquet import IMAGE_COLUMNS, write_columns
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.tables.file_views import open_view
 from flux_prefect.tables.manifest_lines import VERSION, mend, ordered_lines
@@ -50,7 +50,7 @@ class ManifestWriter:
     the same run goes on with its file; of a row that is recorded again the last record counts.
 
     Args:
-        bucket: where the pictures are.
+        bucket: where the images are.
         run: the flow run's id; part of the key.
         folder: where the local file is; made where it is missing. The file stays.
         upload_every: seconds between two uploads of a growing manifest.
@@ -208,8 +208,8 @@ class ManifestWriter:
 def record_line(record: ItemRecord, run: str) -> bytes:
     """The line of a manifest for a record."""
     content: dict[str, Any] = {"manifest": VERSION, **record.model_dump(mode="json"), "run": run}
-    picture = content["images"][0] if content["images"] else {}
-    content |= {name: picture.get(name) for name in PICTURE_COLUMNS}
+    image = content["images"][0] if content["images"] else {}
+    content |= {name: image.get(name) for name in IMAGE_COLUMNS}
     content["seed"] = None if record.request is None else record.request.seed
     # A service's message can hold half a character, which no file can.
     return json.dumps(content, ensure_ascii=False).encode(errors="replace") + b"\n"

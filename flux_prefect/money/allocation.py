@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flux_prefect.money.budget import Amount
 
 NOTHING = Amount(0.0, 0)
-"""No money and no pictures."""
+"""No money and no images."""
 
 
 @dataclass(frozen=True)

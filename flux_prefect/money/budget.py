@@ -17,22 +17,22 @@ from flux_prefect.errors import Billed, BudgetExhausted, RunStopped
 class Budget:
     """What may be spent, what is spent, and what calls in flight may still cost.
 
-    Guarantee: as long as no picture costs more than its price here, the calls admitted never cost more than the caps
-    together, whatever becomes of them. A call that may have been billed counts as billed. A picture that costs more
+    Guarantee: as long as no image costs more than its price here, the calls admitted never cost more than the caps
+    together, whatever becomes of them. A call that may have been billed counts as billed. An image that costs more
     than its price raises it for all calls after; nothing lowers it.
 
     For one event loop.
 
     Args:
-        prices: the most credits that a picture of a model costs.
+        prices: the most credits that an image of a model costs.
         default_price: of a model that `prices` does not name.
         max_credits: the cap, in credits; None for none.
-        max_images: the cap, in pictures that are paid for; None for none.
+        max_images: the cap, in images that are paid for; None for none.
 
     Attributes:
         cap: both caps together, infinite where there is none.
         spent: what calls of this run cost, or may have cost.
-        observed: the most credits that a picture of each model did cost in this run.
+        observed: the most credits that an image of each model did cost in this run.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Budget:
         self._settled = anyio.Event()
 
     def price_of(self, request: ImageRequest) -> Amount:
-        """The most that a request's pictures cost."""
+        """The most that a request's images cost."""
         price = max(self._prices.get(request.model, self._default_price), self.observed.get(request.model, 0.0))
         return Amount(price * request.num_images, request.num_images)
 
@@ -120,7 +120,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Amount:
-    """Money and pictures, added up together."""
+    """Money and images, added up together."""
 
     credits: float
     images: float
@@ -131,7 +131,7 @@ class Amount:
     def __str__(self) -> str:
         parts = [
             *([f"{self.credits:,.0f} credits"] if math.isfinite(self.credits) else []),
-            *([f"{self.images:.0f} picture{'' if self.images == 1 else 's'}"] if math.isfinite(self.images) else []),
+            *([f"{self.images:.0f} image{'' if self.images == 1 else 's'}"] if math.isfinite(self.images) else []),
         ]
         return " and ".join(parts)
 

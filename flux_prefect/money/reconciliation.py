@@ -116,7 +116,7 @@ async def reconcile(client: AimlApiClient, spool: Spool, *, calls: Iterable[Paid
 async def _is_kept(call: PaidCall, spool: Spool) -> bool:
     if call.error is not None:
         return False
-    # In a thread, as a record can hold a whole picture.
+    # In a thread, as a record can hold a whole image.
     try:
         record = await anyio.to_thread.run_sync(spool.find_generation, call.fingerprint)
     except SpoolUnreadable:

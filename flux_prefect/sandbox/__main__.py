@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=fields["fast_bytes"].default,
         metavar="BYTES",
-        help=f"send prebuilt pictures of this size, for benchmarks ({fields['fast_bytes'].default})",
+        help=f"send prebuilt images of this size, for benchmarks ({fields['fast_bytes'].default})",
     )
     add("--env-file", type=Path, metavar="PATH", help="write NAME=value lines here once everything answers")
     add("--quiet", action="store_true", help="print nothing but errors")

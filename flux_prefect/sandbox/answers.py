@@ -66,8 +66,8 @@ def utc_now() -> str:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of an answer: its result URL, and its bytes where the shape sends them inline."""
+class Image:
+    """One image of an answer: its result URL, and its bytes where the shape sends them inline."""
 
     url: str
     content: bytes | None
@@ -92,13 +92,11 @@ def media_type(output_format: str) -> str:
 
 
 def needs_bytes(shape: ResponseShape) -> bool:
-    """Whether answers of this shape carry their pictures inline."""
+    """Whether answers of this shape carry their images inline."""
     return shape in {"b64", "data_uri"}
 
 
-def generation(
-    request: GenerationBody, pictures: Sequence[Picture], cost: Cost, shape: ResponseShape
-) -> dict[str, Any]:
+def generation(request: GenerationBody, images: Sequence[Image], cost: Cost, shape: ResponseShape) -> dict[str, Any]:
     """A successful answer."""
     body: dict[str, Any] = {}
     if shape in {"images", "data_uri", "both"}:
@@ -106,24 +104,24 @@ def generation(
         body = {
             "images": [
                 {
-                    "url": picture.url if picture.content is None else _data_uri(request, picture.content),
+                    "url": image.url if image.content is None else _data_uri(request, image.content),
                     "width": width,
                     "height": height,
                     "content_type": media_type(request.output_format),
                 }
-                for picture in pictures
+                for image in images
             ],
             "timings": {},
             "seed": request.seed,
-            "has_nsfw_concepts": [picture.flagged for picture in pictures],
+            "has_nsfw_concepts": [image.flagged for image in images],
             "prompt": request.prompt,
         }
     if shape in {"data", "b64", "both"}:
         body["data"] = [
-            {"url": picture.url, "b64_json": None}
-            if picture.content is None
-            else {"url": None, "b64_json": base64.b64encode(picture.content).decode("ascii")}
-            for picture in pictures
+            {"url": image.url, "b64_json": None}
+            if image.content is None
+            else {"url": None, "b64_json": base64.b64encode(image.content).decode("ascii")}
+            for image in images
         ]
     body["meta"] = {"usage": {"credits_used": cost.credits, "usd_spent": cost.usd}}
     return body

@@ -77,7 +77,7 @@ class Delivery:
 
     @property
     def media_type(self) -> str:
-        """What the picture is."""
+        """What the image is."""
         return answers.media_type(self.request.output_format)
 
     def file(self, content: bytes) -> Response:
@@ -281,21 +281,21 @@ def slow_trickle(call: FinishedCall, *, seconds: Seconds = 5) -> ASGIApp:
 
 @_blacked_out
 def flagged(call: FinishedCall) -> ASGIApp:
-    """200 with has_nsfw_concepts true and a black picture."""
+    """200 with has_nsfw_concepts true and a black image."""
     flags = [True] * len(call.body.get("images") or call.body["data"])
     return call.answer({**call.body, "has_nsfw_concepts": flags})
 
 
 @_blacked_out
 def black(call: FinishedCall) -> ASGIApp:
-    """200 with a black picture that nothing marks."""
+    """200 with a black image that nothing marks."""
     return call.answer(call.body)
 
 
 @_after_work
 def empty_list(call: FinishedCall) -> ASGIApp:
-    """200 with an empty list of pictures."""
-    return call.answer(_with_pictures(call.body, lambda _: []))
+    """200 with an empty list of images."""
+    return call.answer(_with_images(call.body, lambda _: []))
 
 
 @_after_work
@@ -330,11 +330,11 @@ def wrong_seed(call: FinishedCall) -> ASGIApp:
 
 @_after_work
 def fewer_images(call: FinishedCall) -> ASGIApp:
-    """200 with one picture fewer than asked and billed for."""
-    return call.answer(_with_pictures(call.body, lambda pictures: pictures[:-1]))
+    """200 with one image fewer than asked and billed for."""
+    return call.answer(_with_images(call.body, lambda images: images[:-1]))
 
 
-def _with_pictures(body: dict[str, Any], change: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
+def _with_images(body: dict[str, Any], change: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
     lists = {"images", "data", "has_nsfw_concepts"}
     return {key: change(value) if key in lists else value for key, value in body.items()}
 
@@ -384,10 +384,10 @@ def html_download(_: Delivery) -> ASGIApp:
 
 @_download
 def wrong_type(delivery: Delivery) -> ASGIApp:
-    """The right picture as PNG where JPEG was asked for, and the other way round."""
+    """The right image as PNG where JPEG was asked for, and the other way round."""
     other = "jpeg" if delivery.request.output_format == "png" else "png"
-    with Image.open(io.BytesIO(delivery.content)) as picture:
-        return Response(encode(picture.convert("RGB"), other), media_type=answers.media_type(other))
+    with Image.open(io.BytesIO(delivery.content)) as image:
+        return Response(encode(image.convert("RGB"), other), media_type=answers.media_type(other))
 
 
 @_download

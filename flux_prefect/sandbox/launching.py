@@ -79,7 +79,7 @@ def start_sandbox(  # noqa: PLR0913 - options, each with its name
     """Start a sandbox on `data` and wait until it answers: about 1 second, with S3 about 2.
 
     It stops by itself when this process ends, however that happens. Its messages go to `sandbox.log` in the
-    data folder. `fast_bytes` makes it send prebuilt pictures of that size.
+    data folder. `fast_bytes` makes it send prebuilt images of that size.
 
     Raises:
         SandboxFailed: it did not start.

@@ -26,9 +26,9 @@ CREATE TABLE IF NOT EXISTS calls (
     at REAL NOT NULL,
     inference_id TEXT NOT NULL,
     client_request_id TEXT,
-    request TEXT,               -- JSON as understood, with the seed that decided the pictures
+    request TEXT,               -- JSON as understood, with the seed that decided the images
     status INTEGER,             -- NULL: no answer was given
-    images INTEGER NOT NULL,    -- billed pictures
+    images INTEGER NOT NULL,    -- billed images
     credits INTEGER NOT NULL,
     fault TEXT,
     look TEXT,
@@ -54,7 +54,7 @@ class Totals(BaseModel):
 
     calls: int = Field(description="POSTs of generations that arrived, whatever the answer.")
     billed_calls: int = Field(description="Those that were charged for.")
-    billed_images: int = Field(description="Pictures that were charged for.")
+    billed_images: int = Field(description="Images that were charged for.")
     credits: int = Field(description="What was charged.")
     refused: int = Field(description="Calls answered with an error status and not charged.")
     downloads: int = Field(description="Requests for result URLs, whatever the answer.")
@@ -76,10 +76,10 @@ class Call(BaseModel):
     client_request_id: str | None = Field(description="X-Client-Request-Id where it was valid.")
     inference_id: str = Field(description="The sandbox's id of the call.")
     prompt: str | None = Field(description="None where the request was refused unread.")
-    seed: int | None = Field(description="The seed that decided the pictures, asked for or drawn.")
+    seed: int | None = Field(description="The seed that decided the images, asked for or drawn.")
     status: int | None = Field(description="The answer's status. None: no answer was given.")
     billed: bool = Field(description="Whether the call was charged for.")
-    images: int = Field(description="Pictures charged for.")
+    images: int = Field(description="Images charged for.")
     credits: int = Field(description="What was charged.")
     fault: str | None = Field(description="The fault that struck the call.")
 
@@ -92,8 +92,8 @@ class LedgerReport(BaseModel):
 
 
 @dataclass(frozen=True)
-class StoredPictures:
-    """What is needed to draw the pictures of one call again, byte for byte."""
+class StoredImages:
+    """What is needed to draw the images of one call again, byte for byte."""
 
     request: str
     look: str
@@ -199,12 +199,12 @@ class Ledger:
         """Count one request for a result URL."""
         self._db.execute("UPDATE account SET downloads = downloads + 1")
 
-    def pictures(self, file_token: str) -> StoredPictures | None:
-        """The pictures under a result URL, expired or not."""
+    def images(self, file_token: str) -> StoredImages | None:
+        """The images under a result URL, expired or not."""
         row = self._db.execute(
             "SELECT request, look, expires_at FROM calls WHERE file_token = ?", (file_token,)
         ).fetchone()
-        return StoredPictures(**dict(row)) if row else None
+        return StoredImages(**dict(row)) if row else None
 
     @property
     def balance(self) -> int:
@@ -241,7 +241,7 @@ class Ledger:
         self._db.execute("INSERT OR REPLACE INTO settings (id, changes) VALUES (1, ?)", (changes,))
 
     def clear(self) -> None:
-        """Forget everything: calls, pictures, settings; the balance is a new account's."""
+        """Forget everything: calls, images, settings; the balance is a new account's."""
         with self._transaction():
             for table in ("calls", "account", "settings"):
                 self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - the names stand in the line above

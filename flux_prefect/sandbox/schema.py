@@ -53,8 +53,8 @@ class GenerationBody(BaseModel):
     aspect_ratio: AspectRatio = "16:9"
 
     @property
-    def pictures(self) -> int:
-        """How many pictures are made. The document calls the field a number, so 2.5 is allowed, and is 2."""
+    def images(self) -> int:
+        """How many images are made. The document calls the field a number, so 2.5 is allowed, and is 2."""
         return math.floor(self.num_images)
 
     @property
@@ -63,7 +63,7 @@ class GenerationBody(BaseModel):
         return SIZES[self.aspect_ratio]
 
     def digest(self, index: int) -> bytes:
-        """32 bytes that decide picture number `index`: every field takes part."""
+        """32 bytes that decide image number `index`: every field takes part."""
         return hashlib.sha256(f"{index}\n{self.model_dump_json()}".encode()).digest()
 
 

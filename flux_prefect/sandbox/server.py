@@ -210,7 +210,7 @@ def _announce(options: SandboxOptions, environment: dict[str, str]) -> None:
     if options.quiet:
         return
     exports = "\n".join(f"  export {name}={shlex.quote(value)}" for name, value in environment.items())
-    bucket = f"\nPictures go to s3://{options.bucket}." if options.s3_port is not None else ""
+    bucket = f"\nImages go to s3://{options.bucket}." if options.s3_port is not None else ""
     sys.stdout.write(
         f"The sandbox answers at {environment['AIMLAPI_BASE_URL']}; its data is in {options.data}.{bucket}\n\n"
         f"{exports}\n\n"

@@ -123,7 +123,7 @@ class _ImageService:
     async def _work(self, call: _Call, body: GenerationBody, base_url: str) -> ASGIApp:
         # One call, one set of rules, even if they are changed while it waits.
         state, settings = self._state, self._state.settings
-        cost = answers.Cost(settings.price * body.pictures)
+        cost = answers.Cost(settings.price * body.images)
         if state.ledger.balance < cost.credits:
             return self._refuse(call, 403, answers.OUT_OF_CREDITS)
         strike = state.faults.take(body.prompt, "before_work", "after_work")
@@ -134,17 +134,15 @@ class _ImageService:
         black = strike is not None and strike.kind.black
         look = "black" if black else f"fast {settings.fast_bytes}" if settings.fast else "drawn"
         token = secrets.token_hex(16)
-        pictures = [
-            answers.Picture(
+        images = [
+            answers.Image(
                 url=f"{base_url}files/{token}-{index}.{_EXTENSIONS[body.output_format]}",
-                content=await self._picture(body, index, look)
-                if answers.needs_bytes(settings.response_shape)
-                else None,
+                content=await self._image(body, index, look) if answers.needs_bytes(settings.response_shape) else None,
                 flagged=False,
             )
-            for index in range(body.pictures)
+            for index in range(body.images)
         ]
-        content = answers.generation(body, pictures, cost, settings.response_shape)
+        content = answers.generation(body, images, cost, settings.response_shape)
         headers = call.headers() | {
             "x-aimlapi-credits-used": str(cost.credits),
             "x-aimlapi-usd-spent": str(cost.usd),
@@ -159,7 +157,7 @@ class _ImageService:
             call.entry(
                 status=_status(answer),
                 fault=strike and strike.kind.name,
-                images=body.pictures,
+                images=body.images,
                 credits=cost.credits,
                 look=look,
                 file_token=token,
@@ -192,13 +190,13 @@ class _ImageService:
         gone = pending.error(404, "The requested file does not exist.")
         name = request.path_params["name"]
         parts = _FILE_NAME.fullmatch(name)
-        stored = state.ledger.pictures(parts["token"]) if parts else None
+        stored = state.ledger.images(parts["token"]) if parts else None
         if parts is None or stored is None or stored.expires_at <= time.time():
             return gone
         body, index = GenerationBody.model_validate_json(stored.request), int(parts["index"])
-        if index >= body.pictures or parts["extension"] != _EXTENSIONS[body.output_format]:
+        if index >= body.images or parts["extension"] != _EXTENSIONS[body.output_format]:
             return gone
-        content = await self._picture(body, index, stored.look)
+        content = await self._image(body, index, stored.look)
         strike = state.faults.take(body.prompt, "download")
         delivery = Delivery(body, content, name, pending)
         if strike is None:
@@ -209,7 +207,7 @@ class _ImageService:
         """GET the place that `redirect_loop` leads to."""
         return RedirectResponse(request.url.path, status_code=302)
 
-    async def _picture(self, body: GenerationBody, index: int, look: str) -> bytes:
+    async def _image(self, body: GenerationBody, index: int, look: str) -> bytes:
         if look == "drawn":
             return await anyio.to_thread.run_sync(paint, body, index, limiter=self._painters)
         if look == "black":

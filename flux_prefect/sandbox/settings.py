@@ -24,7 +24,7 @@ class ServiceSettings(BaseModel):
     latency_jitter: float = Field(
         default=0, ge=0, description="At most this many seconds more, drawn anew for each generation."
     )
-    price: int = Field(default=168_000, ge=0, description="Credits a picture. 2,000,000 are one US dollar.")
+    price: int = Field(default=168_000, ge=0, description="Credits an image. 2,000,000 are one US dollar.")
     url_ttl: float = Field(default=600, ge=0, description="Seconds that a result URL lives.")
     max_in_flight: int | None = Field(
         default=None, ge=1, description="Generations at once; over it the answer is 429. Empty: no limit."
@@ -41,16 +41,16 @@ class ServiceSettings(BaseModel):
         default="images",
         description=(
             "images: as in the service's samples. data: as in its schema. b64: the same with inline "
-            "pictures. data_uri: as images, with data: URIs. both: images and data."
+            "images. data_uri: as images, with data: URIs. both: images and data."
         ),
     )
     envelope: Envelope = Field(
         default="mixed",
         description="Errors as problem+json, as the plain envelope, or mixed: plain for 401, 404, 405 and 429.",
     )
-    fast: bool = Field(default=False, description="Send prebuilt pictures, unique but not drawn: for benchmarks.")
+    fast: bool = Field(default=False, description="Send prebuilt images, unique but not drawn: for benchmarks.")
     fast_bytes: int = Field(
-        default=300_000, ge=1_000, le=100_000_000, description="How large a fast picture is made, in bytes."
+        default=300_000, ge=1_000, le=100_000_000, description="How large a fast image is made, in bytes."
     )
 
 

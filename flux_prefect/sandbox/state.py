@@ -58,7 +58,7 @@ class State:
         )
 
     def reset(self) -> None:
-        """Back to a new sandbox: no calls, no pictures, no faults, the settings of the command line."""
+        """Back to a new sandbox: no calls, no images, no faults, the settings of the command line."""
         self.ledger.clear()
         self.faults.clear()
         self.in_flight.clear()

@@ -38,11 +38,11 @@ class Sign(BaseModel):
     writer: str = Field(default="", description="Different for each process, so that it knows its own signs.")
     number: int = Field(default=0, description="One more with each sign, so that no two are the same.")
     done: int = Field(default=0, description="Rows that have ended.")
-    images: int = Field(default=0, description="Pictures published.")
+    images: int = Field(default=0, description="Images published.")
     credits_spent: float = Field(default=0, description="What its calls cost, or may have cost, in credits.")
-    images_spent: int = Field(default=0, description="Pictures that it paid for, or may have paid for.")
+    images_spent: int = Field(default=0, description="Images that it paid for, or may have paid for.")
     in_flight: int | None = Field(default=None, description="Calls at once that the service took, if it refused more.")
-    prices: dict[str, float] = Field(default_factory=dict, description="Most credits that a picture cost, by model.")
+    prices: dict[str, float] = Field(default_factory=dict, description="Most credits that an image cost, by model.")
     ended: bool = Field(default=False, description="It is the last one: nothing is spent after it.")
     reconciliation: Reconciliation | None = Field(
         default=None, description="What the service's log said of lost calls."

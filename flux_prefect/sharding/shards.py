@@ -52,10 +52,10 @@ class Shard(BaseModel):
 
     number: int = Field(description="Its place among the shards, from 0.")
     rows: int = Field(description="Its rows.")
-    images: int = Field(description="Pictures that they ask for.")
+    images: int = Field(description="Images that they ask for.")
     credits: float = Field(description="What they cost at most, in credits.")
-    dearest: tuple[float, int] = Field(description="Credits and pictures of the dearest row.")
-    cheapest: tuple[float, int] = Field(description="Credits and pictures of the cheapest row.")
+    dearest: tuple[float, int] = Field(description="Credits and images of the dearest row.")
+    cheapest: tuple[float, int] = Field(description="Credits and images of the cheapest row.")
 
     @property
     def need(self) -> Need:

@@ -139,7 +139,7 @@ class Following:
         check: raises where somebody else may have gone on with this batch.
         logger: of the run.
         whole: whether every row has come to an end of its own: no shard was given up or stopped.
-        prices: the most credits that a picture of each model did cost.
+        prices: the most credits that an image of each model did cost.
     """
 
     job: BatchContext

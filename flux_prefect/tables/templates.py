@@ -47,13 +47,13 @@ _SEASONS = ("winter", "spring", "summer", "autumn")
 _CLOCKS = {"today", "fromtimestamp"}
 
 
-class PictureSettings(BaseModel):
+class ImageSettings(BaseModel):
     """What a row's request is filled up with where the row has no value of its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     aspect_ratio: AspectRatio = Field(default="16:9", description="Width to height.")
-    output_format: OutputFormat = Field(default="jpeg", description="The picture's file format.")
+    output_format: OutputFormat = Field(default="jpeg", description="The image's file format.")
     guidance_scale: GuidanceScale = None
     safety_tolerance: SafetyTolerance = Field(
         default="2", description="1 is the strictest, 5 and 6 are the most permissive."
@@ -64,7 +64,7 @@ class PictureSettings(BaseModel):
     )
 
 
-USUAL_PICTURES = PictureSettings()
+USUAL_IMAGES = ImageSettings()
 """The service's own defaults."""
 
 
@@ -74,7 +74,7 @@ async def render_table(  # noqa: PLR0913 - keyword-only from the fourth on
     target: Path,
     *,
     template: str | None = None,
-    pictures: PictureSettings = USUAL_PICTURES,
+    images: ImageSettings = USUAL_IMAGES,
     bucket: ImageBucket | None = None,
 ) -> int:
     """Write the day's requests as JSON Lines, a row for every row of the table; returns how many.
@@ -90,14 +90,14 @@ async def render_table(  # noqa: PLR0913 - keyword-only from the fourth on
         day: what `day` is in templates.
         target: the file to write.
         template: the prompt of rows whose own is empty.
-        pictures: the other fields of the request where a row's own are empty.
+        images: the other fields of the request where a row's own are empty.
         bucket: its keys and endpoint are used for a source in the same bucket.
 
     Raises:
         TableError: the table can't be read as a whole.
         TemplateFailed: rows can't be read or rendered: with their numbers.
     """
-    renderer = RowRenderer(day, template, pictures)
+    renderer = RowRenderer(day, template, images)
     if isinstance(source, (str, Path)):
         async with open_source(source, bucket=bucket) as fetched:
             return await anyio.to_thread.run_sync(_write_rendered, renderer, _read(fetched), target)
@@ -110,16 +110,16 @@ class RowRenderer:
     Args:
         day: the day.
         template: the prompt of rows whose own is empty.
-        pictures: the other fields where a row's own are empty.
+        images: the other fields where a row's own are empty.
 
     Raises:
         TemplateFailed: the template is broken.
     """
 
-    def __init__(self, day: date, template: str | None, pictures: PictureSettings) -> None:
+    def __init__(self, day: date, template: str | None, images: ImageSettings) -> None:
         self._day = day
         self._environment = _make_environment()
-        self._settings = pictures.model_dump(exclude_none=True)
+        self._settings = images.model_dump(exclude_none=True)
         try:
             self._template = None if _is_blank(template) else self._environment.from_string(template or "")
         except jinja2.TemplateSyntaxError as error:

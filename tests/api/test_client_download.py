@@ -17,7 +17,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from flux_prefect.api import downloading
+from flux_prefect.api import downloads
 from flux_prefect.api.client import AimlApiClient, Timeouts
 from flux_prefect.api.pacing import Pacer
 from flux_prefect.errors import (
@@ -47,7 +47,7 @@ def make_client(
     max_bytes: int = 100_000,
     timeouts: Timeouts | None = None,
 ) -> AimlApiClient:
-    """A client with this handler in place of the pictures' hosts, or with the real network."""
+    """A client with this handler in place of the images' hosts, or with the real network."""
     return AimlApiClient(
         api_key=SecretStr(KEY),
         base_url=base_url,
@@ -60,14 +60,14 @@ def make_client(
 
 
 def data_uri(data: bytes, content_type: str = "image/jpeg") -> str:
-    """The picture inline."""
+    """The image inline."""
     return f"data:{content_type};base64,{base64.b64encode(data).decode()}"
 
 
 @pytest.fixture
 def destination(tmp_path: Path) -> Path:
     """A file in a folder that does not exist yet."""
-    return tmp_path / "spool" / "picture.jpeg"
+    return tmp_path / "spool" / "image.jpeg"
 
 
 def left_behind(destination: Path) -> list[str]:
@@ -78,7 +78,7 @@ def left_behind(destination: Path) -> list[str]:
 # Success
 
 
-async def test_a_picture_arrives_as_it_was_delivered(jpeg: bytes, destination: Path) -> None:
+async def test_an_image_arrives_as_it_was_delivered(jpeg: bytes, destination: Path) -> None:
     """Byte for byte, with its digest and size, and without the key having left the house."""
     requests: list[httpx.Request] = []
 
@@ -87,13 +87,13 @@ async def test_a_picture_arrives_as_it_was_delivered(jpeg: bytes, destination: P
         return httpx.Response(200, content=jpeg)
 
     async with make_client(handler) as client:
-        picture = await client.download(PUBLIC, destination, expected="jpeg")
+        image = await client.download(PUBLIC, destination, expected="jpeg")
     assert destination.read_bytes() == jpeg
-    assert picture.path == destination
-    assert picture.sha256 == hashlib.sha256(jpeg).hexdigest()
-    assert picture.size == len(jpeg)
-    assert (picture.format, picture.width, picture.height, picture.black) == ("jpeg", 96, 64, False)
-    assert left_behind(destination) == ["picture.jpeg"]
+    assert image.path == destination
+    assert image.sha256 == hashlib.sha256(jpeg).hexdigest()
+    assert image.size == len(jpeg)
+    assert (image.format, image.width, image.height, image.black) == ("jpeg", 96, 64, False)
+    assert left_behind(destination) == ["image.jpeg"]
     (request,) = requests
     assert str(request.url) == PUBLIC
     assert KEY not in repr(request.headers.raw)
@@ -102,8 +102,8 @@ async def test_a_picture_arrives_as_it_was_delivered(jpeg: bytes, destination: P
 async def test_several_at_the_same_time_do_not_mix(jpeg: bytes, destination: Path) -> None:
     """Each writes a file of its own, whole; the last one's stays."""
     async with make_client(lambda _: httpx.Response(200, content=jpeg)) as client:
-        pictures = await asyncio.gather(*(client.download(PUBLIC, destination, expected="jpeg") for _ in range(5)))
-    assert {picture.path for picture in pictures} == {destination}
+        images = await asyncio.gather(*(client.download(PUBLIC, destination, expected="jpeg") for _ in range(5)))
+    assert {image.path for image in images} == {destination}
     assert destination.read_bytes() == jpeg
     assert left_behind(destination) == [destination.name]
 
@@ -125,7 +125,7 @@ async def test_the_bytes_count_and_not_their_label(jpeg: bytes, destination: Pat
         "data:image/jpeg,{percent}",
     ],
 )
-async def test_an_inline_picture_goes_the_same_way(jpeg: bytes, destination: Path, form: str) -> None:
+async def test_an_inline_image_goes_the_same_way(jpeg: bytes, destination: Path, form: str) -> None:
     """Nothing is fetched."""
     b64 = base64.b64encode(jpeg).decode()
     url = form.format(b64=b64, quoted=urllib.parse.quote(b64, safe=""), percent=urllib.parse.quote(jpeg, safe=""))
@@ -134,9 +134,9 @@ async def test_an_inline_picture_goes_the_same_way(jpeg: bytes, destination: Pat
         pytest.fail("something was fetched")
 
     async with make_client(handler) as client:
-        picture = await client.download(url, destination, expected="jpeg")
+        image = await client.download(url, destination, expected="jpeg")
     assert destination.read_bytes() == jpeg
-    assert picture.sha256 == hashlib.sha256(jpeg).hexdigest()
+    assert image.sha256 == hashlib.sha256(jpeg).hexdigest()
 
 
 async def test_a_compressed_answer_is_unpacked(jpeg: bytes, destination: Path) -> None:
@@ -198,7 +198,7 @@ async def test_each_refusal_is_its_own_error(
     retryable: bool,  # noqa: FBT001 - a column
     destination: Path,
 ) -> None:
-    """Dead for ever, for now, or nothing to be done; always of a picture that was paid for."""
+    """Dead for ever, for now, or nothing to be done; always of an image that was paid for."""
     response = httpx.Response(status, content=HTML, headers={"Retry-After": "7"})
     async with make_client(lambda _: response) as client:
         with pytest.raises(DownloadError) as raised:
@@ -215,7 +215,7 @@ async def test_each_refusal_is_its_own_error(
 @pytest.mark.parametrize(
     ("body", "what"), [(HTML, "a page of HTML"), (b"", "an empty file"), (b'{"error": 1}', "JSON")]
 )
-async def test_a_page_with_status_200_is_no_picture(body: bytes, what: str, destination: Path) -> None:
+async def test_a_page_with_status_200_is_no_image(body: bytes, what: str, destination: Path) -> None:
     """Hosts say so when a URL ran out, and it may be different the next time."""
     async with make_client(lambda _: httpx.Response(200, content=body)) as client:
         with pytest.raises(NotAnImage, match=what) as raised:
@@ -228,7 +228,7 @@ async def test_a_page_with_status_200_is_no_picture(body: bytes, what: str, dest
     "url",
     ["data:image/jpeg;base64,%%%", "data:image/jpeg;base64,aGk", "data:", "data:image/jpeg", data_uri(HTML)],
 )
-async def test_a_broken_inline_picture_is_final(url: str, destination: Path) -> None:
+async def test_a_broken_inline_image_is_final(url: str, destination: Path) -> None:
     """The same bytes would come again."""
     async with make_client() as client:
         with pytest.raises(NotAnImage) as raised:
@@ -237,18 +237,18 @@ async def test_a_broken_inline_picture_is_final(url: str, destination: Path) -> 
     assert left_behind(destination) == []
 
 
-async def test_a_whole_picture_of_another_format_is_kept_beside(png: bytes, destination: Path) -> None:
+async def test_a_whole_image_of_another_format_is_kept_beside(png: bytes, destination: Path) -> None:
     """It was paid for: the message says where it is."""
     async with make_client(lambda _: httpx.Response(200, content=png)) as client:
         with pytest.raises(UnexpectedFormat) as raised:
             await client.download(PUBLIC, destination, expected="jpeg")
-    kept = destination.with_name("picture.jpeg.rejected")
+    kept = destination.with_name("image.jpeg.rejected")
     assert kept.read_bytes() == png
     assert str(kept) in raised.value.message
-    assert left_behind(destination) == ["picture.jpeg.rejected"]
+    assert left_behind(destination) == ["image.jpeg.rejected"]
 
 
-async def test_a_cut_picture_without_a_length_is_found(jpeg: bytes, destination: Path) -> None:
+async def test_a_cut_image_without_a_length_is_found(jpeg: bytes, destination: Path) -> None:
     """Nothing but decoding it can tell."""
     async with make_client(lambda _: httpx.Response(200, content=_stream(jpeg[:-100]))) as client:
         with pytest.raises(NotAnImage, match="cut or broken"):
@@ -390,7 +390,7 @@ async def test_a_body_without_end_is_not_read_to_its_end(destination: Path) -> N
 
 
 @pytest.mark.parametrize("size", [100_001, 1_000_000])
-async def test_an_inline_picture_has_the_same_cap(size: int, destination: Path) -> None:
+async def test_an_inline_image_has_the_same_cap(size: int, destination: Path) -> None:
     """In bytes after decoding."""
     async with make_client() as client:
         with pytest.raises(ImageTooLarge, match="max_bytes"):
@@ -405,7 +405,7 @@ async def test_a_spool_that_cannot_be_made_is_named(jpeg: bytes, tmp_path: Path)
     (tmp_path / "file").write_text("in the way")
     async with make_client(lambda _: httpx.Response(200, content=jpeg)) as client:
         with pytest.raises(DownloadError) as raised:
-            await client.download(PUBLIC, tmp_path / "file" / "picture.jpeg", expected="jpeg")
+            await client.download(PUBLIC, tmp_path / "file" / "image.jpeg", expected="jpeg")
     assert type(raised.value) is ImageUnwritable
     assert str(tmp_path / "file") in raised.value.message
     assert not raised.value.retryable
@@ -416,18 +416,18 @@ async def test_a_spool_that_cannot_be_made_is_named(jpeg: bytes, tmp_path: Path)
 async def test_a_full_disk_is_named(
     jpeg: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_unwritten: int
 ) -> None:
-    """The kernel's own full device takes the place of the part file, for a picture written in pieces and at once."""
-    monkeypatch.setattr(downloading, "_MOST_UNWRITTEN", most_unwritten)
+    """The kernel's own full device takes the place of the part file, for an image written in pieces and at once."""
+    monkeypatch.setattr(downloads, "_MOST_UNWRITTEN", most_unwritten)
     full = tmp_path / "full.part"
     full.symlink_to("/dev/full")
-    monkeypatch.setattr(downloading, "own_part", lambda _: full)
+    monkeypatch.setattr(downloads, "own_part", lambda _: full)
     async with make_client(lambda _: httpx.Response(200, content=jpeg)) as client:
         with pytest.raises(DownloadError, match="No space left") as raised:
-            await client.download(PUBLIC, tmp_path / "picture.jpeg", expected="jpeg")
+            await client.download(PUBLIC, tmp_path / "image.jpeg", expected="jpeg")
     assert str(tmp_path) in raised.value.message
     assert isinstance(raised.value.__cause__, OSError)
     assert raised.value.__cause__.errno == errno.ENOSPC
-    assert left_behind(tmp_path / "picture.jpeg") == []
+    assert left_behind(tmp_path / "image.jpeg") == []
 
 
 # Addresses
@@ -541,8 +541,8 @@ async def test_the_address_that_is_connected_to_is_checked(destination: Path, mo
     async with serve(handler) as inside, make_client(base_url="http://93.184.215.13") as client:
         port = inside.url.rpartition(":")[2]
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-        with pytest.raises(UnsafeURL, match=r"pictures\.example is 127\.0\.0\.1"):
-            await client.download(f"http://pictures.example:{port}/one.jpg", destination, expected="jpeg")
+        with pytest.raises(UnsafeURL, match=r"images\.example is 127\.0\.0\.1"):
+            await client.download(f"http://images.example:{port}/one.jpg", destination, expected="jpeg")
         assert inside.requests == []
 
 
@@ -550,7 +550,7 @@ async def test_the_address_that_is_connected_to_is_checked(destination: Path, mo
     "url",
     ["http://127.0.0.1:9/", "http://[::1]:9/", "http://10.0.0.1/", "https://192.168.1.1/", "http://93.184.215.14/"],
 )
-async def test_a_service_in_a_private_network_may_keep_its_pictures_there(
+async def test_a_service_in_a_private_network_may_keep_its_images_there(
     url: str, jpeg: bytes, destination: Path
 ) -> None:
     """As the local stand-in does."""
@@ -560,7 +560,7 @@ async def test_a_service_in_a_private_network_may_keep_its_pictures_there(
 
 
 @pytest.mark.parametrize("host", ["169.254.169.254", "[fe80::1]", "0.0.0.0", "224.0.0.1"])  # noqa: S104 - fetched from, not bound
-async def test_cloud_metadata_is_never_a_picture(host: str, destination: Path) -> None:
+async def test_cloud_metadata_is_never_an_image(host: str, destination: Path) -> None:
     """Not even for a stand-in on this machine."""
     async with make_client(lambda _: httpx.Response(200), base_url="http://127.0.0.1:8000") as client:
         with pytest.raises(UnsafeURL):

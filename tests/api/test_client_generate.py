@@ -406,13 +406,13 @@ async def test_an_invalid_response_with_a_bill_was_paid(lighthouse: ImageRequest
     assert (await fail(service, lighthouse)).billed is Billed.YES
 
 
-async def test_a_success_without_a_picture_is_an_empty_generation(lighthouse: ImageRequest) -> None:
+async def test_a_success_without_an_image_is_an_empty_generation(lighthouse: ImageRequest) -> None:
     """It happens."""
     assert type(await fail(Service(httpx.Response(200, json={"data": []})), lighthouse)) is EmptyGeneration
 
 
 async def test_an_answer_without_end_is_not_read_to_its_end(lighthouse: ImageRequest) -> None:
-    """Memory has a bound: what the pictures asked for can take inline, and some room."""
+    """Memory has a bound: what the images asked for can take inline, and some room."""
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -441,7 +441,7 @@ async def test_a_refusal_without_end_is_not_read_to_its_end(lighthouse: ImageReq
             await client.generate(lighthouse)
 
 
-async def test_four_inline_pictures_of_the_largest_size_fit() -> None:
+async def test_four_inline_images_of_the_largest_size_fit() -> None:
     """The bound follows max_bytes and num_images."""
     inline = "A" * (1_500_000 * 4 // 3)
     body = {"data": [{"b64_json": inline}] * 4}

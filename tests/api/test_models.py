@@ -84,7 +84,7 @@ def test_a_wrong_field_is_refused_by_its_name(fields: dict[str, Any]) -> None:
 
 
 def test_the_body_sent_spells_out_every_default(lighthouse: ImageRequest) -> None:
-    """A change of the service's defaults changes no picture; what is not asked for is not sent."""
+    """A change of the service's defaults changes no image; what is not asked for is not sent."""
     assert lighthouse.payload() == {
         "model": "flux/kontext-max/text-to-image",
         "prompt": "a lighthouse",
@@ -143,10 +143,10 @@ def test_the_fingerprint_can_be_made_elsewhere() -> None:
         {"model": "flux/kontext-pro/text-to-image"},
     ],
 )
-def test_every_field_that_changes_the_picture_changes_the_fingerprint(
+def test_every_field_that_changes_the_image_changes_the_fingerprint(
     lighthouse: ImageRequest, change: dict[str, Any]
 ) -> None:
-    """No request is ever answered with another one's picture."""
+    """No request is ever answered with another one's image."""
     assert set(change) <= set(ImageRequest.model_fields)
     changed = ImageRequest.model_validate({**lighthouse.model_dump(), **change})
     assert changed.fingerprint(ENDPOINT) != lighthouse.fingerprint(ENDPOINT)
@@ -213,7 +213,7 @@ def _parse(
     ],
 )
 def test_every_known_shape_of_answer_is_read(body: dict[str, Any], urls: list[str], now: datetime) -> None:
-    """Pictures by URL, inline, in either list or in both."""
+    """Images by URL, inline, in either list or in both."""
     assert [image.url for image in _parse(body, now).images] == urls
 
 
@@ -250,19 +250,19 @@ def test_the_cost_in_the_headers_is_the_bill(now: datetime) -> None:
 
 @pytest.mark.parametrize("cost", ["free", "nan", "-1", True, [], 10**400])
 def test_a_cost_that_is_no_amount_is_unknown(cost: Any, now: datetime) -> None:
-    """Junk in the bill loses no picture."""
+    """Junk in the bill loses no image."""
     body = {"data": [{"url": URL}], "meta": {"usage": {"credits_used": cost}}}
     assert _parse(body, now).credits_used is None
 
 
 @pytest.mark.parametrize("flags", [None, [], [False], "True", [1], ["true"], {"0": True}])
-def test_only_a_plain_true_flags_a_picture(flags: Any, now: datetime) -> None:
+def test_only_a_plain_true_flags_an_image(flags: Any, now: datetime) -> None:
     """Anything else says nothing."""
     assert not _parse({"images": [{"url": URL}], "has_nsfw_concepts": flags}, now).images[0].flagged
 
 
-def test_flags_and_places_belong_to_their_picture(now: datetime) -> None:
-    """A missing picture shifts neither the index nor the flag of the next."""
+def test_flags_and_places_belong_to_their_image(now: datetime) -> None:
+    """A missing image shifts neither the index nor the flag of the next."""
     body = {"images": [None, {"url": URL}], "has_nsfw_concepts": [False, True]}
     assert [(image.index, image.flagged) for image in _parse(body, now).images] == [(1, True)]
 
@@ -314,7 +314,7 @@ def test_what_is_no_object_is_an_invalid_response(body: Any, now: datetime) -> N
 
 @pytest.mark.parametrize("body", [{"data": "none"}, {"data": {"url": URL}}, {"images": [URL]}, {"images": 3}])
 def test_a_list_of_something_else_is_an_invalid_response(body: Any, now: datetime) -> None:
-    """Guessing at pictures in it would publish the wrong thing."""
+    """Guessing at images in it would publish the wrong thing."""
     with pytest.raises(InvalidResponse):
         _parse(body, now)
 
@@ -323,7 +323,7 @@ def test_a_list_of_something_else_is_an_invalid_response(body: Any, now: datetim
     "body", [{}, {"data": None}, {"data": []}, {"data": [{}]}, {"images": [None]}, {"images": [{"url": ""}]}]
 )
 @pytest.mark.parametrize(("usage", "billed"), [(None, Billed.UNKNOWN), (0, Billed.NO), (168000, Billed.YES)])
-def test_an_answer_without_a_picture_says_whether_it_was_billed(
+def test_an_answer_without_an_image_says_whether_it_was_billed(
     body: dict[str, Any], usage: float | None, billed: Billed, now: datetime
 ) -> None:
     """By the cost that came with it; without one nobody knows."""

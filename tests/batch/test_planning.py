@@ -62,8 +62,8 @@ async def test_seeds_are_drawn_once_for_plan_and_work(bucket: ImageBucket, crede
     assert first.plan.repeats == 0
 
 
-async def test_a_picture_that_is_half_there_is_to_be_made(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
-    """Of a request for two pictures, one in the bucket is not enough."""
+async def test_an_image_that_is_half_there_is_to_be_made(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+    """Of a request for two images, one in the bucket is not enough."""
     request = ImageRequest(prompt=uuid4().hex, seed=1, num_images=2)
     await publish_first(request, bucket, credentials)
     sums = (await plan([request], bucket, credentials)).plan
@@ -74,7 +74,7 @@ async def test_a_picture_that_is_half_there_is_to_be_made(bucket: ImageBucket, c
 async def test_what_a_small_bucket_does_not_list_is_not_looked_for(
     bucket: ImageBucket, credentials: AimlApiCredentials
 ) -> None:
-    """One HEAD for the picture that is there, none for the three that are not."""
+    """One HEAD for the image that is there, none for the three that are not."""
     requests = [ImageRequest(prompt=uuid4().hex, seed=seed) for seed in range(1, 5)]
     await publish_first(requests[2], bucket, credentials)
     asked: list[str] = []
@@ -86,7 +86,7 @@ async def test_what_a_small_bucket_does_not_list_is_not_looked_for(
 
 
 @pytest.mark.parametrize("answer", [None, BucketAccessDenied("s3:ListBucket is not allowed")], ids=["full", "refused"])
-async def test_without_a_list_every_picture_is_looked_for(
+async def test_without_a_list_every_image_is_looked_for(
     bucket: ImageBucket,
     credentials: AimlApiCredentials,
     monkeypatch: pytest.MonkeyPatch,
@@ -102,14 +102,14 @@ async def test_without_a_list_every_picture_is_looked_for(
 
 
 async def publish_first(request: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
-    """Have the first picture of a request in the bucket."""
+    """Have the first image of a request in the bucket."""
     async with credentials.get_client() as client:
         file = await download(await generate(request, client, Spool()), 0, client, Spool())
     await bucket.publish(file, PublishingRun())
 
 
 def make_sums(**changes: object) -> Plan:
-    """A plan of three pictures."""
+    """A plan of three images."""
     sums = {"rows": 3, "invalid": 0, "published": 0, "paid": 0, "repeats": 0, "requests": 3, "images": 3}
     return Plan.model_validate(
         {**sums, "most_credits": 600_000, "max_credits": None, "max_images": None, "balance": None, **changes}

@@ -11,8 +11,8 @@ from flux_prefect.batch.published_index import PublishedIndex
 from flux_prefect.bucket.image_bucket import PublishedImage
 
 
-def picture(index: int = 0, *, created: bool = False) -> PublishedImage:
-    """A picture in the bucket."""
+def image(index: int = 0, *, created: bool = False) -> PublishedImage:
+    """An image in the bucket."""
     return PublishedImage(
         bucket="images",
         key=f"tëam/{index}.jpg",
@@ -40,17 +40,17 @@ def finds() -> PublishedIndex:
 
 
 def test_what_was_kept_comes_back_equal(finds: PublishedIndex) -> None:
-    """All pictures of a request, in their order, with every field."""
-    pictures = (picture(0), picture(1), picture(2, created=True))
-    finds.add("a", pictures)
+    """All images of a request, in their order, with every field."""
+    images = (image(0), image(1), image(2, created=True))
+    finds.add("a", images)
 
-    assert finds.get("a") == pictures
+    assert finds.get("a") == images
     finds.close()
 
 
 def test_what_was_not_found_is_none(finds: PublishedIndex) -> None:
     """It is no error to ask."""
-    finds.add("a", [picture()])
+    finds.add("a", [image()])
 
     assert finds.get("b") is None
     finds.close()
@@ -58,19 +58,19 @@ def test_what_was_not_found_is_none(finds: PublishedIndex) -> None:
 
 def test_a_request_counts_once(finds: PublishedIndex) -> None:
     """Kept again, the last counts."""
-    finds.add("a", [picture(0)])
-    finds.add("a", [picture(1)])
-    finds.add("b", [picture(0)])
+    finds.add("a", [image(0)])
+    finds.add("a", [image(1)])
+    finds.add("b", [image(0)])
 
     assert len(finds) == 2
-    assert finds.get("a") == (picture(1),)
+    assert finds.get("a") == (image(1),)
     finds.close()
 
 
 def test_two_plans_share_nothing(finds: PublishedIndex) -> None:
     """Each has a database of its own."""
     other = PublishedIndex()
-    finds.add("a", [picture()])
+    finds.add("a", [image()])
 
     assert other.get("a") is None
     assert len(other) == 0
@@ -80,11 +80,11 @@ def test_two_plans_share_nothing(finds: PublishedIndex) -> None:
 
 def test_memory_does_not_grow_with_the_requests(finds: PublishedIndex) -> None:
     """Python keeps none of them."""
-    pictures = [picture()]
-    finds.add("warm", pictures)
+    images = [image()]
+    finds.add("warm", images)
     tracemalloc.start()
     for number in range(2_000):
-        finds.add(f"{number:032x}", pictures)
+        finds.add(f"{number:032x}", images)
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 

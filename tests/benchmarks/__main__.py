@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "names", nargs="*", metavar="name", help=f"{', '.join(_NAMES)} (default: all of them); {', '.join(_LONG)}"
     )
-    parser.add_argument("--images", type=int, metavar="N", help="pictures of the (largest) batch of each benchmark")
+    parser.add_argument("--images", type=int, metavar="N", help="images of the (largest) batch of each benchmark")
     parser.add_argument("--rounds", type=int, metavar="N", help="runs of each contestant")
     parser.add_argument("--postgres", action="store_true", help="of sharded: the server's database is Postgres")
     parser.add_argument("--profile", choices=get_args(Name), help="show where this contestant's time goes, instead")

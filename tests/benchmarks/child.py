@@ -1,6 +1,6 @@
 """The process that is measured: one contestant, one table. Started by `measuring`.
 
-It makes everything ready, publishes one picture to warm up, says so, waits for a line of input, and works.
+It makes everything ready, publishes one image to warm up, says so, waits for a line of input, and works.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether `python -m deployments.simulate` is right: batches forecast, then measured.
 
 What the forecasts are told of this machine comes from two small runs that are none of those that they are held to: one
-picture (what a run takes beside its pictures) and pictures at no latency (the CPU time of each).
+image (what a run takes beside its images) and images at no latency (the CPU time of each).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Case:
             failed_after=0,
             service_in_flight=self.service_in_flight,
             start_seconds=machine.run_seconds,
-            cpu_seconds=machine.picture_seconds,
+            cpu_seconds=machine.image_seconds,
         )
         return median(forecast(scenario.model_copy(update={"random_seed": seed})).seconds for seed in range(_THROWS))
 
@@ -75,15 +75,15 @@ class _Machine:
     """What the forecasts are told of where they are measured.
 
     Attributes:
-        run_seconds: of a run beside its pictures.
-        picture_seconds: CPU time of a picture.
+        run_seconds: of a run beside its images.
+        image_seconds: CPU time of an image.
     """
 
     run_seconds: float
-    picture_seconds: float
+    image_seconds: float
 
 
-_EMPTY = _Case("one picture", images=1, in_flight=IN_FLIGHT, latency=0)
+_EMPTY = _Case("one image", images=1, in_flight=IN_FLIGHT, latency=0)
 _BUSY = _Case("no latency", images=_CALIBRATION_IMAGES, in_flight=IN_FLIGHT, latency=0)
 _CASES = (
     _Case("300 of 1 s, 50 at once", images=300, in_flight=50, latency=1),
@@ -103,7 +103,7 @@ _CASES = (
 def run(console: Console, *, rounds: int = ROUNDS) -> None:
     """Calibrate, forecast and measure, and print both. With rounds, the best of each counts."""
     taken: dict[_Case, list[Measurement]] = {case: [] for case in (_EMPTY, _BUSY, *_CASES)}
-    with open_stage(latency=0, picture_bytes=300_000) as stage:
+    with open_stage(latency=0, image_bytes=300_000) as stage:
         for number in range(rounds):
             for case, so_far in taken.items():
                 so_far.append(case.measure(stage))
@@ -111,11 +111,11 @@ def run(console: Console, *, rounds: int = ROUNDS) -> None:
     seconds = {case: min(one.seconds for one in so_far) for case, so_far in taken.items()}
     empty, busy = (min(one.client_cpu for one in taken[case]) for case in (_EMPTY, _BUSY))
     machine = _Machine(
-        run_seconds=seconds[_EMPTY], picture_seconds=max(0.0, busy - empty) / (_BUSY.images - _EMPTY.images)
+        run_seconds=seconds[_EMPTY], image_seconds=max(0.0, busy - empty) / (_BUSY.images - _EMPTY.images)
     )
     table = Table(
-        f"A run takes {machine.run_seconds:.1f} s beside its pictures, a picture "
-        f"{1000 * machine.picture_seconds:.0f} ms of CPU time; best of {rounds}",
+        f"A run takes {machine.run_seconds:.1f} s beside its images, an image "
+        f"{1000 * machine.image_seconds:.0f} ms of CPU time; best of {rounds}",
         "forecast s",
         "measured s",
         "ratio",

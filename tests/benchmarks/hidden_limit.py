@@ -1,7 +1,7 @@
 """`python -m tests.benchmarks.hidden_limit`: what a limit that nobody tells costs beside one that is known.
 
 The sandbox takes seven generations at once. Each line is one run of the client; in the first one it was told of the
-seven. Throughput is the time that the billed pictures take the service, of what seven places give in the run's time:
+seven. Throughput is the time that the billed images take the service, of what seven places give in the run's time:
 what the first line lacks of 100 % are connections and a busy machine, what the others lack of the first is pacing.
 """
 

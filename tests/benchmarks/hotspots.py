@@ -19,7 +19,7 @@ def run(console: Console, contestant: Name, *, images: int = IMAGES) -> None:
 
     The profile sees the event loop's thread alone, and makes everything in it slower.
     """
-    with open_stage(latency=1.0, picture_bytes=300_000) as stage, new_batch(stage, images) as batch:
+    with open_stage(latency=1.0, image_bytes=300_000) as stage, new_batch(stage, images) as batch:
         profile = batch.home / "profile"
         measured = measure(stage, contestant, batch, profile=profile)
         console.print(f"{contestant}: {images} images in {measured.seconds:.1f} s while being profiled")

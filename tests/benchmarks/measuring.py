@@ -35,10 +35,10 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one run took, without imports, clients and the first picture.
+    """What one run took, without imports, clients and the first image.
 
     Attributes:
-        rows: pictures asked for.
+        rows: images asked for.
         seconds: until the contestant was done.
         client_cpu: seconds, of its process, until that ended.
         server_cpu: seconds, of the Prefect server, until that was idle. An idle one uses some 2% of a core.
@@ -67,7 +67,7 @@ class Batch:
 
 @contextmanager
 def new_batch(stage: Stage, rows: int) -> Iterator[Batch]:
-    """A batch with its files, which are removed at the end; its pictures stay in the bucket."""
+    """A batch with its files, which are removed at the end; its images stay in the bucket."""
     with TemporaryDirectory(dir=stage.folder) as name:
         batch = Batch(uuid4().hex, rows, Path(name))
         write_table(batch.home / "table.jsonl", batch.name, rows)
@@ -81,7 +81,7 @@ def measure(
     """Have a contestant publish a batch, in a fresh process. With a path, its profile is written there.
 
     Raises:
-        RunFailed: it failed, or pictures are missing afterwards.
+        RunFailed: it failed, or images are missing afterwards.
     """
     job = BatchContext(
         contestant=contestant,
@@ -97,8 +97,8 @@ def measure(
         server_cpu, paid = stage.prefect.settle(), _paid(stage)
         child.tell("go")
         usage = Usage.model_validate_json(child.hear())
-    if contestant != "empty" and (missing := batch.rows + 1 - stage.count_pictures(batch.name)):
-        raise RunFailed(f"{contestant} left {missing} of {batch.rows} pictures out.")
+    if contestant != "empty" and (missing := batch.rows + 1 - stage.count_images(batch.name)):
+        raise RunFailed(f"{contestant} left {missing} of {batch.rows} images out.")
     return Measurement(
         rows=batch.rows,
         seconds=usage.seconds,

@@ -12,11 +12,11 @@ IMAGES = 10_000
 
 
 def run(console: Console, *, images: int = IMAGES) -> None:
-    """Publish small pictures, in chunks, in batches of a twentieth, a fifth and all of `images`, and print a table."""
+    """Publish small images, in chunks, in batches of a twentieth, a fifth and all of `images`, and print a table."""
     sizes = (images // 20, images // 5, images)
     peaks: list[float] = []
-    table = Table("20 KB pictures, 0.05 s each at the service, 50 at once", "peak MB", "more MB", "images/s")
-    with open_stage(latency=0.05, picture_bytes=20_000) as stage:
+    table = Table("20 KB images, 0.05 s each at the service, 50 at once", "peak MB", "more MB", "images/s")
+    with open_stage(latency=0.05, image_bytes=20_000) as stage:
         for size in sizes:
             with new_batch(stage, size) as batch:
                 measured = measure(stage, "chunks", batch)

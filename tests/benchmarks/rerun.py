@@ -16,10 +16,10 @@ _CONTESTANTS: tuple[Name, ...] = ("plain", "auto")
 
 
 def run(console: Console, *, images: int = IMAGES, rounds: int = ROUNDS) -> None:
-    """Publish `images` pictures, then the same again `rounds` times, and print a table of each one's best rerun."""
+    """Publish `images` images, then the same again `rounds` times, and print a table of each one's best rerun."""
     best: dict[Name, Measurement] = {}
     with (
-        open_stage(latency=0.05, picture_bytes=300_000) as stage,
+        open_stage(latency=0.05, image_bytes=300_000) as stage,
         new_batch(stage, max(1, images // _LESS_FOR_PLAIN)) as theirs,
         new_batch(stage, images) as ours,
     ):

@@ -46,9 +46,9 @@ class _Run:
     Attributes:
         workers: how many were there.
         seconds: from the command to its end.
-        pace: pictures a second, from the first paid call to the last.
+        pace: images a second, from the first paid call to the last.
         cpu: seconds by group of processes.
-        paid_again: calls paid for beyond one a picture.
+        paid_again: calls paid for beyond one an image.
         at_risk: calls of the killed worker that were in flight.
     """
 
@@ -61,10 +61,10 @@ class _Run:
 
 
 def run(console: Console, *, images: int = IMAGES, postgres: bool = False) -> None:
-    """Publish `images` pictures of a second each with 1, 2 and 4 workers, then with two kills, and print two tables."""
+    """Publish `images` images of a second each with 1, 2 and 4 workers, then with two kills, and print two tables."""
     with start_postgres() if postgres else nullcontext() as database:
         settings = {} if database is None else {"PREFECT_API_DATABASE_CONNECTION_URL": database.url}
-        with open_stage(latency=_LATENCY, picture_bytes=300_000, server=settings) as stage:
+        with open_stage(latency=_LATENCY, image_bytes=300_000, server=settings) as stage:
             deploy_shard(stage.prefect.api_url)
             with temporary_settings({PREFECT_API_URL: stage.prefect.api_url}):
                 ImageBucket(bucket_name=BUCKET, prefix="results").save(_RESULTS)
@@ -132,16 +132,16 @@ class _Team:
         self.watch()
 
     def check(self) -> None:
-        """Prove that every picture is there and every row in the manifest, once.
+        """Prove that every image is there and every row in the manifest, once.
 
         Raises:
             RunFailed: it is not so.
         """
         report = json.loads((self._folder / "report.json").read_text(encoding="utf-8"))
         rows = [item["row"] for item in report["items"]]
-        there = self.stage.count_pictures(self._name)
+        there = self.stage.count_images(self._name)
         if rows != list(range(1, self.images + 1)) or there != self.images:
-            raise RunFailed(f"{there} of {self.images} pictures, {len(set(rows))} rows in {len(rows)} records.")
+            raise RunFailed(f"{there} of {self.images} images, {len(set(rows))} rows in {len(rows)} records.")
 
     def _wait_for(self, part: float, batch: subprocess.Popen[bytes]) -> None:
         while self.stage.sandbox.control.summary().billed_calls < part * self.images:

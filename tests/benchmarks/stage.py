@@ -33,8 +33,8 @@ class Stage:
     prefect: PrefectServer
     environment: dict[str, str]
 
-    def count_pictures(self, prefix: str) -> int:
-        """How many pictures stand under a prefix."""
+    def count_images(self, prefix: str) -> int:
+        """How many images stand under a prefix."""
         names = self.sandbox.environment
         client = boto3.client(
             "s3",
@@ -48,19 +48,19 @@ class Stage:
 
 
 @contextmanager
-def open_stage(*, latency: float, picture_bytes: int, server: Mapping[str, str] | None = None) -> Iterator[Stage]:
+def open_stage(*, latency: float, image_bytes: int, server: Mapping[str, str] | None = None) -> Iterator[Stage]:
     """Start everything, which takes about fifteen seconds; at the end stop it and leave nothing behind.
 
     Args:
         latency: seconds that a generation takes.
-        picture_bytes: the size of every picture.
+        image_bytes: the size of every image.
         server: PREFECT_ variables of the Prefect server's own.
     """
     with tempfile.TemporaryDirectory(prefix="flux_prefect-benchmarks-") as name:
         folder = Path(name)
         _isolate(folder)
         with (
-            start_sandbox(folder / "sandbox", latency=latency, fast_bytes=picture_bytes) as sandbox,
+            start_sandbox(folder / "sandbox", latency=latency, fast_bytes=image_bytes) as sandbox,
             start_prefect(folder / "prefect", {**NO_UI, **(server or {})}) as prefect,
         ):
             environment = {**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect.api_url}

@@ -17,9 +17,9 @@ _CONTESTANTS: tuple[Name, ...] = ("lean", "plain", "empty", "steps", "chunks")
 
 
 def run(console: Console, *, images: int = IMAGES, rounds: int = ROUNDS) -> None:
-    """Publish `images` pictures of 300 KB that take a second each, with every contestant in turn, and print a table."""
+    """Publish `images` images of 300 KB that take a second each, with every contestant in turn, and print a table."""
     runs: dict[Name, list[Measurement]] = {name: [] for name in _CONTESTANTS}
-    with open_stage(latency=1.0, picture_bytes=300_000) as stage:
+    with open_stage(latency=1.0, image_bytes=300_000) as stage:
         for number in range(rounds):
             for name in _CONTESTANTS if number % 2 == 0 else reversed(_CONTESTANTS):
                 runs[name].append(_run_once(stage, name, images))
@@ -48,7 +48,7 @@ def _run_once(stage: Stage, name: Name, images: int) -> Measurement:
     with new_batch(stage, images) as batch:
         measured = measure(stage, name, batch)
     if name != "empty" and measured.paid != images:
-        raise RunFailed(f"{name} paid for {measured.paid} pictures instead of {images}.")
+        raise RunFailed(f"{name} paid for {measured.paid} images instead of {images}.")
     return measured
 
 

@@ -29,7 +29,7 @@ def chromium() -> None:
 
 @pytest.fixture(scope="module")
 def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where pictures of what the browser showed are kept: in FLUX_PREFECT_SCREENSHOTS, else in pytest's own folder."""
+    """Where images of what the browser showed are kept: in FLUX_PREFECT_SCREENSHOTS, else in pytest's own folder."""
     named = os.environ.get("FLUX_PREFECT_SCREENSHOTS")
     folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
     folder.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ class PrefectUI:
         await self.page.locator(f"a[href$='/artifacts/artifact/{artifact.id}']").first.click()
 
     async def shoot(self, path: str) -> None:
-        """Keep a picture of the whole page, without the edges of what scrolls inside of it."""
+        """Keep an image of the whole page, without the edges of what scrolls inside of it."""
         await shoot(self.page, path)
 
     async def expect_state(self, state: str, seconds: float) -> None:
@@ -138,7 +138,7 @@ class PrefectUI:
 
 
 async def shoot(page: Page, path: str) -> None:
-    """Keep a picture of a whole page: made as high as the highest thing that scrolls in it."""
+    """Keep an image of a whole page: made as high as the highest thing that scrolls in it."""
     before = page.viewport_size
     assert before is not None
     height = await page.evaluate(

@@ -7,7 +7,7 @@ import io
 
 HOSTILE = {
     "html": '<img src=x onerror="alert(1)"><script>alert(2)</script><b>bold</b> &amp; </td></tr></table>',
-    "markdown": "**bold** _u_ `code` [link](https://a.example) ![picture](https://a.example/p.png)\n\n# head\n\n- item",
+    "markdown": "**bold** _u_ `code` [link](https://a.example) ![image](https://a.example/p.png)\n\n# head\n\n- item",
     "quotes": """a "quoted" 'mug' | with | pipes | and \\ slashes {{ 7 * 7 }} ${7}""",
     "emoji": "👨‍👩‍👧 and 🦊 in 🇩🇪 snow",
     "right-to-left": "قطة نائمة على حصيرة \u202eabc\u202c חתול",

@@ -1,6 +1,6 @@
-"""`make screenshots`: the README's pictures, from the running UI.
+"""`make screenshots`: the README's images, from the running UI.
 
-A batch of the example's prompts on the sandbox, started from a deployment. One picture is refused on purpose, to show
+A batch of the example's prompts on the sandbox, started from a deployment. One image is refused on purpose, to show
 where the reason stands.
 """
 
@@ -39,7 +39,7 @@ _TALL, _MARGIN = 3000, 12
 
 
 def main() -> int:
-    """Make the pictures anew; returns the exit status."""
+    """Make the images anew; returns the exit status."""
     with tempfile.TemporaryDirectory(prefix="flux_prefect-screenshots-") as name:
         folder = Path(name)
         for variable in [variable for variable in os.environ if variable.startswith(_ACCOUNTS)]:
@@ -48,11 +48,11 @@ def main() -> int:
         with start_sandbox(folder / "sandbox", latency=0.8) as sandbox:
             os.environ |= sandbox.environment
             with open_stage(folder / "stage") as team, temporary_settings({PREFECT_API_URL: team.url}):
-                asyncio.run(_take_pictures(team, sandbox, folder))
+                asyncio.run(_take_images(team, sandbox, folder))
     return 0
 
 
-async def _take_pictures(team: Team, sandbox: RunningSandbox, folder: Path) -> None:
+async def _take_images(team: Team, sandbox: RunningSandbox, folder: Path) -> None:
     await AimlApiCredentials.from_env().asave("studio", overwrite=True)
     bucket = ImageBucket.from_uri("s3://images/catalogue")
     await bucket.asave("catalogue", overwrite=True)

@@ -1,4 +1,4 @@
-"""From the form to the pictures, as a person does it, in both of Prefect's UIs."""
+"""From the form to the images, as a person does it, in both of Prefect's UIs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def saved(team: Team, bucket: ImageBucket, credentials: AimlApiCredentials
 
 
 @pytest.mark.usefixtures("saved")
-async def test_a_run_from_the_form_ends_in_pictures(
+async def test_a_run_from_the_form_ends_in_images(
     ui: PrefectUI,
     team: Team,
     table: str,
@@ -62,7 +62,7 @@ async def test_a_run_from_the_form_ends_in_pictures(
     screenshots: Path,
     tmp_path: Path,
 ) -> None:
-    """Form, run, gallery and the page in the bucket: every picture is seen, and hostile text is text everywhere."""
+    """Form, run, gallery and the page in the bucket: every image is seen, and hostile text is text everywhere."""
     before = {run.id for run in team.runs(BATCH)}
     await ui.open_run_form(str(team.find(BATCH).id))
     await ui.fill("source", table)
@@ -81,13 +81,13 @@ async def test_a_run_from_the_form_ends_in_pictures(
 
     await ui.open_artifact(team.artifact(run, "flux-gallery"))
     gallery = ui.page.locator("table")
-    await expect_pictures(gallery)
+    await expect_images(gallery)
     await expect_text_alone(gallery, {"tbody", "tr", "td", "a", "img", "div", "span", "small", "strong"})
     await ui.shoot(str(screenshots / f"gallery-{ui.version}.png"))
 
     index = await anyio.to_thread.run_sync(copy_to_disk, bucket, tmp_path)
     await ui.page.goto(index.as_uri())
-    await expect_pictures(ui.page.locator("main"))
+    await expect_images(ui.page.locator("main"))
     await expect_text_alone(
         ui.page.locator("main"), {"article", "a", "img", "div", "p", "bdi", "details", "summary", "pre"}
     )
@@ -159,8 +159,8 @@ async def expect_refusal(ui: PrefectUI, parameter: str, reason: str) -> None:
         await expect(ui.page.get_by_text(reason).first).to_be_visible()
 
 
-async def expect_pictures(within: Locator) -> None:
-    """There is a picture of each row, and each is seen."""
+async def expect_images(within: Locator) -> None:
+    """There is an image of each row, and each is seen."""
     images = within.locator("img")
     await expect(images).to_have_count(len(PROMPTS))
     for image in await images.all():

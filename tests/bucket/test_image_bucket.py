@@ -50,7 +50,7 @@ class TestBlock(BlockStandardTestSuite):
 
 
 def make_file(folder: Path, request: ImageRequest, color: tuple[int, int, int] = (40, 90, 160)) -> ImageFile:
-    """A picture in custody, as the download step leaves it."""
+    """An image in custody, as the download step leaves it."""
     stream = io.BytesIO()
     Image.new("RGB", (48, 32), color).save(stream, request.output_format.upper())
     content = stream.getvalue()
@@ -83,11 +83,11 @@ def make_file(folder: Path, request: ImageRequest, color: tuple[int, int, int] =
 
 @pytest.fixture
 def file(tmp_path: Path, request_: ImageRequest) -> ImageFile:
-    """A picture that is not in the bucket yet."""
+    """An image that is not in the bucket yet."""
     return make_file(tmp_path, request_)
 
 
-async def test_a_published_picture_is_found_as_it_was_published(bucket: ImageBucket, file: ImageFile) -> None:
+async def test_a_published_image_is_found_as_it_was_published(bucket: ImageBucket, file: ImageFile) -> None:
     """One HEAD tells all that the upload told, but for who wrote it."""
     published = await bucket.publish(file, RUN)
     found = await bucket.find(file.generation.request, file.generation.fingerprint, 0)
@@ -101,7 +101,7 @@ async def test_a_published_picture_is_found_as_it_was_published(bucket: ImageBuc
     assert published.uri == f"s3://images/{bucket.prefix}/{file.generation.fingerprint}-0.jpg"
 
 
-async def test_the_object_has_the_bytes_and_headers_of_a_picture(bucket: ImageBucket, file: ImageFile) -> None:
+async def test_the_object_has_the_bytes_and_headers_of_an_image(bucket: ImageBucket, file: ImageFile) -> None:
     """Content type, cache control and metadata are there for whoever serves the bucket."""
     published = await bucket.publish(file, RUN)
     stored = bucket.get_client().get_object(Bucket="images", Key=published.key)
@@ -113,7 +113,7 @@ async def test_the_object_has_the_bytes_and_headers_of_a_picture(bucket: ImageBu
     assert stored["Metadata"]["flux-sha256"] == file.sha256
 
 
-async def test_the_record_beside_a_picture_can_make_it_again(bucket: ImageBucket, file: ImageFile) -> None:
+async def test_the_record_beside_an_image_can_make_it_again(bucket: ImageBucket, file: ImageFile) -> None:
     """The sidecar holds the whole request, the seed, the cost, the ids and the run."""
     published = await bucket.publish(file, RUN)
     record = json.loads(bucket.get_client().get_object(Bucket="images", Key=published.sidecar_key)["Body"].read())
@@ -166,7 +166,7 @@ async def test_changed_bytes_are_refused_by_the_server(bucket: ImageBucket, file
     assert await bucket.find(file.generation.request, file.generation.fingerprint, 0) is None
 
 
-async def test_a_stranger_under_the_key_is_not_taken_for_the_picture(bucket: ImageBucket, file: ImageFile) -> None:
+async def test_a_stranger_under_the_key_is_not_taken_for_the_image(bucket: ImageBucket, file: ImageFile) -> None:
     """An object without our metadata is an error that says what to do, before anything is paid for."""
     key = bucket.key_of(file.generation.request, file.generation.fingerprint, 0)
     bucket.get_client().put_object(Bucket="images", Key=key, Body=b"something else")

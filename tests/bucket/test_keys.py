@@ -14,18 +14,18 @@ REQUEST = ImageRequest(prompt="a lighthouse", seed=7)
 
 
 def test_the_default_key_is_the_fingerprint_and_the_index() -> None:
-    """Anybody can compute where a picture is."""
+    """Anybody can compute where an image is."""
     assert object_key(REQUEST, FINGERPRINT, 0) == f"{FINGERPRINT}-0.jpg"
     png = REQUEST.model_copy(update={"output_format": "png"})
     assert object_key(png, FINGERPRINT, 3, prefix="team/images") == f"team/images/{FINGERPRINT}-3.png"
 
 
-def test_every_picture_of_a_request_has_a_key_of_its_own() -> None:
-    """Four pictures, four keys."""
+def test_every_image_of_a_request_has_a_key_of_its_own() -> None:
+    """Four images, four keys."""
     assert len({object_key(REQUEST, FINGERPRINT, index) for index in range(4)}) == 4
 
 
-def test_a_template_may_use_what_tells_pictures_apart() -> None:
+def test_a_template_may_use_what_tells_images_apart() -> None:
     """Seed, aspect ratio and model come out without characters that mean something in a path or a URL."""
     template = check_key_template("{model}/{aspect_ratio}/{seed}/{fingerprint}/{index}.{extension}")
     key = object_key(REQUEST, FINGERPRINT, 1, template=template)
@@ -42,7 +42,7 @@ def test_a_template_may_use_what_tells_pictures_apart() -> None:
     ],
 )
 def test_a_good_template_is_returned_as_it_is(template: str) -> None:
-    """What keeps different pictures apart is accepted."""
+    """What keeps different images apart is accepted."""
     assert check_key_template(template) == template
 
 
@@ -72,7 +72,7 @@ def test_a_good_template_is_returned_as_it_is(template: str) -> None:
         ("x" * 1024 + "{fingerprint}-{index}", "longer than"),
     ],
 )
-def test_a_template_that_would_mix_or_lose_pictures_is_refused(template: str, complaint: str) -> None:
+def test_a_template_that_would_mix_or_lose_images_is_refused(template: str, complaint: str) -> None:
     """The error says what is wrong with it."""
     with pytest.raises(ValueError, match=complaint):
         check_key_template(template)

@@ -102,7 +102,7 @@ def write_table(folder: Path, rows: int) -> Path:
 
 
 def list_objects(bucket: ImageBucket) -> dict[str, str]:
-    """The pictures' keys and ETags, and what is left of leases."""
+    """The images' keys and ETags, and what is left of leases."""
     listed = bucket.get_client().list_objects_v2(Bucket="images", Prefix=bucket.prefix).get("Contents", [])
     return {
         entry["Key"].removeprefix(f"{bucket.prefix}/"): entry["ETag"]
@@ -111,16 +111,16 @@ def list_objects(bucket: ImageBucket) -> dict[str, str]:
     }
 
 
-def pictures(objects: dict[str, str]) -> list[str]:
-    """The keys of pictures."""
+def images(objects: dict[str, str]) -> list[str]:
+    """The keys of images."""
     return [key for key in objects if key.endswith(".jpg")]
 
 
 def test_two_hosts_over_twenty_prompts_pay_twenty_times(
     hosts: tuple[Host, Host], sandbox: RunningSandbox, leased: ImageBucket, tmp_path: Path
 ) -> None:
-    """Each picture is made by one of them and found by the other, and no lease stays behind."""
-    sandbox.control.settings(latency=2.0)  # long enough for both to come to the same pictures
+    """Each image is made by one of them and found by the other, and no lease stays behind."""
+    sandbox.control.settings(latency=2.0)  # long enough for both to come to the same images
     table = write_table(tmp_path, 20)
     batches = [host.publish(table, leased.reference) for host in hosts]
     counts = [batch.finish() for batch in batches]
@@ -130,7 +130,7 @@ def test_two_hosts_over_twenty_prompts_pay_twenty_times(
     totals = sandbox.control.summary()
     assert (totals.calls, totals.billed_calls, totals.downloads) == (20, 20, 20)
     objects = list_objects(leased)
-    assert len(objects) == len(pictures(objects)) == 20
+    assert len(objects) == len(images(objects)) == 20
 
 
 def test_a_host_killed_during_a_call_is_relieved(
@@ -140,7 +140,7 @@ def test_a_host_killed_during_a_call_is_relieved(
     sandbox.control.settings(latency=1.0)
     table = write_table(tmp_path, 3)
     first = hosts[0].publish(table, leased.reference, "--max-in-flight", "1")
-    wait_for(lambda: len(pictures(list_objects(leased))) == 1 and sandbox.control.summary().in_flight == 1)
+    wait_for(lambda: len(images(list_objects(leased))) == 1 and sandbox.control.summary().in_flight == 1)
     first.signal(signal.SIGKILL)
     killed_at = time.monotonic()
     assert first.wait() == -signal.SIGKILL
@@ -184,7 +184,7 @@ def test_a_host_that_was_stopped_past_its_lease_sends_nothing_more(
     first = hosts[0].publish(table, leased.reference, "--density", "steps", "--max-in-flight", "1", "--max-failed", "3")
     wait_for(lambda: len(list_objects(leased)) >= 2 and sandbox.control.summary().in_flight == 1)
     first.signal(signal.SIGSTOP)
-    assert pictures(list_objects(leased)) == []
+    assert images(list_objects(leased)) == []
     sandbox.control.settings(latency=0.0)
     assert hosts[1].publish(table, leased.reference).finish() == {"published": 3}
     totals, objects = sandbox.control.summary(), list_objects(leased)

@@ -583,7 +583,7 @@ async def test_a_fenced_holder_sends_nothing(
 
 
 @pytest.mark.usefixtures("prefect_server")
-async def test_a_published_picture_costs_no_lease(
+async def test_a_published_image_costs_no_lease(
     sandbox: RunningSandbox, bucket: ImageBucket, proxy: Proxy, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """One HEAD, as ever; and a new one costs a PUT, a second look and a DELETE more."""
@@ -601,7 +601,7 @@ async def test_a_published_picture_costs_no_lease(
 
 
 @pytest.mark.usefixtures("prefect_server")
-async def test_several_pictures_of_a_request_have_one_lease(
+async def test_several_images_of_a_request_have_one_lease(
     sandbox: RunningSandbox, leased: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """They are one call."""
@@ -652,7 +652,7 @@ async def test_what_is_published_while_it_waits_is_not_paid_for(
 
 
 def publish_as_another_host(bucket: ImageBucket, request: ImageRequest, fingerprint: str) -> None:
-    """Put something under a picture's key that looks like one."""
+    """Put something under an image's key that looks like one."""
     metadata = {
         "flux-fingerprint": fingerprint,
         "flux-index": "0",
@@ -668,7 +668,7 @@ def publish_as_another_host(bucket: ImageBucket, request: ImageRequest, fingerpr
 async def test_without_a_lease_nothing_is_paid(
     sandbox: RunningSandbox, bucket: ImageBucket, proxy: Proxy, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """A server that can't keep one fails the picture, and would fail all others."""
+    """A server that can't keep one fails the image, and would fail all others."""
     proxy.meddle = lambda request: _error(501, "NotImplemented") if request.method == "PUT" else request.forward()
     distant = change(bucket, endpoint_url=proxy.url, lease_seconds=30)
     production = await produce(request_, distant, credentials)
@@ -680,7 +680,7 @@ async def test_without_a_lease_nothing_is_paid(
 
 @pytest.mark.parametrize("seconds", [0, 4.9, 601, "often"])
 def test_a_lease_has_bounds(seconds: object) -> None:
-    """Shorter ones are lost on a busy machine, longer ones leave a dead holder's pictures waiting."""
+    """Shorter ones are lost on a busy machine, longer ones leave a dead holder's images waiting."""
     with pytest.raises(ValidationError, match="lease_seconds"):
         ImageBucket.model_validate({"bucket_name": "images", "lease_seconds": seconds})
 

@@ -50,7 +50,7 @@ async def test_a_saved_s3_bucket_is_published_to_by_its_name(
     prefect_aws: Any, keys: Any, folder: str, request_: ImageRequest, credentials: AimlApiCredentials
 ) -> None:
     """`s3-bucket/NAME` is what a deployment's parameter holds; bucket, folder, keys and endpoint are the block's."""
-    name = f"pictures-{folder}"
+    name = f"images-{folder}"
     await prefect_aws.S3Bucket(bucket_name="images", bucket_folder=f"{folder}/", credentials=keys).save(name)
     (image,) = await publish_image(request_, f"s3-bucket/{name}", credentials)
     bucket = await ImageBucket.resolve(f"s3-bucket/{name}")
@@ -63,7 +63,7 @@ async def test_a_saved_s3_bucket_is_published_to_by_its_name(
 async def test_saved_aws_credentials_are_named_in_the_address(
     keys: Any, folder: str, request_: ImageRequest, credentials: AimlApiCredentials
 ) -> None:
-    """`s3://NAME@bucket/prefix` takes the keys of an AWS Credentials block; the pictures' addresses don't show it."""
+    """`s3://NAME@bucket/prefix` takes the keys of an AWS Credentials block; the images' addresses don't show it."""
     name = f"keys-{folder}"
     await keys.save(name)
     address = f"s3://{name}@images/{folder}"

@@ -98,7 +98,7 @@ def test_lost_answers_are_billed_and_repeated_as_often_as_allowed() -> None:
     assert (told.failed, told.billed_calls, told.credits) == (1, 2, 200)
 
 
-def test_flagged_pictures_cost_money_and_no_put() -> None:
+def test_flagged_images_cost_money_and_no_put() -> None:
     """They are paid for, never published and never repeated."""
     told = predict(images=10, flagged=1)
     assert (told.flagged, told.published, told.billed_calls) == (10, 0, 10)
@@ -130,11 +130,11 @@ def test_refusals_lower_the_limit() -> None:
 
 
 def test_s3_requests_of_an_empty_bucket() -> None:
-    """One LIST, a HEAD and two PUTs a picture, and six for the run."""
+    """One LIST, a HEAD and two PUTs an image, and six for the run."""
     assert predict(images=100).s3_requests == {"LIST": 1, "HEAD": 101, "PUT": 205}
 
 
-def test_a_large_bucket_is_asked_for_each_picture() -> None:
+def test_a_large_bucket_is_asked_for_each_image() -> None:
     """Over 3,000 keys the plan's list is given up after three pages."""
     assert predict(images=100, keys=5000).s3_requests == {"LIST": 3, "HEAD": 201, "PUT": 205}
 
@@ -146,7 +146,7 @@ def test_leases_cost_three_requests_and_their_renewals() -> None:
 
 
 def test_results_in_the_bucket_are_looked_for_and_kept() -> None:
-    """Two of each picture: of its call and of its download."""
+    """Two of each image: of its call and of its download."""
     told = predict(images=100, results_in_bucket=True)
     assert told.s3_requests == {"LIST": 1, "HEAD": 101, "GET": 200, "PUT": 405}
 
@@ -197,7 +197,7 @@ def test_more_places_never_take_longer(images: int, limit: int, seed: int) -> No
 @given(scenarios, st.floats(0, 0.3))
 @settings(max_examples=40, deadline=None)
 def test_more_failures_never_cost_fewer_calls(scenario: dict[str, Any], failed: float) -> None:
-    """Nor publish more pictures."""
+    """Nor publish more images."""
     only = {"refused": 0, "lost": 0, "flagged": 0}
     before = predict(**{**scenario, **only}, latency=SPREAD)
     after = predict(**{**scenario, **only, "failed": scenario["failed"] + failed}, latency=SPREAD)
@@ -208,7 +208,7 @@ def test_more_failures_never_cost_fewer_calls(scenario: dict[str, Any], failed: 
 @given(st.integers(1, 200), st.integers(1, 20), st.floats(0.1, 10), st.floats(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_slower_calls_never_end_sooner(images: int, limit: int, seconds: float, more: float) -> None:
-    """Nor do more pictures."""
+    """Nor do more images."""
     before = predict(images=images, max_in_flight=limit, latency=ConstantLatency(seconds=seconds)).seconds
     assert (
         predict(images=images, max_in_flight=limit, latency=ConstantLatency(seconds=seconds + more)).seconds >= before

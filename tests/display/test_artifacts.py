@@ -99,7 +99,7 @@ def _gallery(records: list[ItemRecord], folder: Path, page: str | None = None) -
 class TestGallery:
     """The markdown of the gallery."""
 
-    def test_a_picture_has_its_facts_and_a_link(self, tmp_path: Path) -> None:
+    def test_an_image_has_its_facts_and_a_link(self, tmp_path: Path) -> None:
         """Prompt, id, how it ended, seed and credits under it; a click leads to the object."""
         record = _published(7, credits_used=168_000)
         text = _gallery([record], tmp_path, page="shop/manifests/run-1/index.html")
@@ -113,7 +113,7 @@ class TestGallery:
         ]
 
     def test_what_is_missing_shows_its_reason_in_its_place(self, tmp_path: Path) -> None:
-        """Between the pictures, in the order given."""
+        """Between the images, in the order given."""
         invalid = _failed(3, "row 3: seed is 'x'", status="invalid", request=None)
         read = Cells(_gallery([_published(1), _failed(2), invalid], tmp_path))
 
@@ -158,7 +158,7 @@ class TestGallery:
         assert 48 * len(worst) < len(text.encode()) < 1024 * 1024
 
     def test_a_long_word_can_break(self, tmp_path: Path) -> None:
-        """Else it would take the width of the other pictures."""
+        """Else it would take the width of the other images."""
         (cell,) = Cells(_gallery([_published(1, "x" * 100)], tmp_path)).cells
         assert max(len(part) for part in cell.split("\n")[1].split("\u200b")) <= 24
 
@@ -287,12 +287,12 @@ class TestInARun:
     async def test_what_can_not_be_done_is_told_and_fails_nothing(
         self, bucket: ImageBucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Without a bucket there is no page; without pictures the gallery says so."""
+        """Without a bucket there is no page; without images the gallery says so."""
         gone = ImageBucket(**{**bucket.model_dump(), "bucket_name": "no-such-bucket"})
         records = [_published(1)]
         found = await _artifacts(await _leave(_finish(records, gone, tmp_path), records, gone, tmp_path))
 
-        assert "The page of all pictures is missing from this run's artifacts: " in caplog.text
+        assert "The page of all images is missing from this run's artifacts: " in caplog.text
         assert "index.html" not in str(found["flux-summary"].data)
         assert "no thumbnail" in str(found["flux-gallery"].data)
 

@@ -44,10 +44,10 @@ def table(rows: int) -> list[dict[str, object]]:
 class TestEvents:
     """Of batches in a real Prefect run."""
 
-    async def test_a_batch_in_steps_tells_of_each_picture_and_of_its_end(
+    async def test_a_batch_in_steps_tells_of_each_image_and_of_its_end(
         self, bucket: ImageBucket, credentials: AimlApiCredentials
     ) -> None:
-        """An automation gets the run's sums, what to read, and for each row where its picture is or why not."""
+        """An automation gets the run's sums, what to read, and for each row where its image is or why not."""
         report = await publish_batch(table(2), bucket, credentials, max_failed=1, density="steps")
         events = await read_events(bucket)
 
@@ -67,8 +67,8 @@ class TestEvents:
         assert end.payload["manifest"] == report.manifest
         assert end.payload["bucket"] == bucket.uri
         assert {related.role for related in end.related} >= {"flow-run", "flow"}
-        pictures = {image.uri for item in report.items for image in item.images}
-        assert {event.resource.id for event in events if event.event == IMAGE_PUBLISHED} == pictures
+        images = {image.uri for item in report.items for image in item.images}
+        assert {event.resource.id for event in events if event.event == IMAGE_PUBLISHED} == images
         failed = by_name[IMAGE_FAILED]
         assert failed.resource.id == f"{end.resource.id}/rows/3"
         assert (failed.payload["id"], failed.payload["status"]) == ("bad", "invalid")

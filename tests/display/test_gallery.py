@@ -1,4 +1,4 @@
-"""The page of a batch's pictures, in the bucket and in a folder."""
+"""The page of a batch's images, in the bucket and in a folder."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_the_whole_request_is_there_to_unfold(odd: BatchReport) -> None:
     assert '"shelf"' in details[2]
 
 
-def test_nothing_is_loaded_but_pictures_and_nothing_runs_but_its_own_script(odd: BatchReport) -> None:
+def test_nothing_is_loaded_but_images_and_nothing_runs_but_its_own_script(odd: BatchReport) -> None:
     """The page's own policy names the digests of its style and its script, and no other source."""
     page = Page(render(odd))
     policy = page.values("meta", "content")[0]
@@ -184,7 +184,7 @@ def test_a_long_batch_takes_no_memory() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "shop/a b#c"])
-async def test_the_page_in_the_bucket_finds_its_pictures_from_where_it_is(
+async def test_the_page_in_the_bucket_finds_its_images_from_where_it_is(
     bucket: ImageBucket, tmp_path: Path, prefix: str
 ) -> None:
     """Beside the manifest, relative to itself; with a type that browsers show and caches ask again for."""
@@ -206,13 +206,13 @@ async def test_the_page_in_the_bucket_finds_its_pictures_from_where_it_is(
 
 
 async def test_a_page_without_a_manifest_beside_it_is_refused(tmp_path: Path) -> None:
-    """It would name pictures where they are not."""
+    """It would name images where they are not."""
     report = make_report([], tmp_path).model_copy(update={"manifest": "s3://other/manifests/run-1/manifest.jsonl"})
     with pytest.raises(ValueError, match="not below s3://images"):
         await publish_page(report, BUCKET)
 
 
-async def test_in_a_folder_the_pictures_stand_beside_the_page(bucket: ImageBucket, tmp_path: Path) -> None:
+async def test_in_a_folder_the_images_stand_beside_the_page(bucket: ImageBucket, tmp_path: Path) -> None:
     """Byte for byte, whatever the bucket's key template is."""
     nested = bucket.model_copy(update={"key_template": "{fingerprint}/{index}.{extension}"})
     requests = [ImageRequest(prompt=ODD, seed=seed) for seed in (1, 2)]

@@ -83,7 +83,7 @@ def test_many_failures_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
             tell(_record("failed", message="no"))
     assert caplog.messages == [
         *["dusk failed: AnswerLost: no"] * 20,
-        "More items without their pictures: from here on the manifest alone tells of them.",
+        "More items without their images: from here on the manifest alone tells of them.",
     ]
 
 

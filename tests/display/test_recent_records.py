@@ -23,7 +23,7 @@ def _order(newest: RecentRecords) -> list[int]:
 
 
 def test_the_last_end_comes_first() -> None:
-    """Failures in their place among the pictures."""
+    """Failures in their place among the images."""
     newest = RecentRecords(3)
     statuses: list[ItemStatus] = ["published", "published", "failed", "published"]
     for row, status in enumerate(statuses, start=1):

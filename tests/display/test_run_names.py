@@ -38,7 +38,7 @@ def _plan(images: int, paid: int = 0) -> Plan:
     ],
 )
 def test_a_run_says_what_it_publishes(source: str | list[object], name: str) -> None:
-    """The table's name, and once there is a plan how many pictures are to be made; nothing secret."""
+    """The table's name, and once there is a plan how many images are to be made; nothing secret."""
     assert name_before_plan(source) == f"publish {name}"
     assert name_planned(source, _plan(213, paid=1)) == f"{name} · 214 images"
     assert name_planned(source, _plan(1)) == f"{name} · 1 image"

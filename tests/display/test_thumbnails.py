@@ -1,4 +1,4 @@
-"""Small pictures for pages: what is drawn, from where, and within which bounds."""
+"""Small images for pages: what is drawn, from where, and within which bounds."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def _shade(uri: str | None) -> float:
 
 @pytest.mark.parametrize("size", [(2336, 1000), (1000, 2336), (1024, 1024), (40, 20)])
 def test_it_keeps_its_shape_and_stays_small(size: tuple[int, int]) -> None:
-    """At most 160 pixels a side, never larger than the picture."""
+    """At most 160 pixels a side, never larger than the image."""
     width, height = _open(draw_thumbnail(draw(90, size))).size
     assert max(width, height) == min(160, max(size))
     assert width / height == pytest.approx(size[0] / size[1], rel=0.02)
 
 
-def test_the_worst_picture_keeps_the_bound_in_bytes() -> None:
+def test_the_worst_image_keeps_the_bound_in_bytes() -> None:
     """Noise, which compresses worst."""
     noise = Image.frombytes("RGB", (160, 160), os.urandom(160 * 160 * 3))
     stream = io.BytesIO()
@@ -51,15 +51,15 @@ def test_the_worst_picture_keeps_the_bound_in_bytes() -> None:
 def test_every_kind_of_samples_is_drawn(mode: str) -> None:
     """As colours, with white where it is transparent."""
     stream = io.BytesIO()
-    picture = Image.new("RGBA", (30, 30), (0, 0, 0, 0)) if mode == "RGBA" else Image.new(mode, (30, 30))
-    picture.save(stream, "JPEG" if mode == "CMYK" else "PNG")
+    image = Image.new("RGBA", (30, 30), (0, 0, 0, 0)) if mode == "RGBA" else Image.new(mode, (30, 30))
+    image.save(stream, "JPEG" if mode == "CMYK" else "PNG")
     thumbnail = _open(draw_thumbnail(stream.getvalue()))
     assert thumbnail.mode == "RGB"
     if mode == "RGBA":
         assert thumbnail.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_picture_over_the_limit_is_not_decoded() -> None:
+def test_an_image_over_the_limit_is_not_decoded() -> None:
     """Its header is enough to refuse it."""
     stream = io.BytesIO()
     Image.new("1", (9000, 9000)).save(stream, "PNG")
@@ -73,7 +73,7 @@ async def test_the_spool_saves_the_way_to_the_bucket(bucket: ImageBucket, tmp_pa
     spool.prepare()
     image = await publish(bucket, tmp_path, request, draw(40))
     spool.keep_generation(answer(request))
-    spool.picture_path(answer(request), 0).write_bytes(draw(40))
+    spool.image_path(answer(request), 0).write_bytes(draw(40))
     nowhere = bucket.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})
     nowhere._client = None  # a copy shares its original's; there is no other way to part them
 
@@ -87,17 +87,17 @@ async def test_without_the_file_or_with_another_one_the_bucket_is_read(bucket: I
     spool.prepare()
     images = [await publish(bucket, tmp_path, gone, draw(40)), await publish(bucket, tmp_path, other, draw(200))]
     spool.keep_generation(answer(other))
-    spool.picture_path(answer(other), 0).write_bytes(draw(120))
+    spool.image_path(answer(other), 0).write_bytes(draw(120))
 
     shades = [_shade(uri) for uri in await make_thumbnails(images, bucket, spool)]
     assert shades == [pytest.approx(40, abs=3), pytest.approx(200, abs=3)]
 
 
-async def test_a_picture_that_is_gone_or_no_picture_leaves_the_others(bucket: ImageBucket, tmp_path: Path) -> None:
+async def test_an_image_that_is_gone_or_no_image_leaves_the_others(bucket: ImageBucket, tmp_path: Path) -> None:
     """None stands in its place."""
     good, bad, gone = (ImageRequest(prompt="a fox", seed=seed) for seed in (1, 2, 3))
     images = [
-        await publish(bucket, tmp_path, bad, b"\xff\xd8\xff no picture"),
+        await publish(bucket, tmp_path, bad, b"\xff\xd8\xff no image"),
         pretend(bucket, gone),
         await publish(bucket, tmp_path, good, draw(40)),
     ]

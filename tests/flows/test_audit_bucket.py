@@ -30,14 +30,14 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 @pytest.fixture
 async def published(bucket: ImageBucket, credentials: AimlApiCredentials) -> BatchReport:
-    """Five pictures as a batch has published them."""
+    """Five images as a batch has published them."""
     name = uuid4().hex
     rows = [{"id": str(n), "prompt": f"{n} of {name}", "seed": n, "aspect_ratio": "1:1"} for n in range(1, 6)]
     return await publish_batch(rows, bucket, credentials)
 
 
-def pictures(report: BatchReport) -> list[PublishedImage]:
-    """Every picture, in the table's order."""
+def images(report: BatchReport) -> list[PublishedImage]:
+    """Every image, in the table's order."""
     return [image for item in report.items for image in item.images]
 
 
@@ -47,13 +47,13 @@ def remove(bucket: ImageBucket, key: str) -> None:
 
 
 def overwrite(bucket: ImageBucket, image: PublishedImage, content: bytes, **metadata: str) -> None:
-    """Put something else under a picture's key."""
+    """Put something else under an image's key."""
     bucket.get_client().put_object(Bucket=bucket.bucket_name, Key=image.key, Body=content, Metadata=metadata)
 
 
 def spoil(bucket: ImageBucket, report: BatchReport) -> list[PublishedImage]:
-    """The first picture gone, the second another, the third without its record, the fourth with other bytes inside."""
-    first, second, third, fourth, fifth = pictures(report)
+    """The first image gone, the second another, the third without its record, the fourth with other bytes inside."""
+    first, second, third, fourth, fifth = images(report)
     remove(bucket, first.key)
     overwrite(bucket, second, b"somebody's notes")
     remove(bucket, third.sidecar_key)
@@ -87,7 +87,7 @@ async def test_finds_what_differs_and_changes_nothing(
 async def test_puts_back_from_the_spool_for_nothing(
     published: BatchReport, bucket: ImageBucket, sandbox: RunningSandbox
 ) -> None:
-    """Byte for byte. What stands in a picture's place is only taken away where that is asked for, and is kept."""
+    """Byte for byte. What stands in an image's place is only taken away where that is asked for, and is kept."""
     assert published.manifest is not None
     images = spoil(bucket, published)
     with pytest.raises(AuditFailed) as caught:
@@ -119,7 +119,7 @@ async def test_generates_again_what_the_spool_has_not(
     assert published.records is not None
     manifest = tmp_path / "manifest.jsonl"
     shutil.copy(published.records, manifest)
-    first, second, third, *_ = pictures(published)
+    first, second, third, *_ = images(published)
     remove(bucket, first.key)
     remove(bucket, second.key)
     remove(bucket, third.sidecar_key)
@@ -136,9 +136,9 @@ async def test_generates_again_what_the_spool_has_not(
     assert report.still_wrong == 2
     wrong = sorted(each.message for each in report.problems if each.mended is None)
     assert wrong[0].startswith("Not sent: ")
-    assert wrong[1] == "its record is in no spool here, and a picture that is there is not paid for again"
+    assert wrong[1] == "its record is in no spool here, and an image that is there is not paid for again"
     assert [row.seed for row in sandbox.control.ledger().rows] in ([1], [2])
-    assert str(again.message) == "5 pictures: 3 ok, 1 missing, 1 missing_sidecar; 2 still wrong"
+    assert str(again.message) == "5 images: 3 ok, 1 missing, 1 missing_sidecar; 2 still wrong"
 
 
 @pytest.mark.parametrize(
@@ -196,4 +196,4 @@ def test_from_a_shell(bucket: ImageBucket, nursery: Nursery, tmp_path: Path) -> 
 
     assert ended.returncode == 1
     assert "missing" in ended.stdout
-    assert "Failed: 1 pictures: 1 missing; 1 still wrong" in ended.stderr
+    assert "Failed: 1 images: 1 missing; 1 still wrong" in ended.stderr

@@ -1,4 +1,4 @@
-"""Ranges of days: the same pictures as day by day, whatever the order and whatever fails."""
+"""Ranges of days: the same images as day by day, whatever the order and whatever fails."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.tables.templates import PictureSettings
+from flux_prefect.tables.templates import ImageSettings
 
 FIRST = date(2026, 3, 1)
-SMALL = PictureSettings(aspect_ratio="1:1")
+SMALL = ImageSettings(aspect_ratio="1:1")
 PRICE = 168_000
 
 
@@ -30,7 +30,7 @@ def products() -> list[dict[str, Any]]:
 
 
 def keys(report: BackfillReport) -> dict[date, list[str]]:
-    """Where each day's pictures are."""
+    """Where each day's images are."""
     return {
         outcome.day: [image.key for item in outcome.report.items for image in item.images]
         for outcome in report.days
@@ -42,7 +42,7 @@ def keys(report: BackfillReport) -> dict[date, list[str]]:
 class TestFromPython:
     """The flow in a real Prefect run."""
 
-    async def test_any_order_makes_the_same_pictures(
+    async def test_any_order_makes_the_same_images(
         self,
         products: list[dict[str, Any]],
         bucket: ImageBucket,
@@ -51,11 +51,11 @@ class TestFromPython:
     ) -> None:
         """Five days, the third published by its own schedule, forwards and backwards: five calls in all."""
         third = FIRST + timedelta(days=2)
-        alone = await publish_daily(products, bucket, day=third, pictures=SMALL, credentials=credentials)
+        alone = await publish_daily(products, bucket, day=third, images=SMALL, credentials=credentials)
         span: dict[str, Any] = {
             "start": FIRST,
             "end": FIRST + timedelta(days=4),
-            "pictures": SMALL,
+            "images": SMALL,
             "credentials": credentials,
         }
         forwards = await backfill(products, bucket, **span)
@@ -73,7 +73,7 @@ class TestFromPython:
         """The run ends Failed and names the day."""
         bad = [{**products[0], "prompt": products[0]["prompt"] + "{% if day.day == 2 %}{{ colour }}{% endif %}"}]
         with pytest.raises(BackfillFailed, match=r"2 of 3 days published, .*; failed: 2026-03-02") as caught:
-            await backfill(bad, bucket, FIRST, date(2026, 3, 3), pictures=SMALL, credentials=credentials)
+            await backfill(bad, bucket, FIRST, date(2026, 3, 3), images=SMALL, credentials=credentials)
 
         report = caught.value.report
         assert report.failed == [date(2026, 3, 2)]
@@ -89,7 +89,7 @@ class TestFromPython:
     ) -> None:
         """What a day leaves is what the next may spend; a day without room is no failure."""
         report = await backfill(
-            products, bucket, FIRST, date(2026, 3, 3), pictures=SMALL, credentials=credentials, max_credits=2.5 * PRICE
+            products, bucket, FIRST, date(2026, 3, 3), images=SMALL, credentials=credentials, max_credits=2.5 * PRICE
         )
 
         counts = [outcome.report.counts for outcome in report.days if outcome.report is not None]
@@ -110,7 +110,7 @@ class TestFromPython:
         sandbox.control.inject("reset_after_work", times=1)
         with pytest.raises(BackfillFailed) as caught:
             await backfill(
-                products, bucket, FIRST, date(2026, 3, 2), pictures=SMALL, credentials=credentials, max_credits=300_000
+                products, bucket, FIRST, date(2026, 3, 2), images=SMALL, credentials=credentials, max_credits=300_000
             )
 
         counts = [outcome.report.counts for outcome in caught.value.report.days if outcome.report is not None]

@@ -106,7 +106,7 @@ async def test_both_give_the_same(stage: Stage) -> None:
     assert steps.records == chunks.records
     assert (steps.summary, steps.reported) == (chunks.summary, chunks.reported)
     assert steps.summary[:2] == steps.reported[:2] == (8, 6)
-    # Three a picture; two where it was flagged, one where it was refused; of two pictures five.
+    # Three an image; two where it was flagged, one where it was refused; of two images five.
     assert (steps.task_runs, chunks.task_runs) == (4 * 3 + 2 + 1 + 5, 1)
 
 
@@ -185,7 +185,7 @@ def _without_run(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_objects(bucket: ImageBucket) -> dict[str, str]:
-    """The keys below the prefix but for manifests, and the SHA-256 of the pictures."""
+    """The keys below the prefix but for manifests, and the SHA-256 of the images."""
     client, found = bucket.get_client(), {}
     for entry in client.list_objects_v2(Bucket="images", Prefix=bucket.prefix)["Contents"]:
         key = entry["Key"].removeprefix(f"{bucket.prefix}/")

@@ -1,6 +1,6 @@
 """The deployments of `deployments/` on a real Prefect server: what they are, when they start, and what they start.
 
-And the example pipeline among them: a product table in, the same table with a picture of each product out.
+And the example pipeline among them: a product table in, the same table with an image of each product out.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def test_a_schedule_starts_a_day_and_its_batch_starts_the_audit(
     assert audit.parameters["bucket"] == "catalogue"
     assert audit.parameters["manifest"].startswith(f"{bucket.uri}/manifests/")
     assert audit.state is not None
-    assert audit.state.message == "1 pictures: 1 ok"
+    assert audit.state.message == "1 images: 1 ok"
     assert not any(run.parameters.get("dry_run") for run in team.runs(DAILY))
 
 
@@ -207,7 +207,7 @@ async def read_catalogue(bucket: ImageBucket) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("prefect_server")
-async def test_each_product_gets_its_picture_and_keeps_it(
+async def test_each_product_gets_its_image_and_keeps_it(
     bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
 ) -> None:
     """Columns keep their values and types; the next night pays for the product that changed, and for no other."""
@@ -224,8 +224,8 @@ async def test_each_product_gets_its_picture_and_keeps_it(
         (7, "red", "published"),
         (8, "brass", "published"),
     ]
-    pictures = {image.uri: image for item in report.batch.items for image in item.images}
-    assert all(pictures[row["image_uri"]].sha256 == row["image_sha256"] for row in tonight)
+    images = {image.uri: image for item in report.batch.items for image in item.images}
+    assert all(images[row["image_uri"]].sha256 == row["image_sha256"] for row in tonight)
     assert [row["image_status"] for row in tomorrow] == ["unchanged", "published"]
     assert tomorrow[0]["image_uri"] == tonight[0]["image_uri"]
     assert tomorrow[1]["image_uri"] != tonight[1]["image_uri"]
@@ -245,10 +245,10 @@ async def test_a_catalogue_is_a_product_table_again(bucket: ImageBucket, credent
 
 
 @pytest.mark.usefixtures("prefect_server")
-async def test_a_product_without_its_picture_is_in_the_catalogue_all_the_same(
+async def test_a_product_without_its_image_is_in_the_catalogue_all_the_same(
     bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
 ) -> None:
-    """The run is Failed and says how many; the table has the others' pictures and this one's reason."""
+    """The run is Failed and says how many; the table has the others' images and this one's reason."""
     sandbox.control.inject("moderation", times=1)
     source = await put(bucket, products())
     state = await products_to_catalogue(
@@ -257,7 +257,7 @@ async def test_a_product_without_its_picture_is_in_the_catalogue_all_the_same(
 
     assert state.is_failed()
     assert state.message is not None
-    assert state.message.startswith("1 of 2 items without their pictures")
+    assert state.message.startswith("1 of 2 items without their images")
     rows = await read_catalogue(bucket)
     assert sorted(row["image_status"] for row in rows) == ["failed", "published"]
     (failed,) = (row for row in rows if row["image_status"] == "failed")

@@ -19,7 +19,7 @@ PROCESSES, ROWS = 8, 100
 def test_eight_processes_over_a_hundred_prompts_pay_a_hundred_times(
     nursery: Nursery, sandbox: RunningSandbox, bucket: ImageBucket, tmp_path: Path
 ) -> None:
-    """Each picture is paid for, downloaded and published by one of them and found by the others; none fails."""
+    """Each image is paid for, downloaded and published by one of them and found by the others; none fails."""
     sandbox.control.settings(latency=0.3, fast=True, fast_bytes=20_000)
     table, name = tmp_path / "prompts.jsonl", uuid4().hex
     table.write_text("\n".join(json.dumps({"prompt": f"{name} {seed}", "seed": seed}) for seed in range(1, ROWS + 1)))

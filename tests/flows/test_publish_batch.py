@@ -93,7 +93,7 @@ class TestFromPython:
         credentials: AimlApiCredentials,
         sandbox: RunningSandbox,
     ) -> None:
-        """An invalid row, a refused prompt and a flagged picture: the good rows are published, the run is Failed."""
+        """An invalid row, a refused prompt and a flagged image: the good rows are published, the run is Failed."""
         refused, flagged = f"refused {uuid4().hex}", f"flagged {uuid4().hex}"
         sandbox.control.inject("moderation", times=None, prompt_contains=refused)
         sandbox.control.inject("flagged", times=None, prompt_contains=flagged)
@@ -113,7 +113,7 @@ class TestFromPython:
             *("published", "invalid", "failed", "flagged", "published", "published")
         ]
         assert state.message is not None
-        assert state.message.startswith("3 of 6 items without their pictures (max_failed 2): 3 published")
+        assert state.message.startswith("3 of 6 items without their images (max_failed 2): 3 published")
         assert "guidance_scale is 21" in str(error.report.items[1].message)
         assert error.report.items[2].error == "RequestRefused"
 
@@ -299,7 +299,7 @@ class TestFromPython:
 
         assert sandbox.control.summary().billed_calls == before
 
-    async def test_a_rerun_of_a_published_batch_is_one_look_a_picture(
+    async def test_a_rerun_of_a_published_batch_is_one_look_an_image(
         self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
     ) -> None:
         """No task run, no call, one HEAD each: counted at the S3 client."""
@@ -312,8 +312,8 @@ class TestFromPython:
         assert report.count("unchanged") == 2
         assert [name for name in asked if name.startswith("Head")] == ["HeadBucket", "HeadObject", "HeadObject"]
         keys = [entry["Key"] for entry in client.list_objects_v2(Bucket="images", Prefix=bucket.prefix)["Contents"]]
-        pictures = [key for key in keys if "/manifests/" not in key]
-        assert len(pictures) == 4  # two, with a record each: nothing was written again
+        images = [key for key in keys if "/manifests/" not in key]
+        assert len(images) == 4  # two, with a record each: nothing was written again
 
     async def test_runs_as_a_subflow(
         self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
@@ -389,7 +389,7 @@ class TestFromPython:
         credentials: AimlApiCredentials,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """A picture that could not be kept is not paid for."""
+        """An image that could not be kept is not paid for."""
         monkeypatch.setenv("FLUX_PREFECT_SPOOL", "/proc/nowhere")
         with pytest.raises(SpoolUnwritable, match="set FLUX_PREFECT_SPOOL"):
             await publish_batch(prompts, bucket, credentials)
@@ -449,7 +449,7 @@ class TestFromAShell:
         """What the sandbox says to export."""
         return {**os.environ, **sandbox.environment, "PREFECT_API_URL": prefect_server}
 
-    def test_published_pictures_exit_with_0(
+    def test_published_images_exit_with_0(
         self, table: Path, bucket: ImageBucket, nursery: Nursery, tmp_path: Path
     ) -> None:
         """Plain lines, a table of the items, a gallery that opens from disk."""
@@ -461,9 +461,9 @@ class TestFromAShell:
         assert "━" not in ended.stderr
         page = (tmp_path / "gallery" / "index.html").read_text(encoding="utf-8")
         assert page.count("<img ") == 3
-        assert len(list((tmp_path / "gallery" / "pictures").iterdir())) == 3
+        assert len(list((tmp_path / "gallery" / "images").iterdir())) == 3
 
-    def test_failed_pictures_exit_with_1(
+    def test_failed_images_exit_with_1(
         self, table: Path, bucket: ImageBucket, nursery: Nursery, sandbox: RunningSandbox
     ) -> None:
         """The reason is on the screen."""
@@ -471,7 +471,7 @@ class TestFromAShell:
         ended = nursery.run(MODULE, str(table), "--bucket", bucket.uri)
 
         assert ended.returncode == 1
-        assert "1 of 3 items without their pictures" in ended.stderr
+        assert "1 of 3 items without their images" in ended.stderr
 
     def test_a_missing_table_exits_with_1(self, bucket: ImageBucket, nursery: Nursery) -> None:
         """With what to correct."""

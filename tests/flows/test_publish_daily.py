@@ -1,4 +1,4 @@
-"""A day's pictures: the same day is the same pictures, however often and whenever it is run."""
+"""A day's images: the same day is the same images, however often and whenever it is run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import TemplateFailed
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.tables.templates import PictureSettings
+from flux_prefect.tables.templates import ImageSettings
 
 SUNDAY, MONDAY = date(2026, 3, 1), date(2026, 3, 2)
-SMALL = PictureSettings(aspect_ratio="1:1")
+SMALL = ImageSettings(aspect_ratio="1:1")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def products() -> list[dict[str, Any]]:
 
 
 def keys(report: BatchReport) -> dict[str, list[str]]:
-    """Where each row's pictures are."""
+    """Where each row's images are."""
     return {item.id: [image.key for image in item.images] for item in report.items}
 
 
@@ -50,11 +50,11 @@ class TestFromPython:
         credentials: AimlApiCredentials,
         sandbox: RunningSandbox,
     ) -> None:
-        """The same day again, its rows in another order: no call. Another day: new pictures of the same prompts."""
-        first = await publish_daily(products, bucket, day=SUNDAY, pictures=SMALL, credentials=credentials)
-        again = await publish_daily(products[::-1], bucket, day=SUNDAY, pictures=SMALL, credentials=credentials)
+        """The same day again, its rows in another order: no call. Another day: new images of the same prompts."""
+        first = await publish_daily(products, bucket, day=SUNDAY, images=SMALL, credentials=credentials)
+        again = await publish_daily(products[::-1], bucket, day=SUNDAY, images=SMALL, credentials=credentials)
         billed = sandbox.control.summary().billed_calls
-        other = await publish_daily(products, bucket, day=MONDAY, pictures=SMALL, credentials=credentials)
+        other = await publish_daily(products, bucket, day=MONDAY, images=SMALL, credentials=credentials)
 
         assert first.count("published") == again.count("unchanged") == billed == 2
         assert keys(first) == keys(again)
@@ -89,14 +89,14 @@ class TestFromPython:
             "source": products[:1],
             "bucket": bucket.uri,
             "timezone": "Europe/Berlin",
-            "pictures": SMALL.model_dump(),
+            "images": SMALL.model_dump(),
         }
         late: State[Any] = Scheduled(scheduled_time=datetime(2026, 2, 28, 23, 30, tzinfo=timezone.utc))
         async with get_client() as client:
             run = await client.create_flow_run(publish_daily, parameters=parameters, state=late)
             await run_flow_async(publish_daily, flow_run=run, parameters=parameters)
             name = (await client.read_flow_run(run.id)).name
-        again = await publish_daily(products[:1], bucket, day=SUNDAY, pictures=SMALL)
+        again = await publish_daily(products[:1], bucket, day=SUNDAY, images=SMALL)
 
         assert name == "publish 2026-03-01"
         assert again.count("unchanged") == 1
@@ -114,9 +114,9 @@ def test_the_form_has_help_and_bounds() -> None:
 
     assert schema.required == ["source", "bucket"]
     assert all(field.get("description") for field in schema.properties.values())
-    pictures = schema.definitions["PictureSettings"]["properties"]
-    assert pictures["aspect_ratio"]["enum"][0] == "21:9"
-    assert pictures["num_images"]["maximum"] == 4
+    images = schema.definitions["ImageSettings"]["properties"]
+    assert images["aspect_ratio"]["enum"][0] == "21:9"
+    assert images["num_images"]["maximum"] == 4
 
 
 @pytest.mark.parametrize(

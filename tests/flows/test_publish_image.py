@@ -18,10 +18,10 @@ from flux_prefect.sandbox.launching import RunningSandbox
 class TestFromPython:
     """The flow in a real Prefect run."""
 
-    async def test_returns_the_published_pictures(
+    async def test_returns_the_published_images(
         self, request_: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials
     ) -> None:
-        """All pictures of the request, in the service's order."""
+        """All images of the request, in the service's order."""
         images = await publish_image(request_.model_copy(update={"num_images": 3}), bucket, credentials)
 
         assert [image.index for image in images] == [0, 1, 2]

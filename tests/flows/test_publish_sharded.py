@@ -84,7 +84,7 @@ def hosts(two_hosts: list[Host]) -> list[Host]:
 
 @pytest.fixture
 def service(sandbox: RunningSandbox) -> RunningSandbox:
-    """A service whose pictures are quickly drawn."""
+    """A service whose images are quickly drawn."""
     sandbox.control.settings(latency=0.3, fast=True, fast_bytes=20_000)
     return sandbox
 
@@ -187,7 +187,7 @@ async def test_sixty_rows_over_two_workers(team: Team, service: RunningSandbox, 
     assert shard_runs(team, again) == []
 
 
-async def test_a_killed_worker_costs_no_picture(
+async def test_a_killed_worker_costs_no_image(
     team: Team, service: RunningSandbox, bucket: ImageBucket, hosts: list[Host]
 ) -> None:
     """Its shard is started again elsewhere; only calls in flight can be paid for again; its page tells of the loss."""
@@ -289,7 +289,7 @@ async def test_a_cancelled_batch_stops_its_shards_and_can_be_taken_up(
 async def test_a_limit_over_all_workers_follows_what_the_service_takes(
     team: Team, service: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials
 ) -> None:
-    """It is made as wide as was asked for, and grows narrower with the service; each picture is paid for once."""
+    """It is made as wide as was asked for, and grows narrower with the service; each image is paid for once."""
     service.control.settings(latency=1.0, max_in_flight=3)
     name = f"limit-{uuid4().hex[:8]}"
     saved = credentials.model_copy(update={"concurrency_limit": name})

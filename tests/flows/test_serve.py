@@ -113,7 +113,7 @@ def test_one_process_runs_a_batch_and_the_audit_that_follows_it(
     assert published.state is not None
     assert str(published.state.message).startswith("1 published")
     assert audited.state is not None
-    assert audited.state.message == "1 pictures: 1 ok"
+    assert audited.state.message == "1 images: 1 ok"
     assert sandbox.control.summary().billed_calls == 1
 
     served.send_signal(signal.SIGTERM)

@@ -98,7 +98,7 @@ def check_ended_in_order(bucket: ImageBucket, sandbox: RunningSandbox, spool: Sp
     assert {(record["status"], record["error"]) for record in records if record not in published} == {
         ("failed", "RunStopped")
     }
-    assert count_pictures(bucket) == AT_ONCE
+    assert count_images(bucket) == AT_ONCE
     assert sandbox.control.summary().calls == AT_ONCE
     assert spool.open_calls() == []
     return UUID(records[0]["run"])
@@ -110,8 +110,8 @@ def list_keys(bucket: ImageBucket) -> list[str]:
     return [entry["Key"] for entry in listed.get("Contents", [])]
 
 
-def count_pictures(bucket: ImageBucket) -> int:
-    """How many pictures are in the bucket."""
+def count_images(bucket: ImageBucket) -> int:
+    """How many images are in the bucket."""
     return sum(key.endswith(".jpg") for key in list_keys(bucket))
 
 
@@ -159,7 +159,7 @@ def test_a_grace_that_is_too_short_loses_no_account(
 
     slow.control.settings(latency=0.0)
     assert command.start().finish() == {"published": ROWS}
-    assert count_pictures(bucket) == ROWS
+    assert count_images(bucket) == ROWS
     bills = [row for row in slow.control.ledger().rows if row.billed]
     assert len({row.prompt for row in bills}) == ROWS
     assert len(bills) - ROWS == len([row for row in bills if row.client_request_id in noted])
@@ -190,7 +190,7 @@ def served(prefect_server: str, slow: RunningSandbox, spool: Spool) -> Iterator[
 async def test_a_run_cancelled_in_prefect_ends_in_order_and_cancelled(
     slow: RunningSandbox, bucket: ImageBucket, spool: Spool, rows: list[dict[str, Any]]
 ) -> None:
-    """As from the UI's button: its pictures in flight are published, and it never counts as crashed."""
+    """As from the UI's button: its images in flight are published, and it never counts as crashed."""
     slow.control.settings(latency=3.0)
     parameters = {"source": rows, "bucket": bucket.uri, "max_in_flight": AT_ONCE}
     async with get_client() as client:

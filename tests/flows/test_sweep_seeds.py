@@ -55,7 +55,7 @@ class TestFromPython:
         assert "](data:image/jpeg;base64," in artifact.data
         assert len(artifact.data) < MAX_DATA_URI + 5000
 
-    async def test_a_failed_picture_leaves_its_place_empty(
+    async def test_a_failed_image_leaves_its_place_empty(
         self, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
     ) -> None:
         """The run is Failed with the batch's reason, and the sheet is there with the others."""
@@ -72,7 +72,7 @@ class TestFromPython:
         self, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
     ) -> None:
         """And with what they would have cost; nothing is sent."""
-        with pytest.raises(TooManyCombinations, match=r"make 200 pictures, at most [\d,]+ credits .* max_combinations"):
+        with pytest.raises(TooManyCombinations, match=r"make 200 images, at most [\d,]+ credits .* max_combinations"):
             await sweep_seeds(
                 ["a", "b"],
                 bucket,
@@ -85,14 +85,14 @@ class TestFromPython:
 
 
 def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (640, 480)) -> bytes:
-    """A picture of one colour."""
+    """An image of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
 def test_a_sheet_is_filled_from_left_to_right() -> None:
-    """A picture keeps its shape, and one that is missing leaves its place."""
+    """An image keeps its shape, and one that is missing leaves its place."""
     sheet = ContactSheet("three of four", cells=4, columns=2)
     for cell in (Cell("red", jpeg((255, 0, 0))), Cell("none", None), Cell("blue", jpeg((0, 0, 255), (200, 900)))):
         sheet.add(cell)
@@ -107,7 +107,7 @@ def test_a_sheet_is_filled_from_left_to_right() -> None:
     assert paper == pytest.approx((250, 250, 248), abs=4)
 
 
-def test_a_preview_of_a_thousand_noisy_pictures_is_small() -> None:
+def test_a_preview_of_a_thousand_noisy_images_is_small() -> None:
     """It is made smaller until it fits."""
     sheet = ContactSheet("noise " * 1000, cells=1000, columns=100)
     buffer = io.BytesIO()

@@ -71,12 +71,12 @@ async def test_a_download_names_the_limit(tmp_path: Path, credentials: AimlApiCr
     """There is room in the folder."""
     async with credentials.get_client() as client:
         with no_more_files(), pytest.raises(ImageUnwritable, match=f"could not be written {REMEDY}") as refused:
-            await client.download("data:image/png;base64,AAAA", tmp_path / "picture.png", expected="png")
+            await client.download("data:image/png;base64,AAAA", tmp_path / "image.png", expected="png")
     assert "make room" not in refused.value.message
 
 
 async def test_an_upload_names_the_limit(tmp_path: Path, credentials: AimlApiCredentials, bucket: ImageBucket) -> None:
-    """The picture stays where it is, and is published once there are files again."""
+    """The image stays where it is, and is published once there are files again."""
     spool = Spool(tmp_path)
     async with credentials.get_client() as client:
         generation = await generate(ImageRequest(prompt=uuid4().hex, seed=1), client, spool)

@@ -52,7 +52,7 @@ def _generation(
     )
 
 
-def _picture(form: str = "JPEG") -> bytes:
+def _image(form: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(buffer, form)
     return buffer.getvalue()
@@ -80,10 +80,10 @@ class TestPaidCalls:
         spool.open_call(_call(1))
         spool.open_call(_call(2))
         spool.leave_open(_call(1), AnswerLost("cut after 300 s"))
-        spool.leave_open(_call(2), EmptyGeneration("no picture", billed=Billed.YES))
+        spool.leave_open(_call(2), EmptyGeneration("no image", billed=Billed.YES))
         first, second = spool.open_calls()
         assert (first.billed, first.error) == (Billed.UNKNOWN, "cut after 300 s")
-        assert (second.billed, second.error) == (Billed.YES, "no picture")
+        assert (second.billed, second.error) == (Billed.YES, "no image")
         assert first.sent_at == NOON
 
     def test_the_calls_of_one_request_can_be_asked_for(self, spool: Spool) -> None:
@@ -124,7 +124,7 @@ class TestGenerations:
         assert spool.find_generation("e" * 32) is None
 
     def test_a_later_answer_replaces_an_earlier_one(self, spool: Spool) -> None:
-        """A picture that was paid for anew has a new URL."""
+        """An image that was paid for anew has a new URL."""
         spool.keep_generation(_generation(url="https://cdn.example.com/old.jpg"))
         spool.keep_generation(_generation(url="https://cdn.example.com/new.jpg"))
         found = spool.find_generation("f" * 32)
@@ -180,18 +180,18 @@ class TestGenerations:
         assert _everything_in(spool) == [f"records/{'f' * 32}.json"]
 
 
-class TestPictures:
-    """Files of pictures."""
+class TestImages:
+    """Files of images."""
 
     @pytest.mark.parametrize(("form", "extension"), [("jpeg", "jpg"), ("png", "png")])
-    def test_a_whole_picture_is_found(self, spool: Spool, form: OutputFormat, extension: str) -> None:
+    def test_a_whole_image_is_found(self, spool: Spool, form: OutputFormat, extension: str) -> None:
         """It is measured anew, and its path tells request and index."""
         generation = _generation(form=form)
-        path = spool.picture_path(generation, 2)
+        path = spool.image_path(generation, 2)
         assert path == spool.root / "pictures" / f"{'f' * 32}-2.{extension}"
-        path.write_bytes(_picture(form))
+        path.write_bytes(_image(form))
 
-        found = spool.find_picture(generation, 2)
+        found = spool.find_image(generation, 2)
 
         assert found is not None
         assert (found.format, found.width, found.height, found.black) == (form, 96, 64, False)
@@ -201,23 +201,23 @@ class TestPictures:
 
     @pytest.mark.parametrize(
         "content",
-        [None, b"", _picture()[:-200], b"<html>gone</html>", _picture("PNG")],
+        [None, b"", _image()[:-200], b"<html>gone</html>", _image("PNG")],
         ids=["missing", "empty", "cut", "html", "png"],
     )
     def test_anything_else_is_none(self, spool: Spool, content: bytes | None) -> None:
         """A missing, cut or wrong file counts as not there, so it is fetched again."""
         if content is not None:
-            spool.picture_path(_generation(), 0).write_bytes(content)
-        assert spool.find_picture(_generation(), 0) is None
+            spool.image_path(_generation(), 0).write_bytes(content)
+        assert spool.find_image(_generation(), 0) is None
 
     def test_a_file_that_lost_bytes_or_went_is_not_whole(self, spool: Spool) -> None:
         """is_whole looks at the file as it is now."""
-        path = spool.picture_path(_generation(), 0)
-        path.write_bytes(_picture())
-        found = spool.find_picture(_generation(), 0)
+        path = spool.image_path(_generation(), 0)
+        path.write_bytes(_image())
+        found = spool.find_image(_generation(), 0)
         assert found is not None
         file = ImageFile(**found.model_dump(), index=0, generation=_generation())
-        path.write_bytes(_picture()[:-1])
+        path.write_bytes(_image()[:-1])
         assert not file.is_whole()
         path.unlink()
         assert not file.is_whole()
@@ -232,7 +232,7 @@ class TestFolder:
         assert Spool().root == tmp_path / "here"
 
     def test_what_is_in_it_is_for_its_user_alone(self, spool: Spool) -> None:
-        """Prompts and pictures can't be read by others."""
+        """Prompts and images can't be read by others."""
         assert {path.stat().st_mode & 0o777 for path in spool.root.iterdir()} == {0o700}
 
     def test_what_dead_processes_left_half_written_is_swept(self, spool: Spool) -> None:
@@ -242,13 +242,13 @@ class TestFolder:
             dead.wait()
         torn = spool.root / "records" / f"abc.json.{dead.pid}-0123abcd.part"
         being_written = spool.root / "records" / f"abc.json.{os.getpid()}-0123abcd.part"
-        picture = spool.root / "pictures" / "abc-0.jpg.part"
-        for path in (torn, being_written, picture):
+        image = spool.root / "pictures" / "abc-0.jpg.part"
+        for path in (torn, being_written, image):
             path.touch()
         spool.sweep()
         assert not torn.exists()
         assert being_written.exists()
-        assert picture.exists()
+        assert image.exists()
 
     def test_preparing_twice_leaves_nothing_behind(self, spool: Spool) -> None:
         """The proof that it can be written is cleared away."""

@@ -18,8 +18,8 @@ from flux_prefect.manifest.records import ItemRecord, ItemStatus
 SUMS = ("calls", "billed_calls", "unbilled_calls", "unpriced_calls", "credits_used", "refetched")
 
 
-def picture(row: int, *, created: bool, prefix: str = "") -> PublishedImage:
-    """The picture of a row."""
+def image(row: int, *, created: bool, prefix: str = "") -> PublishedImage:
+    """The image of a row."""
     return PublishedImage.model_validate(
         {
             "bucket": "images",
@@ -44,7 +44,7 @@ def picture(row: int, *, created: bool, prefix: str = "") -> PublishedImage:
 
 def record(row: int, status: ItemStatus, **more: Any) -> ItemRecord:
     """A record of a row."""
-    images = (picture(row, created=status == "published"),) if status in {"published", "unchanged"} else ()
+    images = (image(row, created=status == "published"),) if status in {"published", "unchanged"} else ()
     request = ImageRequest(prompt=f"row {row}", seed=7)
     return ItemRecord.model_validate(
         {"row": row, "id": f"row-{row}", "status": status, "request": request, "images": images, **more}
@@ -110,10 +110,10 @@ def test_a_row_that_is_given_up_keeps_its_costs() -> None:
     assert (failed.status, failed.message, failed.credits_used) == ("failed", "nobody will", 5)
 
 
-async def test_pictures_of_a_killed_run_count_for_its_batch(bucket: ImageBucket) -> None:
-    """It could not tell of them: the record beside the picture does. Those of other batches stay unchanged."""
+async def test_images_of_a_killed_run_count_for_its_batch(bucket: ImageBucket) -> None:
+    """It could not tell of them: the record beside the image does. Those of other batches stay unchanged."""
     found = [
-        record(row, "unchanged", images=(picture(row, created=False, prefix=bucket.prefix),)) for row in (1, 2, 3, 4)
+        record(row, "unchanged", images=(image(row, created=False, prefix=bucket.prefix),)) for row in (1, 2, 3, 4)
     ]
     twin = found[0].model_copy(update={"row": 9, "id": "twin"})
     for row, run in ((1, "killed"), (2, "another batch's"), (3, "killed")):
@@ -134,10 +134,10 @@ async def test_pictures_of_a_killed_run_count_for_its_batch(bucket: ImageBucket)
     assert merged[1].images[0].created
 
 
-async def test_a_picture_that_was_told_of_is_not_counted_again(bucket: ImageBucket) -> None:
+async def test_an_image_that_was_told_of_is_not_counted_again(bucket: ImageBucket) -> None:
     """A repeat in the same shard found what the first row had published."""
     published = record(1, "published", credits_used=168.0)
-    repeat = record(2, "unchanged", images=(picture(1, created=False, prefix=bucket.prefix),))
+    repeat = record(2, "unchanged", images=(image(1, created=False, prefix=bucket.prefix),))
     await bucket.write_path("1.jpg.json", json.dumps({"run": {"flow_run_id": "r"}, "credits_used": 168.0}).encode())
 
     merged = await attribute([published, repeat], bucket, {"r"})

@@ -94,7 +94,7 @@ class TestRecords:
         assert (record.row, record.id, record.request, record.carried) == (3, "dusk", REQUEST, {"sku": "007"})
         assert record_failed(ROW, REQUEST, TimeoutError()).message == "TimeoutError()"
 
-    def test_a_published_row_has_its_pictures_and_its_cost(self) -> None:
+    def test_a_published_row_has_its_images_and_its_cost(self) -> None:
         """All calls are counted, billed ones and credits among them."""
         calls = [CallOutcome("fp-1", Billed.NO, None), CallOutcome("fp-2", Billed.YES, 168_000.0)]
         record = record_production(ROW, _production(NEW, calls=calls, regenerated=True, refetched=1))
@@ -122,8 +122,8 @@ class TestRecords:
             ([OLD, LOST], "failed"),
         ],
     )
-    def test_the_worst_picture_decides(self, outcomes: list[ImageOutcome], status: str) -> None:
-        """A row is as good as its worst picture; those that are in the bucket are listed all the same."""
+    def test_the_worst_image_decides(self, outcomes: list[ImageOutcome], status: str) -> None:
+        """A row is as good as its worst image; those that are in the bucket are listed all the same."""
         numbered = [
             ImageOutcome(
                 index, None if outcome.image is None else _image(index, created=outcome.image.created), outcome.error
@@ -135,7 +135,7 @@ class TestRecords:
         assert [image.index for image in record.images] == [one.index for one in numbered if one.image is not None]
 
     def test_the_first_error_is_told(self) -> None:
-        """In the order of the pictures."""
+        """In the order of the images."""
         gone, lost = ImageOutcome(1, error=ImageGone("gone")), ImageOutcome(2, error=AnswerLost("lost"))
         assert record_production(ROW, _production(lost, NEW, gone)).message == "gone"
 
@@ -194,7 +194,7 @@ class TestReport:
         assert report.billed_and_lost == ("fp-3",)
 
     def test_the_summary_is_one_line_with_everything_that_happened(self, report: BatchReport) -> None:
-        """Pictures, money, and money that is in doubt."""
+        """Images, money, and money that is in doubt."""
         assert report.summary() == (
             "2 published, 1 already there, 1 flagged, 2 failed, 1 invalid; "
             "4 calls billed, 504,000 credits ($0.25); 1 sent and not billed; 1 billed and lost; 2 possibly billed"
@@ -237,7 +237,7 @@ class TestReport:
         assert not failure.retryable
 
     def test_the_table_has_a_line_an_item_and_the_sums(self, report: BatchReport) -> None:
-        """Where each picture is, or why it is not; text from tables is never taken for markup."""
+        """Where each image is, or why it is not; text from tables is never taken for markup."""
         screen = Console(file=io.StringIO(), width=160)
         screen.print(tabulate(report))
         shown = screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
@@ -256,12 +256,12 @@ class TestReport:
         assert "0.jpg" not in shown
         assert "159 more in the manifest" in shown
 
-    def test_a_picture_that_failed_is_told_before_those_that_did_not(self, tmp_path: Path) -> None:
+    def test_an_image_that_failed_is_told_before_those_that_did_not(self, tmp_path: Path) -> None:
         """A row with an error shows the error."""
-        item = _record("failed", images=(_image(),), error="ImageGone", message="picture 1 is gone")
+        item = _record("failed", images=(_image(),), error="ImageGone", message="image 1 is gone")
         screen = Console(file=io.StringIO(), width=160)
         screen.print(tabulate(make_report([item], tmp_path)))
-        assert "picture 1 is gone" in screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+        assert "image 1 is gone" in screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ class TestAtTheEnd:
     """What is in the bucket when the run is over."""
 
     async def test_a_record_a_row_in_the_tables_order(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """Whatever the order in which rows end; the first picture's fields stand in the record itself."""
+        """Whatever the order in which rows end; the first image's fields stand in the record itself."""
         manifest = await _write(bucket, tmp_path, _record(3), _record(1, "failed"), _record(2))
         lines = await _lines(bucket)
         assert [line["row"] for line in lines] == [1, 2, 3]
@@ -189,7 +189,7 @@ class TestColumns:
     """The manifest as Parquet."""
 
     async def test_a_column_a_field(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """Of record, request and first picture, each with its own type; the table's columns beside them."""
+        """Of record, request and first image, each with its own type; the table's columns beside them."""
         await _write(bucket, tmp_path, _record(1, possibly_billed=("fp-1", "fp-2")), _record(2, "invalid"))
         table = await _columns(bucket)
         types = {field.name: str(field.type) for field in table.schema}

@@ -81,7 +81,7 @@ def test_a_share_that_pays_for_nothing_is_none() -> None:
 
 
 def test_an_even_part_is_at_least_the_dearest_row() -> None:
-    """Else four shards would each get a quarter of a picture, and make none."""
+    """Else four shards would each get a quarter of an image, and make none."""
     assert Purse(Amount(2 * PRICE, math.inf)).share(need(10), 4) == Amount(PRICE, math.inf)
 
 

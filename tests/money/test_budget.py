@@ -17,7 +17,7 @@ PRICE = 200_000
 
 
 def ask(images: int = 1) -> ImageRequest:
-    """A request for some pictures."""
+    """A request for some images."""
     return ImageRequest(prompt="a lighthouse", seed=1, num_images=images)
 
 
@@ -79,8 +79,8 @@ async def test_what_cannot_fit_any_more_is_told() -> None:
 
     with pytest.raises(BudgetExhausted) as caught:
         await budget.reserve(ask())
-    assert "200,000 credits and 1 picture would pass the cap of 300,000 credits and 5 pictures" in str(caught.value)
-    assert "168,000 credits and 1 picture are spent" in str(caught.value)
+    assert "200,000 credits and 1 image would pass the cap of 300,000 credits and 5 images" in str(caught.value)
+    assert "168,000 credits and 1 image are spent" in str(caught.value)
     assert not budget.has_room(ask())
 
 

@@ -25,16 +25,16 @@ class PlainClient:
         )
 
     def post(self, *, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
-        """Ask for a picture; fields that are not named are the usual ones."""
+        """Ask for an image; fields that are not named are the usual ones."""
         body = {"model": MODEL, "prompt": "A boat on the sea", "seed": 7, **fields}
         return self.http.post("/v1/images/generations", json=body, headers=headers)
 
     def url(self, **fields: Any) -> str:
-        """Ask for one picture; where it is."""
+        """Ask for one image; where it is."""
         return str(self.post(**fields).raise_for_status().json()["images"][0]["url"])
 
-    def picture(self, **fields: Any) -> bytes:
-        """Ask for one picture and fetch it."""
+    def image(self, **fields: Any) -> bytes:
+        """Ask for one image and fetch it."""
         return self.http.get(self.url(**fields)).raise_for_status().content
 
     def __enter__(self) -> Self:

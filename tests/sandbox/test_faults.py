@@ -39,8 +39,8 @@ def _is_html(answer: httpx.Response) -> bool:
     return answer.headers["content-type"].startswith("text/html") and "<html>" in answer.text
 
 
-def _is_black(picture: bytes) -> bool:
-    with Image.open(io.BytesIO(picture)) as image:
+def _is_black(content: bytes) -> bool:
+    with Image.open(io.BytesIO(content)) as image:
         return image.convert("L").getextrema() == (0, 0)
 
 
@@ -136,9 +136,9 @@ def test_a_generation_fault_is_seen_once_and_billed_or_not(
 
 
 def _is_whole(answer: httpx.Response, output_format: str) -> bool:
-    with Image.open(io.BytesIO(answer.content)) as picture:
-        picture.load()
-        return picture.format == output_format and answer.headers["content-type"] == f"image/{output_format.lower()}"
+    with Image.open(io.BytesIO(answer.content)) as image:
+        image.load()
+        return image.format == output_format and answer.headers["content-type"] == f"image/{output_format.lower()}"
 
 
 def _starts_like_a_jpeg_and_breaks(answer: httpx.Response) -> bool:
@@ -146,8 +146,8 @@ def _starts_like_a_jpeg_and_breaks(answer: httpx.Response) -> bool:
     assert answer.content.startswith(b"\xff\xd8\xff")
     assert int(answer.headers["content-length"]) == len(answer.content)
     try:
-        with Image.open(io.BytesIO(answer.content)) as picture:
-            picture.load()
+        with Image.open(io.BytesIO(answer.content)) as image:
+            image.load()
     except (OSError, SyntaxError, UnidentifiedImageError):
         return True
     return False
@@ -158,8 +158,8 @@ def _claims_to_be_enormous(answer: httpx.Response) -> bool:
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
-        with Image.open(io.BytesIO(answer.content)) as picture:
-            return picture.size == (65_500, 65_500)
+        with Image.open(io.BytesIO(answer.content)) as image:
+            return image.size == (65_500, 65_500)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -199,10 +199,10 @@ DOWNLOAD = [
 
 
 @pytest.mark.parametrize("seen", DOWNLOAD, ids=lambda seen: f"{seen.fault}-{seen.outcome}")
-def test_a_download_fault_is_seen_once_and_the_picture_is_still_there(
+def test_a_download_fault_is_seen_once_and_the_image_is_still_there(
     seen: Seen, client: PlainClient, sandbox: RunningSandbox
 ) -> None:
-    """The client sees what the fault's name says; the same URL gives the picture the next time."""
+    """The client sees what the fault's name says; the same URL gives the image the next time."""
     client.http.timeout = httpx.Timeout(0.8)
     url = client.url()
     sandbox.control.inject(seen.fault, **seen.arguments)
@@ -243,7 +243,7 @@ def test_a_client_that_leaves_an_endless_body_ends_it(client: PlainClient, sandb
     sandbox.control.inject("huge_download")
     with client.http.stream("GET", url) as answer:
         assert next(answer.iter_bytes())
-    assert client.picture()
+    assert client.image()
 
 
 def test_a_fault_strikes_as_often_as_told_and_where_the_prompt_says(

@@ -39,9 +39,9 @@ def test_an_answer_has_the_documented_sample_form(client: PlainClient) -> None:
 
 
 @pytest.mark.parametrize("shape", ["images", "data", "b64", "data_uri", "both"])
-def test_every_shape_leads_to_the_same_picture(shape: str, client: PlainClient, sandbox: RunningSandbox) -> None:
+def test_every_shape_leads_to_the_same_image(shape: str, client: PlainClient, sandbox: RunningSandbox) -> None:
     """The shape of the answer decides where the bytes are, never what they are."""
-    expected = client.picture()
+    expected = client.image()
     sandbox.control.settings(response_shape=shape)
 
     body = client.post().json()
@@ -70,20 +70,20 @@ def test_the_request_decides_every_byte(client: PlainClient) -> None:
         {"safety_tolerance": "5"},
         {"model": "flux/kontext-pro/text-to-image"},
     ]
-    first = client.picture()
-    assert client.picture() == first
-    assert len({first, *(client.picture(**change) for change in changes)}) == 1 + len(changes)
+    first = client.image()
+    assert client.image() == first
+    assert len({first, *(client.image(**change) for change in changes)}) == 1 + len(changes)
 
 
-def test_several_pictures_are_different_and_all_paid_for(client: PlainClient, sandbox: RunningSandbox) -> None:
-    """Four pictures of one call are four pictures, at four times the price."""
+def test_several_images_are_different_and_all_paid_for(client: PlainClient, sandbox: RunningSandbox) -> None:
+    """Four images of one call are four images, at four times the price."""
     answer = client.post(num_images=4)
 
     skies = set()
-    for image in answer.json()["images"]:
-        with Image.open(io.BytesIO(client.http.get(image["url"]).content)) as picture:
+    for answered in answer.json()["images"]:
+        with Image.open(io.BytesIO(client.http.get(answered["url"]).content)) as image:
             # The captions differ in any case: look above them.
-            skies.add(picture.crop((0, 0, picture.width, picture.height // 2)).tobytes())
+            skies.add(image.crop((0, 0, image.width, image.height // 2)).tobytes())
     assert len(skies) == 4
     assert answer.headers["x-aimlapi-credits-used"] == str(4 * PRICE)
     summary = sandbox.control.summary()
@@ -91,18 +91,18 @@ def test_several_pictures_are_different_and_all_paid_for(client: PlainClient, sa
 
 
 def test_without_a_seed_the_service_draws_one_and_says_it(client: PlainClient) -> None:
-    """The reported seed asks for the same picture again."""
+    """The reported seed asks for the same image again."""
     body = {"model": MODEL, "prompt": "A fox"}
     first = client.http.post("/v1/images/generations", json=body).json()
     second = client.http.post("/v1/images/generations", json=body).json()
 
     assert first["seed"] != second["seed"]
     drawn = client.http.get(first["images"][0]["url"]).content
-    assert client.picture(prompt="A fox", seed=first["seed"]) == drawn
+    assert client.image(prompt="A fox", seed=first["seed"]) == drawn
 
 
 def test_credits_go_down_until_they_are_used_up(client: PlainClient, sandbox: RunningSandbox) -> None:
-    """The balance pays for two pictures and no third; a refused call costs nothing."""
+    """The balance pays for two images and no third; a refused call costs nothing."""
     sandbox.control.settings(balance=2 * PRICE + 1)
 
     statuses = [client.post(seed=seed).status_code for seed in (1, 2, 3)]
@@ -193,7 +193,7 @@ def test_what_the_schema_allows_is_taken(client: PlainClient) -> None:
     assert client.post(unknown=1).status_code == 200
     assert client.post(prompt="").status_code == 200
     assert client.post(seed=7.0).json()["seed"] == 7
-    assert client.picture(seed=10**30)
+    assert client.image(seed=10**30)
     assert len(client.post(num_images=2.5).json()["images"]) == 2
 
 
@@ -268,7 +268,7 @@ def test_the_rate_limit_holds_for_a_minute(client: PlainClient, sandbox: Running
 
 
 def test_the_log_shows_calls_and_costs_and_no_urls(client: PlainClient, sandbox: RunningSandbox) -> None:
-    """Pages of the newest calls, by status and time; the prompt's pictures are not in it."""
+    """Pages of the newest calls, by status and time; the prompt's images are not in it."""
     client.post(headers={"X-Client-Request-Id": "first"})
     sandbox.control.inject("server_error")
     client.post(headers={"X-Client-Request-Id": "second"})
@@ -320,18 +320,18 @@ def test_models_need_no_key(sandbox: RunningSandbox) -> None:
     assert httpx.get(url, params={"id": "flux/none"}, trust_env=False).json()["data"] == []
 
 
-def test_fast_pictures_are_valid_unique_and_of_the_size_asked_for(client: PlainClient, sandbox: RunningSandbox) -> None:
+def test_fast_images_are_valid_unique_and_of_the_size_asked_for(client: PlainClient, sandbox: RunningSandbox) -> None:
     """They decode, differ from request to request, and stay the same for one request."""
     for output_format in ("jpeg", "png"):
         drawn = client.url(output_format=output_format)
         sandbox.control.settings(fast=True, fast_bytes=200_000)
-        first = client.picture(output_format=output_format)
-        assert client.picture(output_format=output_format) == first
-        assert client.picture(output_format=output_format, seed=8) != first
+        first = client.image(output_format=output_format)
+        assert client.image(output_format=output_format) == first
+        assert client.image(output_format=output_format, seed=8) != first
         assert 200_000 <= len(first) <= 201_000
-        with Image.open(io.BytesIO(first)) as picture:
-            picture.load()
-            assert (picture.format, picture.size) == (output_format.upper(), (1392, 752))
+        with Image.open(io.BytesIO(first)) as image:
+            image.load()
+            assert (image.format, image.size) == (output_format.upper(), (1392, 752))
         # What a URL shows was decided when it was made.
         assert client.http.get(drawn).content != first
         sandbox.control.settings(fast=False)

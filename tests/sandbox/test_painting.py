@@ -25,8 +25,8 @@ def request(**fields: object) -> GenerationBody:
 def test_the_size_follows_the_aspect_ratio(aspect_ratio: str) -> None:
     """About a megapixel, in steps of 16 pixels, close to the ratio; 21:9 as upstream."""
     wanted = request(aspect_ratio=aspect_ratio)
-    with Image.open(io.BytesIO(paint(wanted, 0))) as picture:
-        width, height = picture.size
+    with Image.open(io.BytesIO(paint(wanted, 0))) as image:
+        width, height = image.size
     across, down = map(int, aspect_ratio.split(":"))
     assert (width, height) == wanted.size
     assert width % 16 == height % 16 == 0
@@ -38,23 +38,23 @@ def test_the_size_follows_the_aspect_ratio(aspect_ratio: str) -> None:
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_every_scene_is_drawn_and_drawn_alike_again(scene: object) -> None:
-    """A picture with something in it, the same bytes each time."""
+    """An image with something in it, the same bytes each time."""
     word = {"shapes": "geometric", "ribbons": "silk", "mountains": "mountain", "planets": "planet"}
     name = scene.__name__  # type: ignore[attr-defined] # scenes are functions
     prompt = word.get(name, name.removesuffix("s"))
-    picture = paint(request(prompt=prompt), 0)
-    assert paint(request(prompt=prompt), 0) == picture
-    with Image.open(io.BytesIO(picture)) as image:
+    painted = paint(request(prompt=prompt), 0)
+    assert paint(request(prompt=prompt), 0) == painted
+    with Image.open(io.BytesIO(painted)) as image:
         assert min(ImageStat.Stat(image).stddev) > 8
 
 
 @pytest.mark.parametrize("prompt", ["", "a" * 4000, "word " * 800, "\x00\x1b[31m\n\t", "海の上の小舟 🚤", "<b>&amp;"])
 def test_any_prompt_can_be_captioned(prompt: str) -> None:
-    """Long, empty, unprintable or foreign: the picture is drawn."""
+    """Long, empty, unprintable or foreign: the image is drawn."""
     assert paint(request(prompt=prompt, aspect_ratio="9:21"), 0)
 
 
-def test_a_fast_picture_costs_next_to_nothing() -> None:
+def test_a_fast_image_costs_next_to_nothing() -> None:
     """Under a millisecond once the first was built."""
     stamp(request(), 0, 300_000)
     begin = time.perf_counter()

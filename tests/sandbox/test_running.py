@@ -206,7 +206,7 @@ def test_the_launcher_says_why_it_failed(sandbox: RunningSandbox) -> None:
 
 
 def test_it_prints_an_environment_that_works(data: Path) -> None:
-    """The lines can be pasted into a shell, and the curl example gives a picture."""
+    """The lines can be pasted into a shell, and the curl example gives an image."""
     command = [sys.executable, "-m", "flux_prefect.sandbox", "--no-s3", "--port", "0", "--latency", "0"]
     with subprocess.Popen([*command, "--data", str(data)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

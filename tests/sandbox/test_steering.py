@@ -28,7 +28,7 @@ def test_a_wrong_setting_is_refused_and_changes_nothing(change: dict[str, Any], 
 
 
 def test_reset_makes_it_new(client: PlainClient, sandbox: RunningSandbox) -> None:
-    """Ledger, pictures, faults and settings are as at the start; the command line's settings stay."""
+    """Ledger, images, faults and settings are as at the start; the command line's settings stay."""
     start = sandbox.control.settings()
     url = client.url()
     sandbox.control.settings(latency=0.1, price=1, response_shape="data")

@@ -1,4 +1,4 @@
-"""Pictures for tests of what a batch shows of them."""
+"""Images for tests of what a batch shows of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def answer(request: ImageRequest) -> Generation:
 
 
 async def publish(bucket: ImageBucket, folder: Path, request: ImageRequest, content: bytes) -> PublishedImage:
-    """A picture in the bucket."""
+    """An image in the bucket."""
     path = folder / f"{uuid4().hex}.jpg"
     path.write_bytes(content)
     file = ImageFile(
@@ -63,7 +63,7 @@ async def publish(bucket: ImageBucket, folder: Path, request: ImageRequest, cont
 
 
 def pretend(bucket: ImageBucket, request: ImageRequest, *, hour: int = 0, created: bool = True) -> PublishedImage:
-    """The record of a picture that nobody has put into the bucket."""
+    """The record of an image that nobody has put into the bucket."""
     fingerprint = request.fingerprint(ENDPOINT)
     key = bucket.key_of(request, fingerprint, 0)
     return PublishedImage(

@@ -131,7 +131,7 @@ class TestS3:
     async def test_the_blocks_keys_open_its_own_bucket(
         self, bucket: ImageBucket, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A table beside the pictures needs no keys in the environment, and is found outside the prefix too."""
+        """A table beside the images needs no keys in the environment, and is found outside the prefix too."""
         await bucket.write_path("prompts.csv", TABLE)
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

@@ -14,7 +14,7 @@ from flux_prefect.api.models import MAX_SEED, ImageRequest
 from flux_prefect.errors import TableError, TemplateFailed
 from flux_prefect.seeds import draw_day_seed
 from flux_prefect.tables.table import read_table
-from flux_prefect.tables.templates import USUAL_PICTURES, PictureSettings, RowRenderer, render_table
+from flux_prefect.tables.templates import USUAL_IMAGES, ImageSettings, RowRenderer, render_table
 
 DAY = date(2026, 3, 1)  # a Sunday
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def render(prompt: str | None, template: str | None = None, **columns: Any) -> dict[str, Any]:
     """One row, rendered for the first of March."""
-    return RowRenderer(DAY, template, USUAL_PICTURES).render(1, {"prompt": prompt, **columns})
+    return RowRenderer(DAY, template, USUAL_IMAGES).render(1, {"prompt": prompt, **columns})
 
 
 class TestPrompts:
@@ -113,14 +113,12 @@ class TestRequests:
 
     def test_the_seed_follows_from_day_and_id(self) -> None:
         """Neither the row's place nor its prompt changes it."""
-        renderer = RowRenderer(DAY, None, USUAL_PICTURES)
+        renderer = RowRenderer(DAY, None, USUAL_IMAGES)
         seed = renderer.render(1, {"id": " fox ", "prompt": "a"})["seed"]
 
         assert seed == renderer.render(9, {"id": "fox", "prompt": "b"})["seed"] == draw_day_seed(DAY, "fox")
         assert seed != renderer.render(1, {"id": "owl", "prompt": "a"})["seed"]
-        assert (
-            seed != RowRenderer(date(2026, 3, 2), None, USUAL_PICTURES).render(1, {"id": "fox", "prompt": "a"})["seed"]
-        )
+        assert seed != RowRenderer(date(2026, 3, 2), None, USUAL_IMAGES).render(1, {"id": "fox", "prompt": "a"})["seed"]
 
     def test_the_seeds_of_a_day_never_change(self) -> None:
         """A rerun after an upgrade finds what was published before it."""
@@ -129,16 +127,16 @@ class TestRequests:
 
     def test_a_row_goes_before_the_settings(self) -> None:
         """A column named as a field fills it; an empty one leaves it to the settings."""
-        pictures = PictureSettings(aspect_ratio="1:1", output_format="png")
+        images = ImageSettings(aspect_ratio="1:1", output_format="png")
         row = {"prompt": "x", "seed": "7", "aspect_ratio": "21:9", "output_format": "", "shelf": "A3"}
-        rendered = RowRenderer(DAY, None, pictures).render(4, row)
+        rendered = RowRenderer(DAY, None, images).render(4, row)
 
         assert (rendered["seed"], rendered["aspect_ratio"], rendered["output_format"]) == ("7", "21:9", "png")
         assert (rendered["id"], rendered["shelf"], rendered["day"]) == ("4", "A3", "2026-03-01")
 
     def test_the_settings_are_those_of_a_request(self) -> None:
         """No field is missing, and none has another default or another bound."""
-        ours, theirs = PictureSettings.model_fields, ImageRequest.model_fields
+        ours, theirs = ImageSettings.model_fields, ImageRequest.model_fields
 
         assert set(ours) == set(theirs) - {"prompt", "seed"}
         for name, field in ours.items():

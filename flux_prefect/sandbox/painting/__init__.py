@@ -1,1 +1,1 @@
-"""The sandbox's pictures: drawn from a digest, so that the same request always gives the same bytes."""
+"""The sandbox's images: drawn from a digest, so that the same request always gives the same bytes."""

@@ -1,4 +1,4 @@
-"""A picture in the making: smooth-edged shapes, gradients, glows and grain over Pillow."""
+"""An image in the making: smooth-edged shapes, gradients, glows and grain over Pillow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shape = Sequence[Point]
 
 
 class Canvas:
-    """An RGB picture and the chance that composes it.
+    """An RGB image and the chance that composes it.
 
     Lengths are pixels; `unit` is a hundredth of the side of a square of the same area, so that compositions
     keep their proportions in every aspect ratio.

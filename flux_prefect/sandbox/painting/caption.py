@@ -1,4 +1,4 @@
-"""The line at a picture's foot that says what was asked for."""
+"""The line at an image's foot that says what was asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures for benchmarks: valid, of the right size in pixels, different for each request, and nearly free."""
+"""Images for benchmarks: valid, of the right size in pixels, different for each request, and nearly free."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _LARGEST_COMMENT = 65_000
 
 
 def stamp(request: GenerationBody, index: int, size: int) -> bytes:
-    """A picture of about `size` bytes (never less than its pixels need), the same for the same request.
+    """An image of about `size` bytes (never less than its pixels need), the same for the same request.
 
-    The first picture of a format, aspect ratio and size is built in some milliseconds; every other is a copy
+    The first image of a format, aspect ratio and size is built in some milliseconds; every other is a copy
     with a comment of its own, well under a millisecond.
     """
     head, tail = _template(request.output_format, request.size, size)
@@ -28,14 +28,14 @@ def stamp(request: GenerationBody, index: int, size: int) -> bytes:
 
 @cache
 def _template(output_format: str, pixels: tuple[int, int], size: int) -> tuple[bytes, bytes]:
-    picture = encode(Image.linear_gradient("L").resize(pixels).convert("RGB"), output_format)
+    image = encode(Image.linear_gradient("L").resize(pixels).convert("RGB"), output_format)
     # Noise, so that nothing on the way can compress it.
-    padding = Random(0).randbytes(max(size - len(picture), 0))  # noqa: S311 - filler
+    padding = Random(0).randbytes(max(size - len(image), 0))  # noqa: S311 - filler
     if output_format == "png":
-        end = len(picture) - 12  # before IEND, whose chunk is empty
-        return picture[:end] + _png_chunk(padding), picture[end:]
+        end = len(image) - 12  # before IEND, whose chunk is empty
+        return image[:end] + _png_chunk(padding), image[end:]
     comments = (_comment(padding[at : at + _LARGEST_COMMENT]) for at in range(0, len(padding), _LARGEST_COMMENT))
-    return picture[:2], b"".join(comments) + picture[2:]
+    return image[:2], b"".join(comments) + image[2:]
 
 
 def _comment(content: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""What there is to see: each scene composes one kind of picture from a palette and chance."""
+"""What there is to see: each scene composes one kind of image from a palette and chance."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Contender:
     """A contestant at the start.
 
     Attributes:
-        publish: has every picture of a table in the bucket.
+        publish: has every image of a table in the bucket.
         s3_calls: the S3 requests that it sends, by operation, repeated ones counted again.
     """
 
@@ -42,7 +42,7 @@ class Contender:
 
 
 def write_table(path: Path, batch: str, rows: int) -> None:
-    """A table of `rows` pictures that no other batch asks for."""
+    """A table of `rows` images that no other batch asks for."""
     lines = (
         Row(id=f"{batch}-{number}", prompt=f"A lighthouse at dusk, {batch}, {number}.", seed=number)
         for number in range(1, rows + 1)

@@ -30,12 +30,12 @@ async def compete(in_flight: int, prefix: str) -> AsyncIterator[Contender]:
                 answer = await http.post(
                     "/v1/images/generations", json={"model": MODEL, "prompt": row.prompt, "seed": row.seed}
                 )
-            picture = await http.get(answer.raise_for_status().json()["images"][0]["url"])
+            image = await http.get(answer.raise_for_status().json()["images"][0]["url"])
             await asyncio.to_thread(
                 s3.put_object,
                 Bucket=BUCKET,
                 Key=f"{prefix}/{row.id}.jpg",
-                Body=picture.raise_for_status().content,
+                Body=image.raise_for_status().content,
                 ContentType="image/jpeg",
             )
 

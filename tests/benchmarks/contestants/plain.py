@@ -35,12 +35,12 @@ async def compete(in_flight: int, prefix: str) -> AsyncIterator[Contender]:
 
         @task(cache_policy=INPUTS, persist_result=True, retries=3)
         async def download(url: str) -> bytes:
-            picture = await http.get(url)
-            return picture.raise_for_status().content
+            image = await http.get(url)
+            return image.raise_for_status().content
 
         @task(cache_policy=INPUTS, persist_result=True, retries=3)
-        async def upload(picture: bytes, key: str) -> str:
-            await asyncio.to_thread(s3.put_object, Bucket=BUCKET, Key=key, Body=picture, ContentType="image/jpeg")
+        async def upload(image: bytes, key: str) -> str:
+            await asyncio.to_thread(s3.put_object, Bucket=BUCKET, Key=key, Body=image, ContentType="image/jpeg")
             return key
 
         async def publish_one(row: Row) -> None:

@@ -17,8 +17,8 @@ import httpx
 from pydantic import Field
 
 from flux_prefect.api.addresses import AddressRules, CheckedResolver
+from flux_prefect.api.images import InspectedImage, inspect_image
 from flux_prefect.api.models import OutputFormat
-from flux_prefect.api.pictures import Picture, inspect_picture
 from flux_prefect.api.retrying import parse_retry_after
 from flux_prefect.api.transport import find_proxy, open_transport, send
 from flux_prefect.concurrency import run_in_thread
@@ -37,7 +37,7 @@ from flux_prefect.local_files import explain, own_part
 MAX_REDIRECTS = 5
 
 _HEADERS = {"User-Agent": "flux_prefect", "Accept": "image/*", "Accept-Encoding": "identity"}
-_MOST_UNWRITTEN = 1024 * 1024  # a picture's usual size: written at once then, in the thread that flushes it
+_MOST_UNWRITTEN = 1024 * 1024  # an image's usual size: written at once then, in the thread that flushes it
 _AT_ONCE = 8
 """Downloads at once. The HTTP library's work for a request grows with the connections it holds; more bring no more
 bytes a second."""
@@ -45,22 +45,22 @@ _GONE = {403, 404, 410}  # a signed URL that ran out is 403
 _PASSING = {408, 425, 429}
 
 
-class DownloadedPicture(Picture):
-    """A picture in our custody, as it was delivered."""
+class DownloadedImage(InspectedImage):
+    """An image in our custody, as it was delivered."""
 
     path: Path = Field(description="The file.")
 
 
 class Downloader:
-    """Fetches pictures into files. Knows no API key, so none can reach the host of a picture.
+    """Fetches images into files. Knows no API key, so none can reach the host of an image.
 
     Args:
         endpoint: the root URL of the service, which decides what addresses may be fetched from.
         tls: the TLS context.
         timeout: of one connect, and of one read.
-        deadline: seconds for one picture in all.
-        max_bytes: the most bytes of one picture.
-        max_pixels: the most pixels of one picture.
+        deadline: seconds for one image in all.
+        max_bytes: the most bytes of one image.
+        max_pixels: the most pixels of one image.
         transport: takes the place of the network in tests.
     """
 
@@ -92,8 +92,8 @@ class Downloader:
             _, transport = self._transports.popitem()
             await transport.aclose()
 
-    async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedPicture:
-        """Bring one picture into `destination`: whole, checked, flushed to disk, and moved there at once.
+    async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedImage:
+        """Bring one image into `destination`: whole, checked, flushed to disk, and moved there at once.
 
         See `AimlApiClient.download`.
         """
@@ -105,24 +105,24 @@ class Downloader:
             else:
                 async with self._turns:
                     await self._fetch(url, part)
-            picture = await run_in_thread(self._settle, part, expected)
+            image = await run_in_thread(self._settle, part, expected)
         except NotAnImage as error:
             error.retryable = not inline  # the same bytes would come again
             raise
         finally:
             part.discard()
-        return picture
+        return image
 
-    def _settle(self, part: _PartFile, expected: OutputFormat) -> DownloadedPicture:
+    def _settle(self, part: _PartFile, expected: OutputFormat) -> DownloadedImage:
         part.flush()
         try:
-            picture = inspect_picture(part.path, expected, max_pixels=self._max_pixels)
+            image = inspect_image(part.path, expected, max_pixels=self._max_pixels)
         except UnexpectedFormat as error:
             kept = part.publish(".rejected")
             raise UnexpectedFormat(
                 f"{error.message} It was paid for, so it is kept as {kept}; it is not published."
             ) from error
-        return DownloadedPicture(**picture.model_dump(), path=part.publish())
+        return DownloadedImage(**image.model_dump(), path=part.publish())
 
     def _decode(self, url: str) -> bytes:
         head, _, content = url[5:].partition(",")
@@ -132,20 +132,20 @@ class Downloader:
         try:
             data = base64.b64decode(b"".join(raw.split()), validate=True) if _is_base64(head) else raw
         except binascii.Error as error:
-            raise NotAnImage(f"The picture delivered inline can't be decoded ({error}).", retryable=False) from error
+            raise NotAnImage(f"The image delivered inline can't be decoded ({error}).", retryable=False) from error
         if len(data) > self._max_bytes:
             raise self._too_large(f"{len(data):,} bytes")
         return data
 
     async def _fetch(self, url: str, part: _PartFile) -> None:
-        place = "the picture's host"
+        place = "the image's host"
         try:
             target = httpx.URL(url)
             place = target.host or place
             with anyio.fail_after(self._deadline):
                 await self._follow(target, part)
         except httpx.InvalidURL as error:
-            raise UnsafeURL(f"The picture's URL is no URL: {error}.") from error
+            raise UnsafeURL(f"The image's URL is no URL: {error}.") from error
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise DownloadInterrupted(
@@ -168,7 +168,7 @@ class Downloader:
                     await self._receive(response, part, url.host)
                     return
                 url = url.join(response.headers["location"])
-        raise UnsafeURL(f"The picture's URL redirects more than {MAX_REDIRECTS} times, last to {url.host}.")
+        raise UnsafeURL(f"The image's URL redirects more than {MAX_REDIRECTS} times, last to {url.host}.")
 
     async def _receive(self, response: httpx.Response, part: _PartFile, host: str) -> None:
         announced = response.headers.get("content-length", "")
@@ -185,7 +185,7 @@ class Downloader:
 
     def _too_large(self, size: str) -> ImageTooLarge:
         return ImageTooLarge(
-            f"The picture delivered has {size}, over the limit of {self._max_bytes:,} bytes (max_bytes of the client)."
+            f"The image delivered has {size}, over the limit of {self._max_bytes:,} bytes (max_bytes of the client)."
         )
 
     def _proxy_for(self, url: httpx.URL) -> str | None:
@@ -261,7 +261,7 @@ class _PartFile:
         except OSError as error:
             remedy = f"make room in the spool folder {self.path.parent} or make it writable"
             raise ImageUnwritable(
-                f"{self.path} could not be written {explain(error, remedy)}, then run again. The picture is paid for; "
+                f"{self.path} could not be written {explain(error, remedy)}, then run again. The image is paid for; "
                 "its URL dies within minutes."
             ) from error
 
@@ -272,15 +272,15 @@ def _check_status(response: httpx.Response, host: str) -> None:
         return
     if status in _GONE:
         raise ImageGone(
-            f"The picture's URL is dead: {host} answered {status}. Run again: a flow that heals pays for it anew, "
+            f"The image's URL is dead: {host} answered {status}. Run again: a flow that heals pays for it anew, "
             "once, with the same seed; in a flow of your own, generate with refresh_cache=True."
         )
     if status in _PASSING or response.is_server_error:
         raise DownloadInterrupted(
-            f"{host} answered {status} instead of the picture.",
+            f"{host} answered {status} instead of the image.",
             retry_after=parse_retry_after(response.headers.get("retry-after"), datetime.now(timezone.utc)),
         )
-    raise DownloadError(f"{host} answered {status} instead of the picture, and will so again.")
+    raise DownloadError(f"{host} answered {status} instead of the image, and will so again.")
 
 
 def _is_base64(head: str) -> bool:

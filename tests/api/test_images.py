@@ -15,23 +15,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+from flux_prefect.api.images import InspectedImage, inspect_image
 from flux_prefect.api.models import OutputFormat
-from flux_prefect.api.pictures import Picture, inspect_picture
 from flux_prefect.errors import ImageTooLarge, NotAnImage, UnexpectedFormat
 
-Inspect = Callable[[bytes, OutputFormat], Picture]
+Inspect = Callable[[bytes, OutputFormat], InspectedImage]
 
 
 @pytest.fixture
 def inspect(tmp_path: Path) -> Inspect:
     """Inspect these bytes, as a file."""
 
-    def run(data: bytes, expected: OutputFormat) -> Picture:
-        path = tmp_path / "picture"
+    def run(data: bytes, expected: OutputFormat) -> InspectedImage:
+        path = tmp_path / "image"
         path.write_bytes(data)
-        picture = inspect_picture(path, expected, max_pixels=1_000_000)
+        image = inspect_image(path, expected, max_pixels=1_000_000)
         assert path.read_bytes() == data
-        return picture
+        return image
 
     return run
 
@@ -52,7 +52,7 @@ def _insert(png: bytes, chunk: bytes) -> bytes:
 
 def test_a_whole_jpeg_is_measured(inspect: Inspect, jpeg: bytes) -> None:
     """Format, type and size are those of the bytes."""
-    assert inspect(jpeg, "jpeg") == Picture(
+    assert inspect(jpeg, "jpeg") == InspectedImage(
         format="jpeg",
         content_type="image/jpeg",
         width=96,
@@ -65,7 +65,7 @@ def test_a_whole_jpeg_is_measured(inspect: Inspect, jpeg: bytes) -> None:
 
 def test_a_whole_png_is_measured(inspect: Inspect, png: bytes) -> None:
     """Format, type and size are those of the bytes."""
-    assert inspect(png, "png") == Picture(
+    assert inspect(png, "png") == InspectedImage(
         format="png",
         content_type="image/png",
         width=96,
@@ -90,7 +90,7 @@ def test_a_whole_png_is_measured(inspect: Inspect, png: bytes) -> None:
         (b"RIFF\x00\x00\x00\x00WAVE", "it starts with 52 49 46 46"),
     ],
 )
-def test_what_is_no_picture_is_called_by_its_name(inspect: Inspect, data: bytes, what: str) -> None:
+def test_what_is_no_image_is_called_by_its_name(inspect: Inspect, data: bytes, what: str) -> None:
     """The message tells a page of HTML from an empty file."""
     with pytest.raises(NotAnImage) as refused:
         inspect(data, "jpeg")
@@ -121,13 +121,13 @@ def test_a_png_with_a_flipped_bit_is_found(inspect: Inspect, png: bytes) -> None
 
 
 @pytest.mark.parametrize("form", ["WEBP", "GIF", "PNG"])
-def test_a_whole_picture_of_another_format_is_told_from_a_broken_one(inspect: Inspect, form: str) -> None:
+def test_a_whole_image_of_another_format_is_told_from_a_broken_one(inspect: Inspect, form: str) -> None:
     """It was paid for and can be used, so it has its own error."""
     with pytest.raises(UnexpectedFormat, match=f"{form} where output_format asked for JPEG"):
         inspect(_save(Image.new("RGB", (8, 8), "red"), form), "jpeg")
 
 
-def test_a_cut_picture_of_another_format_is_just_broken(inspect: Inspect, png: bytes) -> None:
+def test_a_cut_image_of_another_format_is_just_broken(inspect: Inspect, png: bytes) -> None:
     """Only a whole one is worth keeping."""
     with pytest.raises(NotAnImage):
         inspect(png[:-20], "jpeg")
@@ -148,7 +148,7 @@ def test_too_many_pixels_are_found_in_the_header(inspect: Inspect, form: str) ->
 
 
 def test_pillows_own_limit_is_left_alone(inspect: Inspect, monkeypatch: pytest.MonkeyPatch, png: bytes) -> None:
-    """An application's limit for its own pictures neither stops ours nor warns."""
+    """An application's limit for its own images neither stops ours nor warns."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert inspect(png, "png").width == 96
 
@@ -182,14 +182,14 @@ def test_a_blacked_out_jpeg_is_seen(inspect: Inspect, mode: str) -> None:
 
 
 def test_one_bright_speck_makes_a_jpeg_not_black(inspect: Inspect) -> None:
-    """A night sky with a star is a picture."""
+    """A night sky with a star is an image."""
     sky = Image.new("RGB", (640, 640))
     sky.putpixel((317, 211), (255, 255, 255))
     assert not inspect(_save(sky, "JPEG", quality=95), "jpeg").black
 
 
 def test_metadata_neither_stops_nor_warns(inspect: Inspect, jpeg: bytes, png: bytes) -> None:
-    """Corrupt EXIF, a broken animation header, transparency and megabytes of text leave the picture good."""
+    """Corrupt EXIF, a broken animation header, transparency and megabytes of text leave the image good."""
     exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00\x1a\x01\x05\x00\x01\x00\x00\x00\xff\xff\xff\x7f"
     with_exif = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
     text = PngImagePlugin.PngInfo()
@@ -220,7 +220,7 @@ def test_many_threads_may_inspect_at_once(tmp_path: Path, jpeg: bytes, png: byte
 
     def run(number: int) -> None:
         path, expected = files[number % 2]
-        found.extend(inspect_picture(path, expected, max_pixels=10_000).format for _ in range(20))
+        found.extend(inspect_image(path, expected, max_pixels=10_000).format for _ in range(20))
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
     for thread in threads:
@@ -235,13 +235,13 @@ def test_many_threads_may_inspect_at_once(tmp_path: Path, jpeg: bytes, png: byte
 def test_no_broken_file_breaks_the_inspection(
     tmp_path: Path, jpeg: bytes, png: bytes, form: OutputFormat, at: int, junk: bytes
 ) -> None:
-    """Overwritten anywhere, a file is a picture or a typed error."""
+    """Overwritten anywhere, a file is an image or a typed error."""
     data = bytearray(jpeg if form == "jpeg" else png)
     at %= len(data)
     data[at : at + len(junk)] = junk
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(data)
     try:
-        inspect_picture(path, form, max_pixels=1_000_000)
+        inspect_image(path, form, max_pixels=1_000_000)
     except (NotAnImage, ImageTooLarge, UnexpectedFormat):
         return

@@ -21,17 +21,17 @@ from flux_prefect.api.models import OutputFormat
 from flux_prefect.errors import ImageTooLarge, NotAnImage, UnexpectedFormat
 
 BLACK = 8
-"""The brightest sample, of 255, that a blacked-out picture may have: room for the noise of JPEG."""
+"""The brightest sample, of 255, that a blacked-out image may have: room for the noise of JPEG."""
 
 _KnownFormat = Literal["jpeg", "png", "webp", "gif"]
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_HEADER = struct.Struct(">I4s")
-_PNG_PICTURE = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # what makes the pixels; all else is metadata
+_PNG_IMAGE = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # what makes the pixels; all else is metadata
 
 
-class Picture(BaseModel):
-    """What a whole, decodable picture file holds."""
+class InspectedImage(BaseModel):
+    """What a whole, decodable image file holds."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,15 +42,15 @@ class Picture(BaseModel):
     sha256: str = Field(description="Of the bytes, hex.")
     size: int = Field(gt=0, description="Bytes.")
     black: bool = Field(
-        description="Every pixel is black: how the service delivers a picture that its safety filter stopped."
+        description="Every pixel is black: how the service delivers an image that its safety filter stopped."
     )
 
 
-def inspect_picture(path: Path, expected: OutputFormat, *, max_pixels: int) -> Picture:
-    """Prove that a file is a whole picture of the expected format, and measure it. One reading for all of it.
+def inspect_image(path: Path, expected: OutputFormat, *, max_pixels: int) -> InspectedImage:
+    """Prove that a file is a whole image of the expected format, and measure it. One reading for all of it.
 
     The file is decoded to its end, so a cut one is found; its bytes are never changed. Takes some ten
-    milliseconds for a picture of one megapixel and, for a moment, memory for the file and its pixels: call it in a
+    milliseconds for an image of one megapixel and, for a moment, memory for the file and its pixels: call it in a
     thread. Safe in many threads at once.
 
     Args:
@@ -61,27 +61,27 @@ def inspect_picture(path: Path, expected: OutputFormat, *, max_pixels: int) -> P
     Raises:
         NotAnImage: something else, or broken; the message says what it looks like.
         ImageTooLarge: more pixels than allowed. Found in the header, before anything is decoded.
-        UnexpectedFormat: a whole picture of another format.
+        UnexpectedFormat: a whole image of another format.
         OSError: the file can't be read.
     """
     data = path.read_bytes()
     found = _recognize(data)
     if found is None:
-        raise NotAnImage(f"The file delivered as a picture is {_describe(data)}.")
+        raise NotAnImage(f"The file delivered as an image is {_describe(data)}.")
     try:
         width, height, black = _measure(data, found, max_pixels)
     except (ImageTooLarge, MemoryError):
         raise
     except Exception as error:  # hostile bytes make Pillow raise nearly anything
         raise NotAnImage(
-            f"The file delivered as a picture starts as {found.upper()} but does not decode: it is cut or broken "
+            f"The file delivered as an image starts as {found.upper()} but does not decode: it is cut or broken "
             f"({str(error) or type(error).__name__}, {len(data):,} bytes)."
         ) from error
     if found != expected:
         raise UnexpectedFormat(
-            f"The picture delivered is {found.upper()} where output_format asked for {expected.upper()}."
+            f"The image delivered is {found.upper()} where output_format asked for {expected.upper()}."
         )
-    return Picture(
+    return InspectedImage(
         format=expected,
         content_type=f"image/{expected}",
         width=width,
@@ -97,7 +97,7 @@ def _measure(data: bytes, found: _KnownFormat, max_pixels: int) -> tuple[int, in
     width, height = image.size
     if width * height > max_pixels:
         raise ImageTooLarge(
-            f"The picture delivered is {width} x {height} pixels, over the limit of {max_pixels:,} "
+            f"The image delivered is {width} x {height} pixels, over the limit of {max_pixels:,} "
             "(max_pixels of the client)."
         )
     image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # a JPEG at an eighth: much cheaper
@@ -127,21 +127,21 @@ def _recognize(data: bytes) -> _KnownFormat | None:
 
 
 def _open(data: bytes, found: _KnownFormat) -> ImageFile:
-    # Each decoder by itself: Image.open warns of large pictures through a limit of the whole process,
+    # Each decoder by itself: Image.open warns of large images through a limit of the whole process,
     # and takes a JPEG with a preview in it for another format.
     if found == "jpeg":
         return _PlainJpeg(io.BytesIO(data))
     if found == "png":
-        return PngImageFile(_png_picture(data))
+        return PngImageFile(_png_image(data))
     if found == "webp":
         return WebPImageFile(io.BytesIO(data))
     return GifImageFile(io.BytesIO(data))
 
 
-def _png_picture(data: bytes) -> io.BytesIO:
+def _png_image(data: bytes) -> io.BytesIO:
     """A PNG's pixels without its metadata, checksums verified and the end marker seen.
 
-    Pillow refuses a good picture for long text beside it, and takes one without an end for whole.
+    Pillow refuses a good image for long text beside it, and takes one without an end for whole.
     """
     view = memoryview(data)
     kept: list[bytes | memoryview] = [_PNG_SIGNATURE]
@@ -151,7 +151,7 @@ def _png_picture(data: bytes) -> io.BytesIO:
         end = start + 12 + length
         if end > len(view):
             break
-        if kind in _PNG_PICTURE:
+        if kind in _PNG_IMAGE:
             if zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
                 raise ValueError(f"checksum of {kind.decode('ascii')} is wrong")
             kept.append(view[start:end])
@@ -187,4 +187,4 @@ def _describe(data: bytes) -> str:
     text = data[:80].decode("ascii", errors="replace")
     if text.replace("\n", " ").isprintable() and "\ufffd" not in text:
         return f"text ({text!r})"
-    return f"no picture format known here (it starts with {data[:8].hex(' ')})"
+    return f"no image format known here (it starts with {data[:8].hex(' ')})"
