@@ -20,7 +20,7 @@ help: ## List what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(READY) ## Publish a dozen images to a local S3 server, twice; ARGS=--serve keeps the pages up
-	@$(RUN) -m flux_prefect.demo $(ARGS)
+	@$(RUN) -m flux_prefect.cli.demo $(ARGS)
 
 test: $(READY) ## Run the tests; ARGS are pytest's
 	@$(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)

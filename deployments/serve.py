@@ -21,7 +21,7 @@ from prefect.schedules import Schedule
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
-from flux_prefect.shell import refuse_bad_settings
+from flux_prefect.cli.terminal import refuse_bad_settings
 
 PREFECT_FILE = Path(__file__).with_name("prefect.yaml")
 

@@ -19,13 +19,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.publish_batch import publish_batch
 from flux_prefect.api.models import AspectRatio
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.keys import clean_prefix
 from flux_prefect.display.events import find_asset
 from flux_prefect.errors import BatchFailed, TableError
-from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
+from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.seeds import draw_seed

@@ -28,8 +28,8 @@ os.environ.setdefault("FLUX_PREFECT_RETRY_DELAY_SECONDS", "[0]")
 from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 
-from flows.publish_batch import publish_batch
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.pipeline import Density
 from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox
 

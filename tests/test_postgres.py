@@ -55,7 +55,16 @@ def _wait_for_count(postgres: Postgres, query: str, least: int) -> int:
 def _publish(table: Path, bucket: ImageBucket, team: Team) -> BatchReport:
     """In a process of its own, which has sent all of its logs and events when it ends."""
     report = table.with_suffix(".report.json")
-    command = ["flows.publish_batch", str(table), "--bucket", bucket.uri, "--density", "steps", "--report", str(report)]
+    command = [
+        "flux_prefect.flows.publish_batch",
+        str(table),
+        "--bucket",
+        bucket.uri,
+        "--density",
+        "steps",
+        "--report",
+        str(report),
+    ]
     subprocess.run(
         [sys.executable, "-m", *command],
         cwd=ROOT,

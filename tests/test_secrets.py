@@ -12,10 +12,10 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.logging.handlers import APILogHandler
 from support.leaks import KEYS, OTHER_API_KEY, database_files, find_leaks
 
-from flows.publish_batch import publish_batch
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BatchFailed
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.sandbox.launching import RunningSandbox
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

@@ -131,12 +131,12 @@ async def test_a_run_with_a_bad_setting_fails_before_it_pays(
 
 
 COMMANDS = {
-    "flows.publish_image": ["a lighthouse"],
-    "flows.publish_batch": ["prompts.csv"],
-    "flows.publish_daily": ["products.csv"],
-    "flows.backfill": ["products.csv", "--start", "2026-03-01", "--end", "2026-03-02"],
-    "flows.sweep_seeds": ["a lighthouse"],
-    "flows.audit_bucket": ["manifest.jsonl"],
+    "flux_prefect.flows.publish_image": ["a lighthouse"],
+    "flux_prefect.flows.publish_batch": ["prompts.csv"],
+    "flux_prefect.flows.publish_daily": ["products.csv"],
+    "flux_prefect.flows.backfill": ["products.csv", "--start", "2026-03-01", "--end", "2026-03-02"],
+    "flux_prefect.flows.sweep_seeds": ["a lighthouse"],
+    "flux_prefect.flows.audit_bucket": ["manifest.jsonl"],
 }
 
 
@@ -154,7 +154,8 @@ def test_a_command_line_ends_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    "command", [["flows.publish_image", "a lighthouse", "--bucket", "s3://images/never"], ["deployments.serve"]]
+    "command",
+    [["flux_prefect.flows.publish_image", "a lighthouse", "--bucket", "s3://images/never"], ["deployments.serve"]],
 )
 def test_a_process_ends_without_a_traceback(command: list[str]) -> None:
     """Also where modules read the settings when they are imported."""

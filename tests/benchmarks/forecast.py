@@ -1,4 +1,4 @@
-"""Whether `python -m deployments.simulate` is right: batches forecast, then measured.
+"""Whether `python -m flux_prefect.forecast.summary` is right: batches forecast, then measured.
 
 What the forecasts are told of this machine comes from two small runs that are none of those that they are held to: one
 image (what a run takes beside its images) and images at no latency (the CPU time of each).
@@ -11,9 +11,9 @@ from statistics import median
 
 from rich.console import Console
 
-from deployments.simulation.forecast import forecast
-from deployments.simulation.latency import MeasuredLatency
-from deployments.simulation.scenario import Scenario
+from flux_prefect.forecast.latency import MeasuredLatency
+from flux_prefect.forecast.scenario import Scenario
+from flux_prefect.forecast.simulation import forecast
 
 from .measuring import IN_FLIGHT, Measurement, measure, new_batch
 from .stage import Stage, open_stage

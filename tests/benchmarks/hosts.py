@@ -15,7 +15,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.publish_shard import publish_shard
+from flux_prefect.flows.publish_shard import publish_shard
 from flux_prefect.host.spool import Spool
 
 from .processes import cpu_seconds, family_cpu_seconds
@@ -89,7 +89,7 @@ def deploy_shard(api_url: str) -> None:
     """Make the work pool on a new server, and deploy what runs a shard there: `publish-shard/worker`."""
     with temporary_settings({PREFECT_API_URL: api_url}), SyncPrefectClient(api_url) as client:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
-        found = publish_shard.from_source(str(ROOT), "flows/publish_shard.py:publish_shard")
+        found = publish_shard.from_source(str(ROOT), "flux_prefect/flows/publish_shard.py:publish_shard")
         assert isinstance(found, Flow)  # no coroutine, as no loop is running
         found.deploy("worker", work_pool_name=POOL, print_next_steps=False, ignore_warnings=True)
 

@@ -10,11 +10,11 @@ import pytest
 from prefect.blocks.core import Block
 from pydantic import SecretStr
 
-from flows.publish_image import publish_image
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BucketAccessDenied
+from flux_prefect.flows.publish_image import publish_image
 from flux_prefect.sandbox.launching import RunningSandbox
 
 

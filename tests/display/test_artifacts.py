@@ -18,7 +18,6 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from support.images import ODD, draw, pretend, publish
 from support.reports import make_report
 
-from flows.publish_batch import publish_batch
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
@@ -30,6 +29,7 @@ from flux_prefect.display.artifacts import (
     write_summary,
 )
 from flux_prefect.display.progress import Progress
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport

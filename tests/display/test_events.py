@@ -11,10 +11,10 @@ from prefect.client.orchestration import get_client
 from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.events.schemas.events import ReceivedEvent
 
-from flows.publish_batch import publish_batch
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.events import BATCH_FINISHED, IMAGE_FAILED, IMAGE_PUBLISHED, find_asset
+from flux_prefect.flows.publish_batch import publish_batch
 
 MATERIALIZED = "prefect.asset.materialization.succeeded"
 

@@ -13,11 +13,11 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from support.nursery import Nursery
 
-from flows.audit_bucket import audit_bucket
-from flows.publish_batch import publish_batch
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import AuditFailed, TableError
+from flux_prefect.flows.audit_bucket import audit_bucket
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.audit import inspect_published
 from flux_prefect.manifest.records import ItemRecord
@@ -192,7 +192,7 @@ def test_from_a_shell(bucket: ImageBucket, nursery: Nursery, tmp_path: Path) -> 
     record = ItemRecord(row=1, id="fox", status="published", request=None, images=(image,))
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_bytes(record_line(record, "a-run"))
-    ended = nursery.run("flows.audit_bucket", str(manifest), "--bucket", bucket.uri)
+    ended = nursery.run("flux_prefect.flows.audit_bucket", str(manifest), "--bucket", bucket.uri)
 
     assert ended.returncode == 1
     assert "missing" in ended.stdout

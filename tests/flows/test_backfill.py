@@ -10,11 +10,11 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from support.nursery import Nursery
 
-from flows.backfill import BackfillReport, backfill
-from flows.publish_daily import publish_daily
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed
+from flux_prefect.flows.backfill import BackfillReport, backfill
+from flux_prefect.flows.publish_daily import publish_daily
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tables.templates import ImageSettings
 
@@ -143,7 +143,7 @@ def test_from_a_shell(sandbox: RunningSandbox, bucket: ImageBucket, nursery: Nur
     """A day a line."""
     table = ("flows/examples/products.csv", "--bucket", bucket.uri, "--template", "a {{ name }}")
     days = ("--start", "2026-03-01", "--end", "2026-03-02", "--newest-first", "--dry-run")
-    ended = nursery.run("flows.backfill", *table, *days)
+    ended = nursery.run("flux_prefect.flows.backfill", *table, *days)
 
     assert ended.returncode == 0, ended.stderr
     assert "Completed: 2 of 2 days published" in ended.stdout

@@ -18,10 +18,10 @@ from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from support.nursery import Nursery
 from support.waiting import wait_for
 
-from flows.publish_batch import publish_batch
 from flux_prefect.batch.engine import MOST_IN_STEPS, choose_density
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.plan import Plan
 from flux_prefect.pipeline import Density

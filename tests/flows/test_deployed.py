@@ -22,8 +22,8 @@ from flux_prefect.sandbox.launching import RunningSandbox
 ROOT = Path(__file__).parents[2]
 SERVE = """
 from prefect import serve
-from flows.publish_batch import publish_batch
-from flows.publish_image import publish_image
+from flux_prefect.flows.publish_batch import publish_batch
+from flux_prefect.flows.publish_image import publish_image
 serve(publish_image.to_deployment("form"), publish_batch.to_deployment("form"))
 """
 

@@ -23,7 +23,6 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import SecretStr
 from support.nursery import Nursery
 
-from flows.publish_batch import publish_batch
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
@@ -35,11 +34,12 @@ from flux_prefect.errors import (
     SpoolUnwritable,
     TableError,
 )
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 
 ROOT = Path(__file__).parents[2]
-MODULE = "flows.publish_batch"
+MODULE = "flux_prefect.flows.publish_batch"
 
 
 class _Body(io.BytesIO):
@@ -435,7 +435,7 @@ def test_the_form_has_help_and_bounds() -> None:
 
 
 class TestFromAShell:
-    """`python -m flows.publish_batch`, as a person or a cron job runs it."""
+    """`python -m flux_prefect.flows.publish_batch`, as a person or a cron job runs it."""
 
     @pytest.fixture
     def table(self, prompts: list[dict[str, Any]], tmp_path: Path) -> Path:
@@ -490,7 +490,7 @@ class TestFromAShell:
         """And no log line of a single task run."""
         ours, theirs = pty.openpty()
         with subprocess.Popen(
-            [sys.executable, "-m", "flows.publish_batch", str(table), "--bucket", bucket.uri],
+            [sys.executable, "-m", "flux_prefect.flows.publish_batch", str(table), "--bucket", bucket.uri],
             cwd=ROOT,
             env={**environment, "TERM": "xterm", "COLUMNS": "120"},
             stdout=subprocess.DEVNULL,

@@ -15,10 +15,10 @@ from prefect.states import Scheduled
 from prefect.utilities.callables import parameter_schema
 from support.nursery import Nursery
 
-from flows.publish_daily import publish_daily
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import TemplateFailed
+from flux_prefect.flows.publish_daily import publish_daily
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tables.templates import ImageSettings
@@ -134,7 +134,7 @@ def test_from_a_shell(
     """The example table, with a template for the rows that have none."""
     template = "a {{ colour }} {{ name }} {{ scene }}"
     table = ("flows/examples/products.csv", "--bucket", bucket.uri, "--template", template)
-    ended = nursery.run("flows.publish_daily", *table, *arguments)
+    ended = nursery.run("flux_prefect.flows.publish_daily", *table, *arguments)
 
     assert ended.returncode == status, ended.stderr
     assert told in (ended.stdout if status == 0 else ended.stderr)

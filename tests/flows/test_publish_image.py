@@ -6,11 +6,11 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from support.nursery import Nursery
 
-from flows.publish_image import publish_image
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import RequestRefused
+from flux_prefect.flows.publish_image import publish_image
 from flux_prefect.sandbox.launching import RunningSandbox
 
 
@@ -79,7 +79,7 @@ def test_from_a_shell(
     nursery: Nursery,
 ) -> None:
     """The exit status and what is on the screen; bad input never reaches the service."""
-    ended = nursery.run("flows.publish_image", *arguments, "--bucket", bucket.uri)
+    ended = nursery.run("flux_prefect.flows.publish_image", *arguments, "--bucket", bucket.uri)
 
     assert ended.returncode == status, ended.stderr
     assert told in (ended.stdout if status == 0 else ended.stderr)

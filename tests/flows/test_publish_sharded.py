@@ -24,10 +24,10 @@ from pydantic import SecretStr
 from support.team import ROOT, Team
 from support.waiting import wait_for
 
-from flows.publish_sharded import publish_sharded
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.flows.publish_sharded import publish_sharded
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.sharding.shards import shard_of
@@ -116,7 +116,7 @@ class Command:
         with (self._folder / "said.txt").open("ab") as said:
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "flows.publish_sharded", str(table), "--bucket", self._bucket),
+                    *(sys.executable, "-m", "flux_prefect.flows.publish_sharded", str(table), "--bucket", self._bucket),
                     *("--lost-after-seconds", f"{LOST_AFTER:g}"),
                     *options,
                 ],

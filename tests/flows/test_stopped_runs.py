@@ -22,14 +22,14 @@ from support.nursery import Batch, Nursery
 from support.waiting import wait_for
 
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.cli.terminal import INTERRUPTED
 from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.shell import INTERRUPTED
 
 ROOT = Path(__file__).parents[2]
 SERVE = """
 from prefect import serve
-from flows.publish_batch import publish_batch
+from flux_prefect.flows.publish_batch import publish_batch
 serve(publish_batch.to_deployment("stopped"))
 """
 ROWS, AT_ONCE = 12, 4

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Batch:
-    """A running `python -m flows.publish_batch`, with a folder of its own for what it says and for its report."""
+    """A running batch from a command line, with a folder of its own for its output and its report."""
 
     def __init__(self, nursery: Nursery, pid: int, folder: Path) -> None:
         self.pid = pid
@@ -82,7 +82,7 @@ class Nursery:
         folder.mkdir(parents=True, exist_ok=True)
         said = folder / "said.txt"
         arguments = (*arguments, "--report", str(folder / "report.json"))
-        return Batch(self, self._fork("flows.publish_batch", arguments, environment, said, said), folder)
+        return Batch(self, self._fork("flux_prefect.flows.publish_batch", arguments, environment, said, said), folder)
 
     def run(self, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """What `python -m module` comes to with these arguments, and with the spool of the test that asks."""

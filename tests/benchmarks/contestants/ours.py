@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
-from flows.publish_batch import publish_batch
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.flows.publish_batch import publish_batch
 
 from .contender import BUCKET, Contender, count_calls
 

@@ -1,6 +1,6 @@
 """Publish the images of a prompt table.
 
-From a shell: `python -m flows.publish_batch prompts.csv --bucket s3://name/prefix --max-in-flight 8`.
+From a shell: `python -m flux_prefect.flows.publish_batch prompts.csv --bucket s3://name/prefix --max-in-flight 8`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from flux_prefect.batch.final_state import announce_plan, end_batch, end_cancell
 from flux_prefect.batch.planning import add_outlook, check_balance, make_plan, tabulate_plan
 from flux_prefect.batch.shutdown import is_to_be_cancelled
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import leave_artifacts
 from flux_prefect.display.events import tell_batch, tell_item
@@ -36,11 +37,10 @@ from flux_prefect.display.gallery import write_gallery
 from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.display.run_names import name_before_plan
 from flux_prefect.errors import BatchFailed
-from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.manifest.writer import ManifestWriter
-from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.tables.table import Only, open_table
 
 Table = (
@@ -138,7 +138,7 @@ async def publish_batch(
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.publish_batch", description="Publish a prompt table's images."
+        prog="python -m flux_prefect.flows.publish_batch", description="Publish a prompt table's images."
     )
     add_batch_arguments(parser)
     parser.add_argument("--density", choices=["auto", "steps", "chunks"], default="auto", help="how many task runs")

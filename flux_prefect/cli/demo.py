@@ -63,7 +63,9 @@ class DemoFailed(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where both runs did what they should."""
-    parser = argparse.ArgumentParser(prog="python -m flux_prefect.demo", description="Publish a dozen images, twice.")
+    parser = argparse.ArgumentParser(
+        prog="python -m flux_prefect.cli.demo", description="Publish a dozen images, twice."
+    )
     parser.add_argument("--serve", action="store_true", help="keep the servers up until Ctrl-C, to look around")
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="emptied first (default: .demo)")
     given = parser.parse_args(arguments)
@@ -125,7 +127,16 @@ def _bare_environment() -> dict[str, str]:
 
 def _publish(folder: Path, number: int, environment: dict[str, str], console: Console) -> BatchReport:
     report = folder / f"report-{number}.json"
-    shown = ["python", "-m", "flows.publish_batch", str(PROMPTS), "--bucket", BUCKET, "--max-in-flight", "4"]
+    shown = [
+        "python",
+        "-m",
+        "flux_prefect.flows.publish_batch",
+        str(PROMPTS),
+        "--bucket",
+        BUCKET,
+        "--max-in-flight",
+        "4",
+    ]
     console.print(f"$ {' '.join(shown)}", style="bold", soft_wrap=True)
     command = [sys.executable, *shown[1:], "--report", str(report)]
     if number == 1:

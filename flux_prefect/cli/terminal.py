@@ -45,7 +45,7 @@ def refuse_bad_settings() -> None:
     try:
         current_settings()
     except InvalidSettings as error:
-        print(error, file=sys.stderr)  # noqa: T201 - a command line's last word
+        print(error, file=sys.stderr)
         raise SystemExit(MISUSED) from None
 
 
@@ -69,7 +69,7 @@ def run_to_state(run: Awaitable[State[Any]]) -> State[Any]:
         with _quiet_terminal():
             return asyncio.run(wait())
     except KeyboardInterrupt:
-        print("Stopped. What was paid for is kept: the same command goes on from there.", file=sys.stderr)  # noqa: T201 - a command line's last word
+        print("Stopped. What was paid for is kept: the same command goes on from there.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 

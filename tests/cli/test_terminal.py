@@ -7,7 +7,7 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flux_prefect.shell import run_to_state
+from flux_prefect.cli.terminal import run_to_state
 
 
 class Heard(logging.Handler):

@@ -6,8 +6,8 @@ import heapq
 import itertools
 import math
 
-from deployments.simulation.clock import Clock, Resume, Wait
 from flux_prefect.api.pacing import LearningLimit  # the rules; its `Pacer` goes by the clock on the wall
+from flux_prefect.forecast.clock import Clock, Resume, Wait
 
 
 class SimulatedPacer:

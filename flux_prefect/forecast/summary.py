@@ -1,8 +1,4 @@
-"""How long a batch will take, what it will cost and how often it asks S3, before it is run.
-
-From the repository's root: `python -m deployments.simulate --images 10000 --workers 4 --latency 8:20`. What is modelled
-and what is not stands in `deployments/simulation/forecast.py`; what to put in, in `deployments/sizing.md`.
-"""
+"""Forecasts as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -16,9 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deployments.simulation.forecast import forecast
-from deployments.simulation.latency import LatencyError, parse_latency
-from deployments.simulation.scenario import Forecast, Scenario
+from flux_prefect.forecast.latency import LatencyError, parse_latency
+from flux_prefect.forecast.scenario import Forecast, Scenario
+from flux_prefect.forecast.simulation import forecast
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import Density
 
@@ -120,7 +116,7 @@ _OPTIONS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m deployments.simulate", description="Forecast a batch: time, credits, S3 requests."
+        prog="python -m flux_prefect.forecast.summary", description="Forecast a batch: time, credits, S3 requests."
     )
     parser.add_argument(
         "--latency",

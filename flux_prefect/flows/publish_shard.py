@@ -22,7 +22,7 @@ from flux_prefect.batch.shutdown import is_to_be_cancelled
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ShardSuperseded
-from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight
+from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.sharding.heartbeat import giving_signs, sign_of

@@ -1,8 +1,4 @@
-"""Publish the images of a prompt table over many workers.
-
-From a shell: `python -m flows.publish_sharded prompts.csv --bucket s3://name/prefix --at-once 4`, where PREFECT_API_URL
-names the server, deployments/prefect.yaml is deployed there, and workers of its pool run.
-"""
+"""Publish the images of a prompt table over many workers."""
 
 from __future__ import annotations
 
@@ -20,20 +16,21 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.publish_batch import Table, add_batch_arguments, read_batch_arguments, tell_end
 from flux_prefect.batch.context import BatchContext, open_context
 from flux_prefect.batch.final_state import announce_plan, end_batch, end_cancelled, end_dry_run
 from flux_prefect.batch.planning import PlannedBatch, add_outlook, check_balance, make_plan
 from flux_prefect.batch.shutdown import is_to_be_cancelled, sigterm_as_cancellation
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases
+from flux_prefect.cli.terminal import run_to_state
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import leave_artifacts, live_progress
 from flux_prefect.display.events import tell_batch
 from flux_prefect.display.progress import Progress
 from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.display.run_names import name_before_plan
-from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.flows.publish_batch import Table, add_batch_arguments, read_batch_arguments, tell_end
 from flux_prefect.host.spool import Experience
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport, Tally
@@ -41,7 +38,6 @@ from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.sharding.runs import ShardRuns
 from flux_prefect.sharding.shards import Split, adoption_of, split_batch
 from flux_prefect.sharding.supervisor import Following, Pace
-from flux_prefect.shell import run_to_state
 from flux_prefect.tables.table import Only, open_table
 from flux_prefect.tables.table import Table as Rows
 
@@ -240,7 +236,8 @@ def _learn(job: BatchContext, report: BatchReport, following: Following) -> Expe
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.publish_sharded", description="Publish a prompt table's images over many workers."
+        prog="python -m flux_prefect.flows.publish_sharded",
+        description="Publish a prompt table's images over many workers.",
     )
     add_batch_arguments(parser)
     parser.set_defaults(max_in_flight=32)

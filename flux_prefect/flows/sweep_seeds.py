@@ -1,7 +1,4 @@
-"""Publish prompts in many variants, with a contact sheet of each prompt.
-
-From a shell: `python -m flows.sweep_seeds "a fox in snow" --bucket s3://name/prefix --seeds 1-4 --aspect-ratios 1:1`.
-"""
+"""Publish prompts in many variants, with a contact sheet of each prompt."""
 
 from __future__ import annotations
 
@@ -28,20 +25,20 @@ from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from flows.publish_batch import publish_batch
 from flux_prefect.api.models import AspectRatio, ImageRequest, OutputFormat, SafetyTolerance, Seed, TextToImageModel
 from flux_prefect.batch.planning import tabulate_plan
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.contact_sheets import Cell, ContactSheet
 from flux_prefect.errors import BatchFailed, TooManyCombinations
-from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight
+from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, InFlight
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
-from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 
 Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
 Guidance = Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)]
@@ -216,7 +213,8 @@ def _seeds(text: str) -> Iterator[int]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.sweep_seeds", description="Publish prompts in many variants, with contact sheets."
+        prog="python -m flux_prefect.flows.sweep_seeds",
+        description="Publish prompts in many variants, with contact sheets.",
     )
     parser.add_argument("prompts", nargs="+", help="what the images show; a contact sheet each")
     add_connection_arguments(parser)

@@ -1,6 +1,6 @@
 """Publish a day's images of a table of prompt templates.
 
-From a shell: `python -m flows.publish_daily products.csv --bucket s3://name/prefix --day 2026-03-01`.
+From a shell: `python -m flux_prefect.flows.publish_daily products.csv --bucket s3://name/prefix --day 2026-03-01`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from prefect.runtime import flow_run
 from pydantic import AfterValidator, Field, ValidationError
 from rich.console import Console
 
-from flows.publish_batch import publish_batch
 from flux_prefect.batch.planning import tabulate_plan
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.errors import BatchFailed
-from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.manifest.report import BatchReport, tabulate
-from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.tables.table import explain_invalid
 from flux_prefect.tables.templates import USUAL_IMAGES, ImageSettings, render_table
 
@@ -156,7 +156,8 @@ def read_images(parser: argparse.ArgumentParser, given: argparse.Namespace) -> I
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.publish_daily", description="Publish a day's images of a table of prompt templates."
+        prog="python -m flux_prefect.flows.publish_daily",
+        description="Publish a day's images of a table of prompt templates.",
     )
     add_daily_arguments(parser)
     parser.add_argument("--day", type=date.fromisoformat, metavar="YYYY-MM-DD", help="the day (default: today)")

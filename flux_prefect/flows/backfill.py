@@ -1,7 +1,4 @@
-"""Publish the images of a range of days.
-
-From a shell: `python -m flows.backfill products.csv --bucket s3://name/prefix --start 2026-03-01 --end 2026-03-05`.
-"""
+"""Publish the images of a range of days."""
 
 from __future__ import annotations
 
@@ -21,15 +18,15 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from flows.publish_daily import Template, TemplateTable, add_daily_arguments, publish_daily, read_images
+from flux_prefect.cli.terminal import FAILED, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed, BalanceTooLow, BatchFailed, TableError
-from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
+from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
+from flux_prefect.flows.publish_daily import Template, TemplateTable, add_daily_arguments, publish_daily, read_images
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
-from flux_prefect.shell import FAILED, run_to_state
 from flux_prefect.tables.templates import USUAL_IMAGES, ImageSettings
 
 Order = Literal["oldest first", "newest first"]
@@ -195,7 +192,7 @@ def _spent_at_most(report: BatchReport | None, endpoint: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.backfill", description="Publish the images of a range of days."
+        prog="python -m flux_prefect.flows.backfill", description="Publish the images of a range of days."
     )
     add_daily_arguments(parser)
     for name, told in {"start": "the first day", "end": "the last day, itself included"}.items():

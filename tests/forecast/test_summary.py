@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.simulate import main
+from flux_prefect.forecast.summary import main
 
 
 def test_json_is_for_programs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from deployments.simulation.forecast import forecast
-from deployments.simulation.latency import ConstantLatency, LognormalLatency, MeasuredLatency
-from deployments.simulation.scenario import Forecast, Scenario
+from flux_prefect.forecast.latency import ConstantLatency, LognormalLatency, MeasuredLatency
+from flux_prefect.forecast.scenario import Forecast, Scenario
+from flux_prefect.forecast.simulation import forecast
 
 SECOND = ConstantLatency(seconds=1)
 SPREAD = LognormalLatency(median=8, p95=20)

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
-from deployments.simulation.latency import Latency, Seconds
+from flux_prefect.forecast.latency import Latency, Seconds
 from flux_prefect.pipeline import Density
 
 _Share = Annotated[float, Field(ge=0, le=1)]

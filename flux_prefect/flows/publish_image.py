@@ -1,6 +1,6 @@
 """Publish the images of one request.
 
-From a shell: `python -m flows.publish_image "a lighthouse at dusk" --bucket s3://name/prefix --seed 7`.
+From a shell: `python -m flux_prefect.flows.publish_image "a lighthouse at dusk" --bucket s3://name/prefix --seed 7`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.forms import BucketChoice, CredentialsChoice
+from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import Production, check_ready, produce_image
 from flux_prefect.seeds import with_seed
-from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.tables.table import explain_invalid
 
 
@@ -81,7 +81,9 @@ def _tell_cost(production: Production) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
-    parser = argparse.ArgumentParser(prog="python -m flows.publish_image", description="Publish one request's images.")
+    parser = argparse.ArgumentParser(
+        prog="python -m flux_prefect.flows.publish_image", description="Publish one request's images."
+    )
     parser.add_argument("prompt", help="what the image shows")
     options = [name for name in ImageRequest.model_fields if name != "prompt"]
     for name in options:

@@ -24,11 +24,11 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from typing import Literal, TypeAlias
 
-from deployments.simulation.clock import Clock, Places, Process, Wait
-from deployments.simulation.pacing import SimulatedPacer
-from deployments.simulation.scenario import Forecast, Scenario
 from flux_prefect.api.retrying import backoff
 from flux_prefect.batch.engine import ROWS_A_CHUNK
+from flux_prefect.forecast.clock import Clock, Places, Process, Wait
+from flux_prefect.forecast.pacing import SimulatedPacer
+from flux_prefect.forecast.scenario import Forecast, Scenario
 
 _End: TypeAlias = Literal["published", "flagged", "failed"]
 _Outcome: TypeAlias = Literal["good", "refused", "failed", "lost", "flagged"]

@@ -1,7 +1,4 @@
-"""Compare a manifest with its bucket, and bring back what is missing.
-
-From a shell: `python -m flows.audit_bucket s3://name/prefix/manifests/latest.jsonl --bucket s3://name/prefix --repair`.
-"""
+"""Compare a manifest with its bucket, and bring back what is missing."""
 
 from __future__ import annotations
 
@@ -27,17 +24,17 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from flows.publish_batch import publish_batch
 from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
+from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.concurrency import for_each
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import AuditFailed, BatchFailed, FluxError, RepairImpossible, TableError
-from flux_prefect.forms import BucketChoice, CredentialsChoice, CreditCap, ImageCap
+from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.manifest.audit import Finding, check_key, find_in_spool, inspect_published, set_aside
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import describe_credits
-from flux_prefect.shell import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.tables.manifest_lines import read_records
 from flux_prefect.tables.sources import Source, open_source
 
@@ -326,7 +323,8 @@ def _tabulate(report: AuditReport) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 0 only where the run is Completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.audit_bucket", description="Compare a manifest with its bucket, and repair it."
+        prog="python -m flux_prefect.flows.audit_bucket",
+        description="Compare a manifest with its bucket, and repair it.",
     )
     parser.add_argument("manifest", help="the .jsonl manifest of a run; a path, s3://… or https://…")
     add_connection_arguments(parser)

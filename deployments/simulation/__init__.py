@@ -1,1 +1,0 @@
-"""A batch in virtual time, behind `python -m deployments.simulate`."""

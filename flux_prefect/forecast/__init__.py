@@ -1,0 +1,1 @@
+"""A batch in virtual time: how long it takes, what it costs and how often it asks S3."""
