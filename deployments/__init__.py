@@ -1,1 +1,1 @@
-"""How the flows are deployed: see README.md."""
+"""How the flows are deployed: see docs/."""

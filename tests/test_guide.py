@@ -20,7 +20,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from flux_prefect.sandbox.launching import RunningSandbox
 
 ROOT = Path(__file__).parents[1]
-GUIDE = ROOT / "deployments" / "guide.md"
+GUIDE = ROOT / "deployments" / "docs" / "getting-started.md"
 BLOCKS: list[tuple[str, str]] = re.findall(
     r"^```(\w+)\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
 )

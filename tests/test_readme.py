@@ -21,7 +21,8 @@ from flux_prefect.settings import FluxSettings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "deployments").glob("*.md"))]
+DOCS = ROOT / "deployments" / "docs"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "deployments").rglob("*.md"))]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -89,11 +90,9 @@ def test_the_blocks_are_registered_by_the_package(prefect_server: str) -> None:
     assert "Image Bucket" in told.stdout
 
 
-def section(title: str) -> str:
-    """The text under a heading."""
-    found = re.search(rf"^## {title}\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    return found[1]
+def read_page(name: str) -> str:
+    """The text of a page of the documentation."""
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
 
 
 def texts(path: Path) -> Iterator[str]:
@@ -118,7 +117,7 @@ def test_every_setting_is_in_the_table() -> None:
     for path in our_files():
         for text in texts(path):
             read |= set(re.findall(r"\b(?:AIML_?API|FLUX_SANDBOX)_[A-Z0-9_]*[A-Z0-9]\b", text))
-    told = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", section("Settings")))
+    told = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", read_page("settings")))
 
     assert read - told == set()
     assert {name for name in told - read if name.startswith(("FLUX_", "AIML"))} == set()
@@ -127,7 +126,7 @@ def test_every_setting_is_in_the_table() -> None:
 def test_the_defaults_in_the_table_are_those_of_the_settings() -> None:
     """As far as they are numbers."""
     table = dict(
-        re.findall(r"^\| `FLUX_PREFECT_(\w+)` \|.*\| `?([\[\d][^|`]*?)`? \|$", section("Settings"), re.MULTILINE)
+        re.findall(r"^\| `FLUX_PREFECT_(\w+)` \|.*\| `?([\[\d][^|`]*?)`? \|$", read_page("settings"), re.MULTILINE)
     )
     told = {name.lower(): ast.literal_eval(value.replace(",000", "000")) for name, value in table.items()}
     defaults = {
@@ -141,7 +140,7 @@ def test_the_symptoms_are_what_the_code_prints() -> None:
     """Each message that is quoted before an arrow stands in the source, here or in Prefect."""
     theirs = [Path(prefect.__file__).parent / name for name in ("blocks/core.py", "states.py")]
     printed = "\n".join(text for path in [*our_files(), *theirs] for text in texts(path))
-    symptoms = re.findall(r"^- (.*?) → ", section("Troubleshooting"), re.MULTILINE | re.DOTALL)
+    symptoms = re.findall(r"^- (.*?) → ", read_page("troubleshooting"), re.MULTILINE | re.DOTALL)
     quoted = [" ".join(quote.split()) for symptom in symptoms for quote in re.findall(r"`([^`]+)`", symptom)]
 
     assert len(symptoms) >= 17
@@ -153,7 +152,6 @@ def test_the_links_lead_somewhere(page: Path) -> None:
     """To files beside the page, and to headings in them."""
     text = page.read_text(encoding="utf-8")
     links = [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src="([^"]+)"', text)]
-    assert links
     for link in links:
         name, _, heading = link.partition("#")
         target = page.parent / name if name else page

@@ -159,7 +159,7 @@ def _measure(stage: Stage, database: Postgres | None, workers: int, images: int,
         for number in range(workers):
             home = folder / f"worker-{number + 1}"
             home.mkdir(parents=True)
-            # What one worker has paid for another finds, as sizing.md has it for workers on several machines.
+            # What one worker has paid for another finds, as many-workers.md has it for workers on several machines.
             shared = {"PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": f"image-bucket/{_RESULTS}"}
             hosts.append(Host(home, {**stage.environment, **shared}))
             stack.callback(hosts[-1].kill)
