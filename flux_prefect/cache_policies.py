@@ -16,6 +16,8 @@ from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.host.locks import HostLockManager
 
+__all__ = ["GENERATION", "IMAGE", "PromptSeedCachePolicy"]
+
 
 @dataclass
 class PromptSeedCachePolicy(CachePolicy):

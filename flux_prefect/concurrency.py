@@ -12,6 +12,8 @@ import anyio
 import anyio.to_thread
 from typing_extensions import TypeVarTuple, Unpack
 
+__all__ = ["for_each", "limit_threads", "run_in_thread"]
+
 _R = TypeVar("_R")
 _Item = TypeVar("_Item")
 _Args = TypeVarTuple("_Args")

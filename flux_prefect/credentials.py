@@ -24,6 +24,8 @@ from flux_prefect.api.models import normalize_endpoint
 from flux_prefect.api.pacing import shared_pacer
 from flux_prefect.errors import NotSent
 
+__all__ = ["DEFAULT_BASE_URL", "AimlApiCredentials"]
+
 _logger = logging.getLogger(__name__)
 
 DEFAULT_BASE_URL = "https://api.aimlapi.com"

@@ -29,6 +29,8 @@ from prefect.tasks import Task
 
 from flux_prefect.concurrency import run_in_thread
 
+__all__ = ["StepRun", "current_step", "run_inline"]
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 

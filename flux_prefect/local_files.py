@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from uuid import uuid4
 
+__all__ = ["explain", "own_part", "writer_of"]
+
 _TOO_MANY_FILES = {
     errno.EMFILE: "this process has as many files open as it may: raise its limit (ulimit -n), or lower max_in_flight",
     errno.ENFILE: "the whole machine has as many files open as it may: close some, or lower max_in_flight",

@@ -33,6 +33,17 @@ from flux_prefect.host.spool import ImageFile, PaidCall, Spool
 from flux_prefect.steps import CallOutcome, metered
 from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3
 
+__all__ = [
+    "Density",
+    "ImageOutcome",
+    "Production",
+    "Status",
+    "StepRunner",
+    "check_ready",
+    "produce_image",
+    "run_as_task",
+]
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 

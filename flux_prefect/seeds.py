@@ -8,6 +8,8 @@ from datetime import date
 
 from flux_prefect.api.models import MAX_SEED, ImageRequest
 
+__all__ = ["draw_day_seed", "draw_seed", "with_seed"]
+
 
 def draw_seed(run: str, place: str) -> int:
     """A seed from 1 to 4,294,967,295, the same each time for one run and place.

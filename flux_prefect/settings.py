@@ -18,6 +18,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from flux_prefect.errors import InvalidSettings
 
+__all__ = ["FluxSettings", "current_settings", "settings_at_import"]
+
 _PREFIX = "FLUX_PREFECT_"
 _MOST_OF_A_VALUE = 60  # characters, a line's worth
 

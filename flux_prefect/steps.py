@@ -23,6 +23,8 @@ from flux_prefect.errors import Billed, ContentFlagged, EmptyGeneration, ImageGo
 from flux_prefect.host.spool import ImageFile, PaidCall, Spool
 from flux_prefect.money.budget import current_budget
 
+__all__ = ["CallOutcome", "download", "generate", "metered", "recover"]
+
 
 @dataclass(frozen=True)
 class CallOutcome:

@@ -24,6 +24,8 @@ from flux_prefect.host.spool import ImageFile, Spool
 from flux_prefect.inline import current_step
 from flux_prefect.settings import current_settings, settings_at_import
 
+__all__ = ["download_image", "find_published", "generate_image", "is_worth_repeating", "upload_to_s3"]
+
 _SETTINGS = settings_at_import()
 
 

@@ -1,1 +1,3 @@
 """The image service: its requests, answers, errors and client, with no Prefect in it."""
+
+__all__: list[str] = []

@@ -17,6 +17,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from flux_prefect.errors import DownloadInterrupted, UnsafeURL
 
+__all__ = ["AddressRules", "CheckedResolver"]
+
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")

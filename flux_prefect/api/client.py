@@ -52,6 +52,8 @@ from flux_prefect.errors import (
     StatusError,
 )
 
+__all__ = ["LOG_PAGE_ROWS", "MAX_PIXELS", "AimlApiClient", "Timeouts"]
+
 BALANCE_PATH = "/v2/billing"
 OLD_BALANCE_PATH = "/v1/billing/balance"
 LOGS_PATH = "/v2/logs"

@@ -34,6 +34,8 @@ from flux_prefect.errors import (
 )
 from flux_prefect.local_files import explain, own_part
 
+__all__ = ["DownloadedImage", "Downloader"]
+
 MAX_REDIRECTS = 5
 
 _HEADERS = {"User-Agent": "flux_prefect", "Accept": "image/*", "Accept-Encoding": "identity"}

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from flux_prefect.api.models import OutputFormat
 from flux_prefect.errors import ImageTooLarge, NotAnImage, UnexpectedFormat
 
+__all__ = ["InspectedImage", "inspect_image"]
+
 BLACK = 8
 """The brightest sample, of 255, that a blacked-out image may have: room for the noise of JPEG."""
 

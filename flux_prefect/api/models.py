@@ -18,6 +18,28 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from flux_prefect.errors import Billed, EmptyGeneration, InvalidResponse
 
+__all__ = [
+    "CREDITS_PER_USD",
+    "FILE_EXTENSIONS",
+    "GENERATIONS_PATH",
+    "MAX_SEED",
+    "AspectRatio",
+    "Balance",
+    "GeneratedImage",
+    "Generation",
+    "GuidanceScale",
+    "ImageCount",
+    "ImageRequest",
+    "LogEntry",
+    "OutputFormat",
+    "SafetyTolerance",
+    "Seed",
+    "TextToImageModel",
+    "normalize_endpoint",
+    "parse_generation",
+    "parse_log",
+]
+
 GENERATIONS_PATH = "/v1/images/generations"
 
 CREDITS_PER_USD = 2_000_000

@@ -38,6 +38,8 @@ from dataclasses import dataclass, field
 
 from flux_prefect.api.models import normalize_endpoint
 
+__all__ = ["LearningLimit", "NoSlot", "Pacer", "Turn", "shared_pacer"]
+
 logger = logging.getLogger(__name__)
 
 _SOONEST_PROBE, _LATEST_PROBE = 16, 64  # full windows, and pauses, before a probe: at first, after refused ones

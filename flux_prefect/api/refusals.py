@@ -22,6 +22,8 @@ from flux_prefect.errors import (
     StatusError,
 )
 
+__all__ = ["read_refusal"]
+
 MESSAGE_LIMIT = 500
 """Characters kept of what the service says."""
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
+__all__ = ["backoff", "parse_retry_after"]
+
 _SECONDS = re.compile(r"\d+(\.\d+)?", re.ASCII)
 _MOST_DOUBLINGS = 63  # 2 to the power of more overflows a float, and no cap is that far away
 

@@ -20,6 +20,8 @@ from aiohttp.abc import AbstractResolver
 from multidict import CIMultiDict
 from yarl import URL
 
+__all__ = ["AiohttpTransport", "find_proxy", "open_transport", "send"]
+
 _READ_BUFFER = 256 * 1024  # bytes: an image in some two or three pieces
 _LONGEST_HEADER = 64 * 1024  # bytes: signed addresses to redirect to are long
 

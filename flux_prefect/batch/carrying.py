@@ -18,6 +18,8 @@ from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.money.reconciliation import Reconciliation, reconcile
 from flux_prefect.pipeline import Density
 
+__all__ = ["Carried", "carry_through", "resume_pace"]
+
 
 @dataclass(frozen=True)
 class Carried:

@@ -14,6 +14,8 @@ from flux_prefect.money.budget import Budget
 from flux_prefect.pipeline import check_ready
 from flux_prefect.settings import current_settings
 
+__all__ = ["BatchContext", "open_context"]
+
 
 @dataclass(frozen=True)
 class BatchContext:

@@ -42,6 +42,8 @@ from flux_prefect.settings import current_settings
 from flux_prefect.steps import recover
 from flux_prefect.tables.table import Row
 
+__all__ = ["MOST_IN_STEPS", "ROWS_A_CHUNK", "choose_density", "learn", "run_batch"]
+
 MOST_IN_STEPS = 300
 """Rows with something to do up to which a batch runs in steps unless told: 900 task runs, which a page can show."""
 

@@ -15,6 +15,8 @@ from flux_prefect.errors import BatchFailed
 from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.manifest.report import BatchReport
 
+__all__ = ["announce_plan", "end_batch", "end_cancelled", "end_dry_run"]
+
 
 async def announce_plan(plan: Plan, source: str | Sequence[Any], logger: Logger) -> None:
     """Tell of a plan in the log, in the artifact `flux-plan`, and in the enclosing flow run's name.

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+__all__ = ["tuned_interpreter"]
+
 _SWITCH_SECONDS = 0.0005
 
 

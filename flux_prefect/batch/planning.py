@@ -22,6 +22,8 @@ from flux_prefect.seeds import with_seed
 from flux_prefect.steps import recover
 from flux_prefect.tables.table import Row, Table
 
+__all__ = ["PlannedBatch", "add_outlook", "check_balance", "make_plan", "tabulate_plan"]
+
 _LOOKS_AT_ONCE = 32
 _LISTED = 3000  # keys; a thousand are listed in the time of some fifteen looks
 

@@ -9,6 +9,8 @@ from pydantic import TypeAdapter
 
 from flux_prefect.bucket.image_bucket import PublishedImage
 
+__all__ = ["PublishedIndex"]
+
 _IMAGES = TypeAdapter(tuple[PublishedImage, ...])
 
 

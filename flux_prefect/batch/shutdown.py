@@ -15,6 +15,8 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException
 
+__all__ = ["is_to_be_cancelled", "run_with_grace", "sigterm_as_cancellation"]
+
 _Result = TypeVar("_Result")
 _ASK_SECONDS = 2.0  # Prefect kills a cancelled run after 30, and most of them are the calls'
 

@@ -16,6 +16,8 @@ from flux_prefect.errors import BucketUnavailable, ConditionsIgnored
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
 
+__all__ = ["ConditionalObject", "Version"]
+
 _Result = TypeVar("_Result")
 
 _NOT_FOUND, _NOT_IMPLEMENTED = 404, 501

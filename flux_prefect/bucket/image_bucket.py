@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
     from types_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
+__all__ = ["ImageBucket", "PublishedImage", "PublishingRun"]
+
 _Result = TypeVar("_Result")
 
 _TIMES_OVER = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted"}

@@ -7,6 +7,8 @@ import string
 
 from flux_prefect.api.models import FILE_EXTENSIONS, ImageRequest
 
+__all__ = ["DEFAULT_KEY_TEMPLATE", "check_key_template", "clean_prefix", "object_key", "sidecar_key"]
+
 DEFAULT_KEY_TEMPLATE = "{fingerprint}-{index}.{extension}"
 
 _REQUIRED = {"fingerprint", "index"}

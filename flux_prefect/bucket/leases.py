@@ -39,6 +39,8 @@ from flux_prefect.bucket.conditional_object import ConditionalObject, Version
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, BucketUnavailable, KeyOccupied, LeaseLost
 
+__all__ = ["BucketLeases", "Lease", "LeaseRecord", "current_lease", "read_clock"]
+
 _Result = TypeVar("_Result")
 
 _logger = logging.getLogger(__name__)

@@ -1,1 +1,3 @@
 """The command flux-prefect."""
+
+__all__: list[str] = []

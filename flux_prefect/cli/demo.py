@@ -29,6 +29,8 @@ from flux_prefect.money.budget import describe_credits
 from flux_prefect.sandbox.launching import start_sandbox
 from flux_prefect.sandbox.ledger import Summary
 
+__all__ = ["main"]
+
 PROMPTS = Path("flows/examples/prompts.csv")
 BUCKET = "s3://images/demo"
 

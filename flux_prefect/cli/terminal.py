@@ -16,6 +16,8 @@ from prefect.logging.configuration import setup_logging
 from flux_prefect.errors import InvalidSettings
 from flux_prefect.settings import current_settings
 
+__all__ = ["FAILED", "INTERRUPTED", "MISUSED", "add_connection_arguments", "refuse_bad_settings", "run_to_state"]
+
 FAILED = 1
 """The exit status of a run that is not Completed."""
 

@@ -38,6 +38,8 @@ from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord, ItemStatus
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import describe_credits
 
+__all__ = ["leave_artifacts", "live_progress", "object_address", "write_markdown_gallery", "write_summary"]
+
 UPDATE_SECONDS = 10.0
 """Between two updates of a progress artifact: each costs the server some 40 milliseconds."""
 

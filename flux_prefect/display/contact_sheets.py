@@ -10,6 +10,8 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
+__all__ = ["MAX_DATA_URI", "Cell", "ContactSheet"]
+
 MAX_DATA_URI = 200 * 1024
 """The longest `data:` URI of a preview, in characters."""
 

@@ -21,6 +21,8 @@ from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.pipeline import Density
 
+__all__ = ["BATCH_FINISHED", "IMAGE_FAILED", "IMAGE_PUBLISHED", "find_asset", "tell_batch", "tell_item"]
+
 BATCH_FINISHED = "flux.batch.finished"
 IMAGE_PUBLISHED = "flux.image.published"
 IMAGE_FAILED = "flux.image.failed"

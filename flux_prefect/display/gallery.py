@@ -25,6 +25,8 @@ from flux_prefect.concurrency import for_each
 from flux_prefect.manifest.records import ItemRecord, ItemStatus
 from flux_prefect.manifest.report import BatchReport
 
+__all__ = ["publish_page", "write_gallery", "write_page"]
+
 _DOWNLOADS_AT_ONCE = 8
 
 

@@ -17,6 +17,8 @@ from flux_prefect.manifest.plan import Plan
 from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord
 from flux_prefect.money.budget import describe_credits
 
+__all__ = ["Logger", "Progress", "describe_seconds", "show_progress"]
+
 _SECONDS_BETWEEN_LINES = 30.0
 _MOST_FAILURES_TOLD = 20
 

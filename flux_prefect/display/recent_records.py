@@ -9,6 +9,8 @@ from itertools import chain, islice
 
 from flux_prefect.manifest.records import ItemRecord
 
+__all__ = ["PAGE", "RecentRecords"]
+
 PAGE = 48
 """Images on a page."""
 

@@ -14,6 +14,8 @@ from prefect.exceptions import PrefectException
 
 from flux_prefect.manifest.plan import Plan
 
+__all__ = ["name_before_plan", "name_planned", "name_source", "rename_run"]
+
 
 def name_source(source: str | Sequence[Any]) -> str:
     """The table's name for people. Of an address the last part alone: a signed one holds a secret."""

@@ -16,6 +16,8 @@ from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import BucketError, ImageTooLarge, SpoolUnreadable
 from flux_prefect.host.spool import Spool
 
+__all__ = ["MOST_BYTES", "draw_thumbnail", "make_thumbnails"]
+
 SIDE = 160
 """Pixels of a thumbnail's longer side."""
 

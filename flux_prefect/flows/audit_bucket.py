@@ -38,6 +38,8 @@ from flux_prefect.money.budget import describe_credits
 from flux_prefect.tables.manifest_lines import read_records
 from flux_prefect.tables.sources import Source, open_source
 
+__all__ = ["AuditReport", "AuditedImage", "audit_bucket", "main"]
+
 _MOST_TOLD = 100
 
 Mended = Literal["put back from the spool", "published again"]

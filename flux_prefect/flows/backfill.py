@@ -29,6 +29,8 @@ from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
 from flux_prefect.tables.templates import USUAL_IMAGES, ImageSettings
 
+__all__ = ["BackfillReport", "DayOutcome", "backfill", "main"]
+
 Order = Literal["oldest first", "newest first"]
 
 

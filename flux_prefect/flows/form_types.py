@@ -16,6 +16,8 @@ from pydantic import Field
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 
+__all__ = ["BucketChoice", "CredentialsChoice", "CreditCap", "ImageCap", "InFlight", "Tolerated"]
+
 BucketChoice = Annotated[ImageBucket, Field(title="Saved block")] | Annotated[str, Field(title="Name or s3://…")]
 """A bucket, for `ImageBucket.resolve`."""
 

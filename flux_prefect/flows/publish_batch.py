@@ -43,6 +43,8 @@ from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.tables.table import Only, open_table
 
+__all__ = ["Table", "add_batch_arguments", "main", "publish_batch", "read_batch_arguments", "tell_end"]
+
 Table = (
     Annotated[str, Field(title="File")]
     | Annotated[list[ImageRequest], Field(title="Requests")]

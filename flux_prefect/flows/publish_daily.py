@@ -30,6 +30,8 @@ from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.tables.table import explain_invalid
 from flux_prefect.tables.templates import USUAL_IMAGES, ImageSettings, render_table
 
+__all__ = ["Template", "TemplateTable", "add_daily_arguments", "main", "publish_daily", "read_images"]
+
 
 def _known_timezone(name: str) -> str:
     try:

@@ -26,6 +26,8 @@ from flux_prefect.pipeline import Production, check_ready, produce_image
 from flux_prefect.seeds import with_seed
 from flux_prefect.tables.table import explain_invalid
 
+__all__ = ["main", "publish_image"]
+
 
 @flow(name="publish-image", flow_run_name="publish {request.label}")
 async def publish_image(

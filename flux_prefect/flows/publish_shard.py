@@ -29,6 +29,8 @@ from flux_prefect.sharding.heartbeat import giving_signs, sign_of
 from flux_prefect.sharding.shards import plan_shard
 from flux_prefect.tables.table import open_table
 
+__all__ = ["publish_shard"]
+
 
 @flow(name="publish-shard")
 async def publish_shard(

@@ -41,6 +41,8 @@ from flux_prefect.sharding.supervisor import Following, Pace
 from flux_prefect.tables.table import Only, open_table
 from flux_prefect.tables.table import Table as Rows
 
+__all__ = ["main", "publish_sharded"]
+
 
 def _name_run() -> str:
     return name_before_plan(flow_run.parameters["source"])

@@ -40,6 +40,8 @@ from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
 
+__all__ = ["SweepReport", "main", "sweep_seeds"]
+
 Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
 Guidance = Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)]
 

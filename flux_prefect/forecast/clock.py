@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import TypeAlias
 
+__all__ = ["Clock", "Places", "Process", "Resume", "Wait"]
+
 Resume: TypeAlias = Callable[[], None]
 Wait: TypeAlias = Callable[[Resume], bool]
 """Given what to call when the wait is over. It returns True, and never calls it, where there is nothing to wait for."""

@@ -10,6 +10,16 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
+__all__ = [
+    "ConstantLatency",
+    "Latency",
+    "LatencyError",
+    "LognormalLatency",
+    "MeasuredLatency",
+    "Seconds",
+    "parse_latency",
+]
+
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _NORMAL = NormalDist()

@@ -9,6 +9,8 @@ import math
 from flux_prefect.api.pacing import LearningLimit  # the rules; its `Pacer` goes by the clock on the wall
 from flux_prefect.forecast.clock import Clock, Resume, Wait
 
+__all__ = ["SimulatedPacer"]
+
 
 class SimulatedPacer:
     """What `flux_prefect.api.pacing.Pacer` does with refusals, pauses and places. Its patience has no end.

@@ -11,6 +11,8 @@ from typing_extensions import Self
 from flux_prefect.forecast.latency import Latency, Seconds
 from flux_prefect.pipeline import Density
 
+__all__ = ["Forecast", "Scenario"]
+
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(ge=1)]
 

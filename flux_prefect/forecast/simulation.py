@@ -30,6 +30,8 @@ from flux_prefect.forecast.clock import Clock, Places, Process, Wait
 from flux_prefect.forecast.pacing import SimulatedPacer
 from flux_prefect.forecast.scenario import Forecast, Scenario
 
+__all__ = ["forecast"]
+
 _End: TypeAlias = Literal["published", "flagged", "failed"]
 _Outcome: TypeAlias = Literal["good", "refused", "failed", "lost", "flagged"]
 

@@ -18,6 +18,8 @@ from flux_prefect.forecast.simulation import forecast
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import Density
 
+__all__ = ["main", "tabulate_forecast"]
+
 _MINUTE = 60
 
 

@@ -19,6 +19,8 @@ from prefect.locking.protocol import LockManager
 from flux_prefect.local_files import explain
 from flux_prefect.settings import current_settings
 
+__all__ = ["HostLockManager"]
+
 _FIRST_WAIT = 0.01
 _LONGEST_WAIT = 0.25
 

@@ -27,6 +27,8 @@ from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnread
 from flux_prefect.local_files import explain, own_part, writer_of
 from flux_prefect.settings import current_settings
 
+__all__ = ["Experience", "ImageFile", "PaidCall", "Spool"]
+
 
 class PaidCall(BaseModel):
     """A paid call on its way: written before it is sent, removed once its end is known."""

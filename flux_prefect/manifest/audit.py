@@ -20,6 +20,8 @@ from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import BucketError, RepairImpossible, SpoolUnreadable
 from flux_prefect.host.spool import ImageFile, Spool
 
+__all__ = ["Finding", "Inspection", "check_key", "find_in_spool", "inspect_published", "set_aside"]
+
 Finding = Literal["ok", "missing", "wrong_checksum", "missing_sidecar", "unreadable"]
 
 _CHUNK = 1024 * 1024

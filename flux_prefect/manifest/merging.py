@@ -10,6 +10,8 @@ from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
 from flux_prefect.errors import FluxError, RunStopped
 from flux_prefect.manifest.records import ItemRecord
 
+__all__ = ["attribute", "fail", "fold", "is_open", "merge_attempts"]
+
 
 def is_open(record: ItemRecord) -> bool:
     """Whether a row is still to be done: a cap left it out, or the run was told to end before it."""

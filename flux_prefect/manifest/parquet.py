@@ -17,6 +17,8 @@ from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.tables.manifest_lines import VERSION
 from flux_prefect.tables.parquet import MANIFEST_METADATA, load_pyarrow
 
+__all__ = ["IMAGE_COLUMNS", "write_columns"]
+
 IMAGE_COLUMNS = ("sha256", "width", "height", "key", "uri", "url")
 """The fields of a record's first image that have columns of their own; all images are JSON under `images`."""
 

@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flux_prefect.money.budget import describe_credits
 
+__all__ = ["Plan", "describe_plan"]
+
 
 class Plan(BaseModel):
     """The sums of a plan."""

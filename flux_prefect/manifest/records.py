@@ -13,6 +13,18 @@ from flux_prefect.errors import Billed, FluxError, RunStopped
 from flux_prefect.pipeline import ImageOutcome, Production, Status
 from flux_prefect.tables.table import Row
 
+__all__ = [
+    "UNSUCCESSFUL",
+    "ItemRecord",
+    "ItemStatus",
+    "record_failed",
+    "record_invalid",
+    "record_production",
+    "record_skipped",
+    "record_stopped",
+    "record_unchanged",
+]
+
 ItemStatus = Literal["published", "unchanged", "flagged", "skipped_budget", "failed", "invalid"]
 
 UNSUCCESSFUL: tuple[ItemStatus, ...] = ("failed", "flagged", "invalid")

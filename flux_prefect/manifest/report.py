@@ -18,6 +18,8 @@ from flux_prefect.money.budget import describe_credits
 from flux_prefect.money.reconciliation import Reconciliation
 from flux_prefect.tables.manifest_lines import read_manifest
 
+__all__ = ["BatchReport", "Tally", "tabulate"]
+
 _MOST_SHOWN = 100
 
 

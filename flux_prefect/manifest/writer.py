@@ -33,6 +33,8 @@ from flux_prefect.tables.file_views import open_view
 from flux_prefect.tables.manifest_lines import VERSION, mend, ordered_lines
 from flux_prefect.tables.parquet import has_pyarrow, load_pyarrow
 
+__all__ = ["ManifestWriter", "record_line"]
+
 logger = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 30.0

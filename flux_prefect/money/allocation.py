@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from flux_prefect.money.budget import Amount
 
+__all__ = ["Need", "Purse"]
+
 NOTHING = Amount(0.0, 0)
 """No money and no images."""
 

@@ -13,6 +13,8 @@ import anyio
 from flux_prefect.api.models import CREDITS_PER_USD, ImageRequest
 from flux_prefect.errors import Billed, BudgetExhausted, RunStopped
 
+__all__ = ["Amount", "Budget", "Reservation", "current_budget", "describe_credits", "spending_from"]
+
 
 class Budget:
     """What may be spent, what is spent, and what calls in flight may still cost.

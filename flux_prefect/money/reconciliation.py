@@ -15,6 +15,8 @@ from flux_prefect.errors import AnswerLost, Billed, ServiceError, SpoolUnreadabl
 from flux_prefect.host.spool import PaidCall, Spool
 from flux_prefect.money.budget import describe_credits
 
+__all__ = ["MAX_PAGES", "Reconciliation", "reconcile"]
+
 MAX_PAGES = 50
 """Pages of the log that one `reconcile` reads, 5,000 rows: a quarter of what the service allows in a minute."""
 

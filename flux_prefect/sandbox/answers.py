@@ -16,6 +16,18 @@ from flux_prefect.api.models import CREDITS_PER_USD
 from flux_prefect.sandbox.schema import GenerationBody
 from flux_prefect.sandbox.settings import Envelope, ResponseShape
 
+__all__ = [
+    "OUT_OF_CREDITS",
+    "Cost",
+    "Image",
+    "error",
+    "generation",
+    "json_bytes",
+    "media_type",
+    "needs_bytes",
+    "utc_now",
+]
+
 OUT_OF_CREDITS = "You've run out of credits. Please top up your balance or update your payment method to continue."
 
 _NAMES = {

@@ -11,6 +11,8 @@ from typing_extensions import Self
 from flux_prefect.sandbox.ledger import LedgerReport, Summary
 from flux_prefect.sandbox.settings import SandboxSettings
 
+__all__ = ["SandboxControl", "SandboxRefused"]
+
 
 class SandboxRefused(Exception):
     """The sandbox did not take a setting or a fault; the message says why."""

@@ -28,6 +28,19 @@ from flux_prefect.sandbox.schema import GenerationBody, explain
 from flux_prefect.sandbox.settings import Envelope
 from flux_prefect.sandbox.wire import Cut, Flood, Reset, Silence, Trickle
 
+__all__ = [
+    "FAULTS",
+    "ArmedFault",
+    "ArmedFaults",
+    "Delivery",
+    "FaultKind",
+    "FinishedCall",
+    "PendingCall",
+    "Strike",
+    "UnknownFault",
+    "When",
+]
+
 When = Literal["before_work", "after_work", "download"]
 
 GATEWAY_PAGE = "<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"

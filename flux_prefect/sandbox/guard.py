@@ -17,6 +17,8 @@ import sys
 import time
 from types import FrameType
 
+__all__ = ["main"]
+
 _PR_SET_PDEATHSIG = 1
 _LOOK_EVERY = 0.5
 

@@ -15,6 +15,8 @@ from typing_extensions import Self
 
 from flux_prefect.sandbox.control import SandboxControl
 
+__all__ = ["RunningSandbox", "SandboxFailed", "start_sandbox"]
+
 _START_SECONDS = 60
 _STOP_SECONDS = 30
 

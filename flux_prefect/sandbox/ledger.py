@@ -20,6 +20,8 @@ from pydantic import BaseModel, Field
 
 from flux_prefect.sandbox.settings import START_BALANCE
 
+__all__ = ["Call", "Entry", "Ledger", "LedgerReport", "LogPage", "StoredImages", "Summary", "Totals"]
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     number INTEGER PRIMARY KEY,

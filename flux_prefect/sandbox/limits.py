@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+__all__ = ["InFlight", "RateWindow"]
+
 
 class RateWindow:
     """Counts calls over the last sixty seconds."""

@@ -23,6 +23,8 @@ from flux_prefect.sandbox import guard
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
+__all__ = ["REGION", "S3Failed", "S3Options", "S3Server", "find_weed"]
+
 REGION = "us-east-1"
 
 _GRPC_OFFSET = 10_000

@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from flux_prefect.api.models import AspectRatio, OutputFormat, SafetyTolerance, TextToImageModel
 
+__all__ = ["GenerationBody", "explain"]
+
 SIZES: dict[AspectRatio, tuple[int, int]] = {
     "21:9": (1568, 672),
     "16:9": (1392, 752),

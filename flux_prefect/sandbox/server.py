@@ -26,6 +26,8 @@ from flux_prefect.sandbox.service import create_app
 from flux_prefect.sandbox.state import State
 from flux_prefect.sandbox.wire import TransportProtocol
 
+__all__ = ["CannotStart", "SandboxOptions", "run"]
+
 _GRACE_SECONDS = 1
 """How long answers under way may still take when the sandbox is told to stop."""
 

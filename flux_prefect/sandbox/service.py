@@ -31,6 +31,8 @@ from flux_prefect.sandbox.schema import GenerationBody, explain
 from flux_prefect.sandbox.state import State
 from flux_prefect.sandbox.steering import steering_routes
 
+__all__ = ["create_app"]
+
 _CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FILE_NAME = re.compile(r"(?P<token>[0-9a-f]{32})-(?P<index>[0-3])\.(?P<extension>jpg|png)")
 _EXTENSIONS = {"jpeg": "jpg", "png": "png"}

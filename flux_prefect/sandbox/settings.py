@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flux_prefect.api.models import CREDITS_PER_USD
 
+__all__ = ["START_BALANCE", "Envelope", "ResponseShape", "SandboxSettings", "ServiceSettings"]
+
 START_BALANCE = 10_000 * CREDITS_PER_USD
 """Credits of a new sandbox's account: ten thousand US dollars, so that no batch runs dry unasked."""
 

@@ -11,6 +11,8 @@ from flux_prefect.sandbox.ledger import Ledger, Summary
 from flux_prefect.sandbox.limits import InFlight, RateWindow
 from flux_prefect.sandbox.settings import SandboxSettings, ServiceSettings
 
+__all__ = ["State"]
+
 
 class State:
     """Ledger, settings, faults and counters of one sandbox, shared by everything that it answers.

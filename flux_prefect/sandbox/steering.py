@@ -15,6 +15,8 @@ from flux_prefect.sandbox.ledger import LedgerReport
 from flux_prefect.sandbox.schema import explain
 from flux_prefect.sandbox.state import State
 
+__all__ = ["steering_routes"]
+
 
 def steering_routes(state: State) -> list[BaseRoute]:
     """The routes under /sandbox."""

@@ -17,6 +17,8 @@ import anyio.lowlevel
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+__all__ = ["Cut", "Flood", "Reset", "Silence", "TransportProtocol", "Trickle"]
+
 _TRANSPORT = "flux_prefect.sandbox.transport"
 
 

@@ -24,6 +24,8 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, ShardSuperseded
 from flux_prefect.money.reconciliation import Reconciliation
 
+__all__ = ["Sign", "giving_signs", "read_sign", "sign_of", "take_for_lost"]
+
 _logger = logging.getLogger(__name__)
 
 _PATIENCE = 10.0

@@ -16,6 +16,8 @@ from prefect.states import Cancelling, Crashed
 
 from flux_prefect.money.budget import Amount
 
+__all__ = ["ShardRun", "ShardRuns"]
+
 _PAGE = 200  # the most that the server gives at once
 
 

@@ -39,6 +39,19 @@ from flux_prefect.tables.file_views import open_view
 from flux_prefect.tables.manifest_lines import read_records
 from flux_prefect.tables.table import Only, Row, Table
 
+__all__ = [
+    "Shard",
+    "Split",
+    "adoption_of",
+    "plan_shard",
+    "read_rows",
+    "settled_path",
+    "shard_of",
+    "shard_path",
+    "split_batch",
+    "write_attempt",
+]
+
 _PATIENCE = 30.0
 _AT_ONCE = 8
 _ROWS_BETWEEN_BREATHS = 100

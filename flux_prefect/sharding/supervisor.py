@@ -36,6 +36,8 @@ from flux_prefect.sharding.shards import Shard, Split, read_rows, settled_path, 
 from flux_prefect.tables.manifest_lines import read_records
 from flux_prefect.tables.sources import open_source
 
+__all__ = ["Following", "Pace"]
+
 POLL_SECONDS = 2.0
 """Between two looks at the runs: one request for all of them."""
 

@@ -6,6 +6,8 @@ import io
 import os
 from typing import Any, BinaryIO
 
+__all__ = ["open_view"]
+
 
 class _View(io.RawIOBase):
     """The first `size` bytes of an open file, with a position of its own."""

@@ -14,6 +14,17 @@ from flux_prefect.api.models import ImageRequest
 from flux_prefect.errors import TableError
 from flux_prefect.tables.sources import Source
 
+__all__ = [
+    "FIELDS",
+    "OWN_COLUMNS",
+    "Unreadable",
+    "check_header",
+    "find_misspelt",
+    "find_unkeepable",
+    "read_csv",
+    "read_jsonl",
+]
+
 FIELDS = frozenset(ImageRequest.model_fields)
 OWN_COLUMNS = FIELDS | {"id"}
 

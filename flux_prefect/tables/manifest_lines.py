@@ -16,6 +16,8 @@ from typing_extensions import TypeIs
 from flux_prefect.errors import TableError
 from flux_prefect.tables.sources import local_source
 
+__all__ = ["VERSION", "begins_with_record", "is_record", "mend", "ordered_lines", "read_manifest", "read_records"]
+
 VERSION = 1
 """The form of the records, in each of them under `manifest`."""
 

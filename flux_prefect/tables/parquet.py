@@ -14,6 +14,8 @@ from flux_prefect.errors import TableError
 from flux_prefect.tables.formats import Unreadable, check_header, find_unkeepable
 from flux_prefect.tables.sources import Source
 
+__all__ = ["MANIFEST_METADATA", "has_pyarrow", "load_pyarrow", "read_parquet"]
+
 MANIFEST_METADATA = b"flux_prefect.manifest"
 """What a manifest's schema is marked with."""
 

@@ -17,6 +17,8 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, TableError
 from flux_prefect.tables.file_views import open_view
 
+__all__ = ["MAX_SOURCE_BYTES", "Source", "local_source", "open_source"]
+
 MAX_SOURCE_BYTES = 512 * 1024 * 1024
 """The largest table that is fetched: over 100,000 of the longest prompts."""
 

@@ -30,7 +30,7 @@ from flux_prefect.tables.manifest_lines import begins_with_record, is_record, re
 from flux_prefect.tables.parquet import read_parquet
 from flux_prefect.tables.sources import Source, local_source, open_source
 
-__all__ = ["Only", "Row", "Table", "TableError", "explain_invalid", "open_table", "read_table"]
+__all__ = ["Only", "Row", "Table", "explain_invalid", "open_table", "read_table"]
 
 Only = Literal["failed", "flagged", "skipped_budget", "unpublished"]
 """Which rows of a manifest to take: those that ended so, or `unpublished`, which is failed and skipped_budget.

@@ -34,6 +34,8 @@ from flux_prefect.tables.manifest_lines import is_record
 from flux_prefect.tables.parquet import read_parquet
 from flux_prefect.tables.sources import Source, open_source
 
+__all__ = ["USUAL_IMAGES", "ImageSettings", "RowRenderer", "render_table"]
+
 MAX_PROMPT = 4000
 """The service's bound, in characters."""
 

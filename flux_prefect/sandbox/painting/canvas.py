@@ -10,6 +10,8 @@ from PIL import Image, ImageChops, ImageDraw
 
 from flux_prefect.sandbox.painting.palettes import Colour
 
+__all__ = ["Canvas", "Point", "Shape", "circle"]
+
 _SMOOTHING = 3
 """Shapes are drawn this many times larger and reduced: that is what makes their edges smooth."""
 

@@ -6,6 +6,8 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
+__all__ = ["write_caption"]
+
 _LINES = 2
 
 

@@ -13,6 +13,8 @@ from flux_prefect.sandbox.painting.palettes import PALETTES
 from flux_prefect.sandbox.painting.scenes import choose_scene
 from flux_prefect.sandbox.schema import GenerationBody
 
+__all__ = ["encode", "paint", "paint_black"]
+
 
 def paint(request: GenerationBody, index: int) -> bytes:
     """Draw image number `index` of a request with a seed, in the format that it asks for.

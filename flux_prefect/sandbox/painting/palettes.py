@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from PIL import ImageColor
 
+__all__ = ["PALETTES", "Colour", "Palette", "along", "mix"]
+
 Colour = tuple[int, int, int]
 
 

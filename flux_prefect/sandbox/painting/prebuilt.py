@@ -11,6 +11,8 @@ from PIL import Image
 from flux_prefect.sandbox.painting.painter import encode
 from flux_prefect.sandbox.schema import GenerationBody
 
+__all__ = ["stamp"]
+
 _LARGEST_COMMENT = 65_000
 """A JPEG segment holds at most 65,533 bytes."""
 

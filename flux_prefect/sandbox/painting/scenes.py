@@ -10,6 +10,8 @@ from random import Random
 from flux_prefect.sandbox.painting.canvas import Canvas, Point, Shape, circle
 from flux_prefect.sandbox.painting.palettes import Colour, Palette, along, mix
 
+__all__ = ["SCENES", "choose_scene"]
+
 Scene = Callable[[Canvas, Palette], None]
 
 
