@@ -13,6 +13,7 @@ from typing import Any
 
 import prefect
 import pytest
+from test_layers import FLOORS
 
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
@@ -22,7 +23,8 @@ from flux_prefect.settings import FluxSettings
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = ROOT / "deployments" / "docs"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "deployments").rglob("*.md"))]
+ROOT_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "deployments").rglob("*.md"))]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -147,12 +149,23 @@ def test_the_symptoms_are_what_the_code_prints() -> None:
     assert [quote for quote in quoted if quote not in printed] == []
 
 
+def test_the_drawing_of_the_house_has_every_floor() -> None:
+    """The floors of the layer test, from the top down."""
+    drawing = re.search(r"^```text\n(.*?)^```$", read_page("ARCHITECTURE"), re.MULTILINE | re.DOTALL)
+    assert drawing is not None
+    drawn = [tuple(re.split(r"\s{2,}", line)[0].split(", ")) for line in drawing[1].splitlines()]
+
+    assert drawn == list(reversed(FLOORS))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_links_lead_somewhere(page: Path) -> None:
     """To files beside the page, and to headings in them."""
     text = page.read_text(encoding="utf-8")
     links = [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src="([^"]+)"', text)]
     for link in links:
+        if link.startswith("https://"):
+            continue
         name, _, heading = link.partition("#")
         target = page.parent / name if name else page
         assert target.is_file(), link
