@@ -14,8 +14,9 @@ from prefect.tasks import Task
 from prefect.utilities.annotations import quote
 
 from flux_prefect.api.models import Generation, ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import (
     Billed,

@@ -16,7 +16,8 @@ from prefect.tasks import Task
 
 from flux_prefect import steps
 from flux_prefect.api.models import Generation, ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
 from flux_prefect.cache_policies import GENERATION, IMAGE
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import Billed, FluxError, ServiceError

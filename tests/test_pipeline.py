@@ -15,7 +15,8 @@ from pydantic import SecretStr
 from support.leaks import OTHER_API_KEY
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import (
     BucketError,

@@ -15,7 +15,8 @@ from prefect.client.orchestration import SyncPrefectClient
 from support.leaks import KEYS, find_leaks
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.tasks import download_image, generate_image, upload_to_s3

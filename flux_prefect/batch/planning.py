@@ -12,7 +12,8 @@ from rich.table import Table as Grid
 from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.published_index import PublishedIndex
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.concurrency import for_each
 from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError
 from flux_prefect.host.spool import Spool

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import TypeAdapter
 
-from flux_prefect.bucket.image_bucket import PublishedImage
+from flux_prefect.bucket.published_image import PublishedImage
 
 __all__ = ["PublishedIndex"]
 

@@ -21,8 +21,6 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from prefect.blocks.core import Block, UnknownBlockType
 from prefect.filesystems import LocalFileSystem, WritableFileSystem
 from pydantic import (
-    AwareDatetime,
-    BaseModel,
     ConfigDict,
     Field,
     HttpUrl,
@@ -31,7 +29,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import to_json
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.keys import (
@@ -41,6 +38,7 @@ from flux_prefect.bucket.keys import (
     object_key,
     sidecar_key,
 )
+from flux_prefect.bucket.published_image import ImageMetadata, PublishedImage, PublishingRun, write_sidecar
 from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import (
     BucketAccessDenied,
@@ -68,38 +66,6 @@ _CHECKSUM = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzC
 _HTTP_SERVER_ERROR, _HTTP_NOT_IMPLEMENTED = 500, 501
 _CHUNK = 1024 * 1024
 _AWS_BUCKET, _AWS_CREDENTIALS = "s3-bucket", "aws-credentials"  # types of saved blocks that prefect-aws has
-
-
-class PublishedImage(BaseModel):
-    """One image in the bucket, whole, with its JSON record beside it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    bucket: str = Field(description="The bucket's name.")
-    key: str = Field(description="The object's key.")
-    uri: str = Field(description="s3://bucket/key.")
-    url: str | None = Field(description="The public address, where the block has a public_base_url.")
-    etag: str = Field(description="As the server gave it, without quotes.")
-    sha256: str = Field(description="Of the bytes, hex, verified by the server.")
-    size: int = Field(description="Bytes.")
-    content_type: str = Field(description="The MIME type.")
-    width: int = Field(description="Pixels.")
-    height: int = Field(description="Pixels.")
-    fingerprint: str = Field(description="The identity of the request at its endpoint.")
-    index: int = Field(description="The image's place in its generation.")
-    seed: int | None = Field(description="The seed that makes it again.")
-    sidecar_key: str = Field(description="The key of the JSON record.")
-    published_at: AwareDatetime = Field(description="When it was written to the bucket.")
-    created: bool = Field(description="This call wrote it; False where it was there already.")
-
-
-class PublishingRun(BaseModel):
-    """The run that publishes, for the record beside the image."""
-
-    model_config = ConfigDict(frozen=True)
-
-    flow_run_id: str | None = Field(default=None, description="Prefect's id of the flow run.")
-    flow_run_name: str | None = Field(default=None, description="The flow run's name.")
 
 
 @dataclass(frozen=True)
@@ -402,17 +368,8 @@ class ImageBucket(WritableFileSystem):
         generation = file.generation
         key = self.key_of(generation.request, generation.fingerprint, file.index)
         record_key = sidecar_key(key, file.sha256)
-        metadata = {
-            "flux-fingerprint": generation.fingerprint,
-            "flux-index": str(file.index),
-            "flux-sha256": file.sha256,
-            "flux-width": str(file.width),
-            "flux-height": str(file.height),
-        }
-        if generation.seed is not None:
-            metadata["flux-seed"] = str(generation.seed)
         published_at = datetime.now(timezone.utc)
-        record = _sidecar(file, key, published_at, run)
+        record = write_sidecar(file, key, published_at, run)
 
         def put(client: S3Client) -> str | None:
             self._put_new(client, record_key, record, content_type="application/json")
@@ -422,7 +379,7 @@ class ImageBucket(WritableFileSystem):
                     key,
                     body,
                     content_type=file.content_type,
-                    Metadata=metadata,
+                    Metadata=ImageMetadata.of(file).headers(),
                     ChecksumSHA256=base64.b64encode(bytes.fromhex(file.sha256)).decode(),
                 )
 
@@ -576,31 +533,26 @@ class ImageBucket(WritableFileSystem):
         found = await self._run(head, key)
         if found is None:
             return None
-        metadata = found["Metadata"]
         try:
-            return PublishedImage(
-                bucket=self.bucket_name,
-                key=key,
-                uri=f"s3://{self.bucket_name}/{key}",
-                url=self._public_url(key),
-                etag=found["ETag"].strip('"'),
-                sha256=metadata["flux-sha256"],
-                size=found["ContentLength"],
-                content_type=found["ContentType"],
-                width=int(metadata["flux-width"]),
-                height=int(metadata["flux-height"]),
-                fingerprint=metadata["flux-fingerprint"],
-                index=int(metadata["flux-index"]),
-                seed=int(metadata["flux-seed"]) if "flux-seed" in metadata else None,
-                sidecar_key=sidecar_key(key, metadata["flux-sha256"]),
-                published_at=found["LastModified"],
-                created=False,
-            )
+            metadata = ImageMetadata.read(found["Metadata"])
         except (KeyError, ValueError) as error:
             raise KeyOccupied(
                 f"s3://{self.bucket_name}/{key} is there but was not published as an image "
                 f"(its metadata lacks or spoils {error}). Remove it, or publish under another prefix."
             ) from error
+        return PublishedImage(
+            bucket=self.bucket_name,
+            key=key,
+            uri=f"s3://{self.bucket_name}/{key}",
+            url=self._public_url(key),
+            etag=found["ETag"].strip('"'),
+            size=found["ContentLength"],
+            content_type=found["ContentType"],
+            sidecar_key=sidecar_key(key, metadata.sha256),
+            published_at=found["LastModified"],
+            created=False,
+            **metadata.model_dump(),
+        )
 
     def _put_new(
         self, client: S3Client, key: str, body: bytes | BinaryIO, *, content_type: str, **options: Any
@@ -721,33 +673,6 @@ def _changed(file: ImageFile) -> ImageChanged:
         f"{file.path} is gone or changed since it was checked: fetch it again with "
         "download_image.with_options(refresh_cache=True)."
     )
-
-
-def _sidecar(file: ImageFile, key: str, published_at: datetime, run: PublishingRun) -> bytes:
-    generation = file.generation
-    record = {
-        "version": 1,
-        "key": key,
-        "sha256": file.sha256,
-        "size": file.size,
-        "content_type": file.content_type,
-        "width": file.width,
-        "height": file.height,
-        "fingerprint": generation.fingerprint,
-        "index": file.index,
-        "seed": generation.seed,
-        "reported_seed": generation.reported_seed,
-        "request": generation.request.payload(),
-        "endpoint": generation.endpoint,
-        "credits_used": generation.credits_used,
-        "usd_spent": generation.usd_spent,
-        "client_request_id": generation.client_request_id,
-        "inference_id": generation.inference_id,
-        "generated_at": generation.created_at.isoformat(),
-        "published_at": published_at.isoformat(),
-        "run": run.model_dump(),
-    }
-    return to_json(record, indent=2)  # json's own encoder is Python where it indents
 
 
 def _reveal(secret: SecretStr | None) -> str | None:

@@ -28,7 +28,8 @@ from uuid import UUID
 import anyio
 from prefect.artifacts import acreate_markdown_artifact, acreate_progress_artifact, aupdate_progress_artifact
 
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.display.gallery import publish_page
 from flux_prefect.display.progress import Logger, Progress, describe_seconds
 from flux_prefect.display.recent_records import PAGE

@@ -16,7 +16,8 @@ from prefect.assets import Asset
 from prefect.events import emit_event
 from pydantic import ValidationError
 
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.pipeline import Density

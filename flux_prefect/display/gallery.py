@@ -20,7 +20,8 @@ from urllib.parse import quote
 import anyio.to_thread
 import jinja2
 
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.concurrency import for_each
 from flux_prefect.manifest.records import ItemRecord, ItemStatus
 from flux_prefect.manifest.report import BatchReport

@@ -12,7 +12,8 @@ import anyio.to_thread
 from PIL import Image
 
 from flux_prefect.api.client import MAX_PIXELS
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import BucketError, ImageTooLarge, SpoolUnreadable
 from flux_prefect.host.spool import Spool
 

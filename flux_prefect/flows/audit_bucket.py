@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
 from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.concurrency import for_each
 from flux_prefect.credentials import AimlApiCredentials

@@ -17,7 +17,8 @@ from prefect.states import Completed, Failed
 from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice

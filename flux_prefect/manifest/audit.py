@@ -16,7 +16,8 @@ from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumErro
 from pydantic import BaseModel, ConfigDict, Field
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import BucketError, RepairImpossible, SpoolUnreadable
 from flux_prefect.host.spool import ImageFile, Spool
 

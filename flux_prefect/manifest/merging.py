@@ -6,7 +6,8 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import FluxError, RunStopped
 from flux_prefect.manifest.records import ItemRecord
 

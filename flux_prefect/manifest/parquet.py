@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.image_bucket import PublishedImage
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.tables.manifest_lines import VERSION
 from flux_prefect.tables.parquet import MANIFEST_METADATA, load_pyarrow

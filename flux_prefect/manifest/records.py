@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.image_bucket import PublishedImage
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import Billed, FluxError, RunStopped
 from flux_prefect.pipeline import ImageOutcome, Production, Status
 from flux_prefect.tables.table import Row

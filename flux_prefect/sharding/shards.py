@@ -24,7 +24,8 @@ from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.context import BatchContext
 from flux_prefect.batch.planning import PlannedBatch
 from flux_prefect.bucket.conditional_object import ConditionalObject
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.concurrency import for_each
 from flux_prefect.display.run_names import name_source
 from flux_prefect.inline import run_inline

@@ -9,7 +9,8 @@ import pytest
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.planning import PlannedBatch, check_balance, make_plan
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BalanceTooLow, BucketAccessDenied
 from flux_prefect.host.spool import Spool

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 import pytest
 
 from flux_prefect.batch.published_index import PublishedIndex
-from flux_prefect.bucket.image_bucket import PublishedImage
+from flux_prefect.bucket.published_image import PublishedImage
 
 
 def image(index: int = 0, *, created: bool = False) -> PublishedImage:

@@ -21,7 +21,8 @@ from pydantic import SecretStr, ValidationError
 from support.s3_proxy import Answer, Passing, open_proxy
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishingRun
 from flux_prefect.errors import (
     BucketAccessDenied,
     BucketError,

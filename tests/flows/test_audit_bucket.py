@@ -13,7 +13,8 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from support.nursery import Nursery
 
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import AuditFailed, TableError
 from flux_prefect.flows.audit_bucket import audit_bucket

@@ -13,7 +13,8 @@ from uuid import uuid4
 import pytest
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishingRun
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ImageUnwritable, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.host.locks import HostLockManager

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import FluxError
 from flux_prefect.manifest.merging import attribute, fail, fold, is_open, merge_attempts
 from flux_prefect.manifest.records import ItemRecord, ItemStatus

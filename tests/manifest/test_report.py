@@ -11,7 +11,7 @@ from rich.console import Console
 from support.reports import make_report
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.image_bucket import PublishedImage
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import AnswerLost, BatchFailed, Billed, ContentFlagged, ImageGone, OutOfCredits
 from flux_prefect.host.spool import PaidCall
 from flux_prefect.manifest.records import ItemRecord, record_failed, record_invalid, record_production

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from pydantic import PrivateAttr
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import BucketMissing, ManifestUnwritable, TableError
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.writer import ManifestWriter

@@ -11,7 +11,8 @@ from uuid import uuid4
 from PIL import Image
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
-from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
 from flux_prefect.host.spool import ImageFile
 
 ENDPOINT = "http://127.0.0.1:9"
