@@ -25,13 +25,13 @@ _limit: ContextVar[tuple[asyncio.AbstractEventLoop, anyio.CapacityLimiter] | Non
 
 
 @contextmanager
-def limit_threads(most: int) -> Iterator[None]:
+def limit_threads(max_threads: int) -> Iterator[None]:
     """At most so many threads at a time for all `run_in_thread` inside the block, on this event loop.
 
     Each thread that has Python code to run waits for the interpreter's lock, and the event loop waits among them: with
     forty of them at work a batch that keeps one core busy takes up to a tenth longer than with eight.
     """
-    token = _limit.set((asyncio.get_running_loop(), anyio.CapacityLimiter(most)))
+    token = _limit.set((asyncio.get_running_loop(), anyio.CapacityLimiter(max_threads)))
     try:
         yield
     finally:

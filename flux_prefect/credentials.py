@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_BASE_URL = "https://api.aimlapi.com"
 
-_DOWNLOAD_STALL = 60.0  # seconds without a byte after which a download is given up
+_STALL_SECONDS = 60.0  # seconds without a byte after which a download is given up
 
 _KEY_VARIABLES = ("AIMLAPI_KEY", "AIML_API_KEY")
 
@@ -150,7 +150,7 @@ class AimlApiCredentials(CredentialsBlock):
                 generation=self.generation_timeout,
                 pacing=self.pacing_timeout,
                 download=self.download_timeout,
-                download_read=min(_DOWNLOAD_STALL, self.download_timeout),
+                download_read=min(_STALL_SECONDS, self.download_timeout),
             ),
             pacer=shared_pacer(self.base_url, self.max_in_flight),
             gate=nullcontext if self.concurrency_limit is None else partial(_take_slot, self.concurrency_limit),

@@ -11,22 +11,22 @@ from flux_prefect.api.models import MAX_SEED, ImageRequest
 __all__ = ["draw_day_seed", "draw_seed", "with_seed"]
 
 
-def draw_seed(run: str, place: str) -> int:
-    """A seed from 1 to 4,294,967,295, the same each time for one run and place.
+def draw_seed(run: str, item_id: str) -> int:
+    """A seed from 1 to 4,294,967,295, the same each time for one run and item_id.
 
     A retried run draws the seeds of its first attempt and so finds what that one paid for; another run draws others.
     """
-    digest = hashlib.sha256(json.dumps([run, place]).encode("ascii")).digest()
+    digest = hashlib.sha256(json.dumps([run, item_id]).encode("ascii")).digest()
     return int.from_bytes(digest[:8], "big") % MAX_SEED + 1
 
 
-def draw_day_seed(day: date, place: str) -> int:
-    """A seed from 1 to 4,294,967,295, the same in every run for one day and place; each day has others."""
-    return draw_seed(day.isoformat(), place)
+def draw_day_seed(day: date, item_id: str) -> int:
+    """A seed from 1 to 4,294,967,295, the same in every run for one day and item_id; each day has others."""
+    return draw_seed(day.isoformat(), item_id)
 
 
-def with_seed(request: ImageRequest, run: str, place: str) -> ImageRequest:
+def with_seed(request: ImageRequest, run: str, item_id: str) -> ImageRequest:
     """The request itself where it has a seed, else with one drawn for it."""
     if request.seed is not None:
         return request
-    return request.model_copy(update={"seed": draw_seed(run, place)})
+    return request.model_copy(update={"seed": draw_seed(run, item_id)})

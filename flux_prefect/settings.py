@@ -21,7 +21,7 @@ from flux_prefect.errors import InvalidSettings
 __all__ = ["FluxSettings", "current_settings", "settings_at_import"]
 
 _PREFIX = "FLUX_PREFECT_"
-_MOST_OF_A_VALUE = 60  # characters, a line's worth
+_MAX_SHOWN = 60  # characters, a line's worth
 
 _Count = Annotated[int, Field(ge=0)]
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -126,4 +126,4 @@ def _read(values: tuple[str | None, ...], home: Path) -> FluxSettings:  # noqa: 
 def _explain(name: str) -> str:
     variable = f"{_PREFIX}{name.upper()}"
     allowed = _ALLOWED.get(FluxSettings.model_fields[name].annotation, _ALLOWED_LIST)
-    return f"{variable} is {os.environ.get(variable, '')[:_MOST_OF_A_VALUE]!r}: write {allowed}, or unset it."
+    return f"{variable} is {os.environ.get(variable, '')[:_MAX_SHOWN]!r}: write {allowed}, or unset it."

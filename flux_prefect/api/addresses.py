@@ -77,12 +77,12 @@ class AddressRules:
         if _is_public(address):
             return
         try:
-            neighbours = await _look_up(self._endpoint)
+            endpoint_addresses = await _look_up(self._endpoint)
         except (socket.gaierror, UnicodeError):
-            neighbours = []
-        if address in neighbours:
+            endpoint_addresses = []
+        if address in endpoint_addresses:
             return
-        if _is_local(address) and any(_is_local(neighbour) for neighbour in neighbours):
+        if _is_local(address) and any(_is_local(each) for each in endpoint_addresses):
             return
         raise UnsafeURL(
             f"The image's host {host} is {address}, which is not a public address: images are fetched from "

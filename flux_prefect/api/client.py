@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from typing_extensions import Self
 
 from flux_prefect.api.downloads import DownloadedImage, Downloader
+from flux_prefect.api.error_responses import parse_error_response
 from flux_prefect.api.models import (
     CREDITS_PER_USD,
     GENERATIONS_PATH,
@@ -37,8 +38,7 @@ from flux_prefect.api.models import (
     parse_generation,
     parse_log,
 )
-from flux_prefect.api.pacing import NoSlot, Pacer
-from flux_prefect.api.refusals import read_refusal
+from flux_prefect.api.pacing import Pacer, PacingTimeout
 from flux_prefect.api.retrying import backoff
 from flux_prefect.api.transport import find_proxy, open_transport, send
 from flux_prefect.errors import (
@@ -156,7 +156,7 @@ class AimlApiClient:
         # A fresh connection for each paid call: on a kept one that the service closes at that moment, nobody can tell
         # whether the call was taken.
         self._transport = transport or open_transport(
-            tls=_tls(), keep=False, proxy=find_proxy(httpx.URL(self.base_url))
+            tls=_tls(), keep_alive=False, proxy=find_proxy(httpx.URL(self.base_url))
         )
         self._closed = False
         self._limits = {"timeout": httpx.Timeout(timeouts.connect, read=timeouts.read).as_dict()}
@@ -234,16 +234,16 @@ class AimlApiClient:
                         if before_send is not None:
                             before_send()
                         answer = await self._post(request, call_id)
-                    refusal = self._read_refusal(answer, call_id)
-                    if not _asks_to_slow_down(refusal):
+                    refusal = self._parse_error(answer, call_id)
+                    if not _is_rate_limit(refusal):
                         if answer.status < 500:  # noqa: PLR2004 - a failure of the service proves no capacity
                             self._pacer.accepted(turn)
                         break
                     if after_refusal is not None:
                         after_refusal()
                     self._pacer.refused(turn, self._pause(refusal, attempt))
-            except NoSlot:
-                raise _gave_up(refusal, call_id, time.monotonic() - turn.asked_at, attempt) from None
+            except PacingTimeout:
+                raise _pacing_timeout(refusal, call_id, time.monotonic() - turn.requested_at, attempt) from None
         if refusal is not None:
             raise refusal
         return parse_generation(
@@ -349,7 +349,7 @@ class AimlApiClient:
         with self._typed_errors(None, _ENQUIRY_SECONDS):
             with anyio.fail_after(_ENQUIRY_SECONDS):
                 answer = await self._send("GET", path, most=most)
-        refusal = self._read_refusal(answer, None)
+        refusal = self._parse_error(answer, None)
         if refusal is not None:
             raise refusal
         return _read_json(answer.body)
@@ -372,7 +372,7 @@ class AimlApiClient:
         )
         async with send(self._transport, request) as response:
             if not response.is_success:
-                return _Answer(response.status_code, response.headers, await _read_what_comes(response))
+                return _Answer(response.status_code, response.headers, await _read_error_body(response))
             body = bytearray()
             async for chunk in response.aiter_bytes():
                 body += chunk
@@ -410,10 +410,10 @@ class AimlApiClient:
                 billed=_if_lost(call_id),
             ) from error
 
-    def _read_refusal(self, answer: _Answer, call_id: str | None) -> StatusError | None:
+    def _parse_error(self, answer: _Answer, call_id: str | None) -> StatusError | None:
         if 200 <= answer.status < 300:  # noqa: PLR2004 - the successes
             return None
-        return read_refusal(
+        return parse_error_response(
             status=answer.status,
             headers=answer.headers,
             body=answer.body,
@@ -462,7 +462,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-async def _read_what_comes(response: httpx.Response) -> bytes:
+async def _read_error_body(response: httpx.Response) -> bytes:
     """The start of an error's body. The status is known, so nothing that befalls the rest matters."""
     body = bytearray()
     with suppress(httpx.RequestError), anyio.move_on_after(_REFUSAL_SECONDS):
@@ -492,13 +492,13 @@ def _read_amount(body: Any, name: str, path: str) -> float:
     return float(amount)
 
 
-def _asks_to_slow_down(refusal: StatusError | None) -> TypeGuard[StatusError]:
+def _is_rate_limit(refusal: StatusError | None) -> TypeGuard[StatusError]:
     if isinstance(refusal, ServiceBusy):
         return refusal.retry_after is not None
     return isinstance(refusal, RateLimited)
 
 
-def _gave_up(refusal: StatusError | None, call_id: str, waited: float, tries: int) -> StatusError:
+def _pacing_timeout(refusal: StatusError | None, call_id: str, waited: float, tries: int) -> StatusError:
     if refusal is None:
         return RateLimited(
             f"Not sent: the service has refused the other calls of this process all through the {waited:.0f} s that "

@@ -32,19 +32,19 @@ from flux_prefect.errors import (
     UnexpectedFormat,
     UnsafeURL,
 )
-from flux_prefect.local_files import explain, own_part
+from flux_prefect.local_files import explain_os_error, part_path
 
 __all__ = ["DownloadedImage", "Downloader"]
 
 MAX_REDIRECTS = 5
 
 _HEADERS = {"User-Agent": "flux_prefect", "Accept": "image/*", "Accept-Encoding": "identity"}
-_MOST_UNWRITTEN = 1024 * 1024  # an image's usual size: written at once then, in the thread that flushes it
-_AT_ONCE = 8
+_MAX_UNWRITTEN = 1024 * 1024  # an image's usual size: written at once then, in the thread that flushes it
+_MAX_DOWNLOADS = 8
 """Downloads at once. The HTTP library's work for a request grows with the connections it holds; more bring no more
 bytes a second."""
 _GONE = {403, 404, 410}  # a signed URL that ran out is 403
-_PASSING = {408, 425, 429}
+_TRANSIENT = {408, 425, 429}
 
 
 class DownloadedImage(InspectedImage):
@@ -83,7 +83,7 @@ class Downloader:
         self._deadline = deadline
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
-        self._turns = anyio.Semaphore(_AT_ONCE)
+        self._turns = anyio.Semaphore(_MAX_DOWNLOADS)
         self._transport = transport
         self._transports: dict[str | None, httpx.AsyncBaseTransport] = {}
         self._proxies: dict[tuple[str, str], str | None] = {}
@@ -107,7 +107,7 @@ class Downloader:
             else:
                 async with self._turns:
                     await self._fetch(url, part)
-            image = await run_in_thread(self._settle, part, expected)
+            image = await run_in_thread(self._verify, part, expected)
         except NotAnImage as error:
             error.retryable = not inline  # the same bytes would come again
             raise
@@ -115,7 +115,7 @@ class Downloader:
             part.discard()
         return image
 
-    def _settle(self, part: _PartFile, expected: OutputFormat) -> DownloadedImage:
+    def _verify(self, part: _PartFile, expected: OutputFormat) -> DownloadedImage:
         part.flush()
         try:
             image = inspect_image(part.path, expected, max_pixels=self._max_pixels)
@@ -202,7 +202,7 @@ class Downloader:
             return self._transport
         if proxy not in self._transports:
             resolver = CheckedResolver(self._rules)
-            self._transports[proxy] = open_transport(tls=self._tls, keep=True, proxy=proxy, resolver=resolver)
+            self._transports[proxy] = open_transport(tls=self._tls, keep_alive=True, proxy=proxy, resolver=resolver)
         return self._transports[proxy]
 
 
@@ -211,7 +211,7 @@ class _PartFile:
 
     def __init__(self, destination: Path) -> None:
         self._destination = destination
-        self.path = own_part(destination)
+        self.path = part_path(destination)
         self.size = 0
         self._unwritten: list[bytes] = []  # rather than in a buffer, which would be one more copy
         self._unwritten_bytes = 0
@@ -223,7 +223,7 @@ class _PartFile:
         self._unwritten.append(chunk)
         self.size += len(chunk)
         self._unwritten_bytes += len(chunk)
-        if self._unwritten_bytes > _MOST_UNWRITTEN:
+        if self._unwritten_bytes > _MAX_UNWRITTEN:
             self._write_out()
 
     def flush(self) -> None:
@@ -263,8 +263,8 @@ class _PartFile:
         except OSError as error:
             remedy = f"make room in the spool folder {self.path.parent} or make it writable"
             raise ImageUnwritable(
-                f"{self.path} could not be written {explain(error, remedy)}, then run again. The image is paid for; "
-                "its URL dies within minutes."
+                f"{self.path} could not be written {explain_os_error(error, remedy)}, then run again. "
+                "The image is paid for; its URL dies within minutes."
             ) from error
 
 
@@ -277,7 +277,7 @@ def _check_status(response: httpx.Response, host: str) -> None:
             f"The image's URL is dead: {host} answered {status}. Run again: a flow that heals pays for it anew, "
             "once, with the same seed; in a flow of your own, generate with refresh_cache=True."
         )
-    if status in _PASSING or response.is_server_error:
+    if status in _TRANSIENT or response.is_server_error:
         raise DownloadInterrupted(
             f"{host} answered {status} instead of the image.",
             retry_after=parse_retry_after(response.headers.get("retry-after"), datetime.now(timezone.utc)),

@@ -22,7 +22,7 @@ from flux_prefect.errors import ImageTooLarge, NotAnImage, UnexpectedFormat
 
 __all__ = ["InspectedImage", "inspect_image"]
 
-BLACK = 8
+_BLACK_LEVEL = 8
 """The brightest sample, of 255, that a blacked-out image may have: room for the noise of JPEG."""
 
 _KnownFormat = Literal["jpeg", "png", "webp", "gif"]
@@ -166,9 +166,9 @@ def _png_image(data: bytes) -> io.BytesIO:
 def _is_black(image: ImageFile) -> bool:
     image.load()
     if image.mode.startswith("I"):  # 16 bits a sample
-        return _brightest(image) <= BLACK * 257
+        return _brightest(image) <= _BLACK_LEVEL * 257
     image.info.pop("transparency", None)  # which Pillow would warn that RGB can't hold
-    return _brightest(image if image.mode in {"L", "RGB"} else image.convert("RGB")) <= BLACK
+    return _brightest(image if image.mode in {"L", "RGB"} else image.convert("RGB")) <= _BLACK_LEVEL
 
 
 def _brightest(image: Image.Image) -> float:

@@ -109,9 +109,9 @@ class ImageRequest(BaseModel):
 
     @field_validator("seed", "guidance_scale", "num_images", mode="before")
     @classmethod
-    def _no_truth_value(cls, value: Any) -> Any:
+    def _reject_booleans(cls, value: Any) -> Any:
         if isinstance(value, bool):
-            raise ValueError("a truth value is no number")  # noqa: TRY004 - pydantic gathers ValueErrors
+            raise ValueError("must be a number, not a boolean")  # noqa: TRY004 - pydantic gathers ValueErrors
         return value
 
     @field_validator("prompt")

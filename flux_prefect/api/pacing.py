@@ -38,15 +38,15 @@ from dataclasses import dataclass, field
 
 from flux_prefect.api.models import normalize_endpoint
 
-__all__ = ["LearningLimit", "NoSlot", "Pacer", "Turn", "shared_pacer"]
+__all__ = ["AdaptiveLimit", "Pacer", "PacingTimeout", "Turn", "shared_pacer"]
 
 logger = logging.getLogger(__name__)
 
 _SOONEST_PROBE, _LATEST_PROBE = 16, 64  # full windows, and pauses, before a probe: at first, after refused ones
 
 
-class NoSlot(TimeoutError):
-    """The service refused calls for longer than a call had patience to wait."""
+class PacingTimeout(TimeoutError):
+    """The service refused calls for longer than a call had max_wait to wait."""
 
 
 @dataclass(eq=False)
@@ -54,57 +54,57 @@ class Turn:
     """One call's place in the line of a pacer, kept over all its refusals. Made by `Pacer.turn`.
 
     Attributes:
-        patience: seconds to go on waiting while the service refuses.
+        max_wait: seconds to go on waiting while the service refuses.
         ticket: its place: who asked first goes first, also after a refusal.
-        asked_at: when it was made, on the clock of `time.monotonic`.
+        requested_at: when it was made, on the clock of `time.monotonic`.
         refused_at: when the service first refused this very call.
     """
 
-    patience: float
+    max_wait: float
     ticket: int
-    asked_at: float
+    requested_at: float
     refused_at: float | None = None
     holds_slot: bool = field(default=False, init=False)
     was_refused: bool = field(default=False, init=False)  # in the slot that it holds
     round: int = field(default=0, init=False)
-    bell: concurrent.futures.Future[None] | None = field(default=None, init=False, repr=False)
-    looks_at: float = field(default=-math.inf, init=False, repr=False)  # when it wakes though nobody rings
+    wakeup: concurrent.futures.Future[None] | None = field(default=None, init=False, repr=False)
+    wakes_at: float = field(default=-math.inf, init=False, repr=False)  # when it wakes though nobody rings
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake whoever waits with this turn, on its own event loop."""
-        bell, self.bell = self.bell, None
-        if bell is not None and bell.set_running_or_notify_cancel():
-            bell.set_result(None)
+        wakeup, self.wakeup = self.wakeup, None
+        if wakeup is not None and wakeup.set_running_or_notify_cancel():
+            wakeup.set_result(None)
 
 
-class LearningLimit:
+class AdaptiveLimit:
     """The rules of the module's docstring as plain arithmetic, with no clock and no lock of its own.
 
     Attributes:
         limit: calls that may be open at once now.
-        most: its upper bound.
+        maximum: its upper bound.
         ceiling: what the service held when it last refused, None where that is not known.
     """
 
-    def __init__(self, most: int) -> None:
-        self.limit = self.most = most
+    def __init__(self, maximum: int) -> None:
+        self.limit = self.maximum = maximum
         self.ceiling: int | None = None
-        self._restraint = _SOONEST_PROBE  # full windows, and pauses, before the next probe
+        self._probe_after = _SOONEST_PROBE  # full windows, and pauses, before the next probe
         self._taken = 0  # accepted calls since the limit changed
         self._no_probe_before = -math.inf
 
-    def begin(self, limit: int) -> None:
+    def reset(self, limit: int) -> None:
         """Take a limit for what the service holds."""
-        self.limit = min(limit, self.most)
+        self.limit = min(limit, self.maximum)
         self.ceiling = limit
-        self._restraint = _SOONEST_PROBE
+        self._probe_after = _SOONEST_PROBE
         self._taken = 0
 
-    def bound(self, most: int) -> None:
+    def set_maximum(self, maximum: int) -> None:
         """Change the upper bound. A limit that no refusal has touched goes with it."""
-        unhurt = self.limit == self.most and self.ceiling is None
-        self.most = most
-        self.limit = most if unhurt else min(self.limit, most)
+        untouched = self.limit == self.maximum and self.ceiling is None
+        self.maximum = maximum
+        self.limit = maximum if untouched else min(self.limit, maximum)
 
     def refuse(self, held: int, now: float, pause: float) -> None:
         """The first refusal of a burst.
@@ -114,8 +114,8 @@ class LearningLimit:
             now: when it came, in seconds on the clock that `accept` reads too.
             pause: seconds for which everybody stops.
         """
-        self._restraint = min(2 * self._restraint, _LATEST_PROBE) if self._is_probing() else _SOONEST_PROBE
-        self._no_probe_before = now + self._restraint * pause
+        self._probe_after = min(2 * self._probe_after, _LATEST_PROBE) if self._is_probing() else _SOONEST_PROBE
+        self._no_probe_before = now + self._probe_after * pause
         self._taken = 0
         self.limit = max(1, self.limit // 2)
         self._see_ceiling(held)
@@ -139,7 +139,7 @@ class LearningLimit:
                 if self._taken >= self.limit:
                     self.ceiling = None
                     self._grow()
-            elif self._taken >= self._restraint * self.limit and now >= self._no_probe_before:
+            elif self._taken >= self._probe_after * self.limit and now >= self._no_probe_before:
                 self._grow()
 
     def _is_probing(self) -> bool:
@@ -150,7 +150,7 @@ class LearningLimit:
 
     def _grow(self) -> None:
         self._taken = 0
-        self.limit = min(self.limit + 1, self.most)
+        self.limit = min(self.limit + 1, self.maximum)
 
 
 class Pacer:
@@ -158,7 +158,7 @@ class Pacer:
 
     Example:
         ```python
-        turn = pacer.turn(patience=600)
+        turn = pacer.turn(max_wait=600)
         while True:
             async with pacer.slot(turn):
                 answer = await send()
@@ -172,11 +172,11 @@ class Pacer:
     def __init__(self, max_in_flight: int) -> None:
         _check_limit(max_in_flight)
         self._lock = threading.Lock()  # held for microseconds, never over an await
-        self._learning = LearningLimit(max_in_flight)
+        self._adaptive = AdaptiveLimit(max_in_flight)
         self._in_flight = 0
         self._refused_in_flight = 0  # refused, and about to give their slots back
         self._waiting: dict[int, Turn] = {}  # by ticket
-        self._line: list[int] = []  # a heap of their tickets; those of withdrawn turns are passed over when it is read
+        self._queue: list[int] = []  # a heap of their tickets; those of withdrawn turns are passed over when it is read
         self._tickets = itertools.count()
         self._round = 0  # one more with each burst of refusals
         self._paused_until = -math.inf
@@ -188,7 +188,7 @@ class Pacer:
     @property
     def limit(self) -> int:
         """How many calls may be open at once now, 1 to `max_in_flight`."""
-        return self._learning.limit
+        return self._adaptive.limit
 
     @property
     def ceiling(self) -> int | None:
@@ -196,10 +196,10 @@ class Pacer:
 
         None where no refusal has shown it, and once the service has proved to take more.
         """
-        return self._learning.ceiling
+        return self._adaptive.ceiling
 
     @property
-    def learnt(self) -> int | None:
+    def learned_limit(self) -> int | None:
         """How many calls the service takes, as far as its refusals have shown: the ceiling, else a lowered limit.
 
         None where no refusal has lowered the limit: that one was only asked for.
@@ -214,31 +214,31 @@ class Pacer:
     @property
     def max_in_flight(self) -> int:
         """The limit's upper bound."""
-        return self._learning.most
+        return self._adaptive.maximum
 
     @max_in_flight.setter
-    def max_in_flight(self, most: int) -> None:
-        _check_limit(most)
+    def max_in_flight(self, maximum: int) -> None:
+        _check_limit(maximum)
         with self._lock:
-            self._learning.bound(most)
+            self._adaptive.set_maximum(maximum)
             self._admit()
 
     def resume(self, limit: int) -> None:
         """Begin with what an earlier process has learnt, as the limit and as the ceiling."""
         _check_limit(limit)
         with self._lock:
-            self._learning.begin(limit)
+            self._adaptive.reset(limit)
             self._admit()
 
-    def turn(self, patience: float) -> Turn:
+    def turn(self, max_wait: float) -> Turn:
         """A place at the end of the line.
 
         Args:
-            patience: seconds to go on waiting while the service refuses. Waiting for other calls of this
+            max_wait: seconds to go on waiting while the service refuses. Waiting for other calls of this
                 process, which the service does take, is not counted.
         """
         with self._lock:
-            return Turn(patience=patience, ticket=next(self._tickets), asked_at=time.monotonic())
+            return Turn(max_wait=max_wait, ticket=next(self._tickets), requested_at=time.monotonic())
 
     @asynccontextmanager
     async def slot(self, turn: Turn) -> AsyncIterator[None]:
@@ -247,8 +247,8 @@ class Pacer:
         A cancelled waiter gives back what it was given. One turn may hold one slot at a time.
 
         Raises:
-            NoSlot: a `TimeoutError`. The service has refused this call (or, where this call was never sent,
-                all calls since this one asked) for `turn.patience` seconds, or the pause that it asked for
+            PacingTimeout: a `TimeoutError`. The service has refused this call (or, where this call was never sent,
+                all calls since this one asked) for `turn.max_wait` seconds, or the pause that it asked for
                 lasts longer than that: then at once, as no waiting helps.
         """
         await self._enter(turn)
@@ -283,13 +283,13 @@ class Pacer:
             new_burst = turn.round == self._round
             if new_burst:
                 self._round += 1
-                self._learning.refuse(held, now, wait)
+                self._adaptive.refuse(held, now, wait)
             else:
-                self._learning.refuse_more(held)
+                self._adaptive.refuse_more(held)
             for waiting in self._waiting.values():
-                if self._time_to_look_again(waiting, now) < waiting.looks_at:
-                    waiting.ring()
-            limit = self._learning.limit
+                if self._wake_time(waiting, now) < waiting.wakes_at:
+                    waiting.wake()
+            limit = self._adaptive.limit
         if new_burst:
             logger.warning("the service asked to slow down; at most %d calls at once, the next in %.1f s", limit, wait)
 
@@ -299,12 +299,12 @@ class Pacer:
             if turn.round != self._round:
                 return  # sent before the last halving: it says nothing of the limit since
             self._refusing_since = None
-            self._learning.accept(self._in_flight, time.monotonic())
+            self._adaptive.accept(self._in_flight, time.monotonic())
             self._admit()
 
     async def _enter(self, turn: Turn) -> None:
         with self._lock:
-            heapq.heappush(self._line, turn.ticket)
+            heapq.heappush(self._queue, turn.ticket)
             self._waiting[turn.ticket] = turn
         try:
             while True:
@@ -312,27 +312,27 @@ class Pacer:
                     self._admit()
                     if turn.holds_slot:
                         return
-                    timeout = self._time_to_wait(turn)
-                    bell = turn.bell = concurrent.futures.Future()
-                await asyncio.wait([asyncio.wrap_future(bell)], timeout=timeout)
+                    timeout = self._wait_seconds(turn)
+                    wakeup = turn.wakeup = concurrent.futures.Future()
+                await asyncio.wait([asyncio.wrap_future(wakeup)], timeout=timeout)
         except BaseException:
             self._withdraw(turn)
             raise
 
-    def _time_to_wait(self, turn: Turn) -> float | None:
+    def _wait_seconds(self, turn: Turn) -> float | None:
         now = time.monotonic()
-        turn.looks_at = self._time_to_look_again(turn, now)
-        if turn.looks_at <= now:
-            raise NoSlot("the service refuses calls for longer than this call can wait")
-        return None if turn.looks_at == math.inf else turn.looks_at - now
+        turn.wakes_at = self._wake_time(turn, now)
+        if turn.wakes_at <= now:
+            raise PacingTimeout("the service refuses calls for longer than this call can wait")
+        return None if turn.wakes_at == math.inf else turn.wakes_at - now
 
-    def _time_to_look_again(self, turn: Turn, now: float) -> float:
+    def _wake_time(self, turn: Turn, now: float) -> float:
         """When a waiting call has to wake by itself. Not later than now where no waiting helps."""
         end = math.inf
         if turn.refused_at is not None:
-            end = turn.refused_at + turn.patience
+            end = turn.refused_at + turn.max_wait
         elif self._refusing_since is not None:
-            end = max(turn.asked_at, self._refusing_since) + turn.patience
+            end = max(turn.requested_at, self._refusing_since) + turn.max_wait
         if self._paused_until >= end:
             return -math.inf
         return self._paused_until if now < self._paused_until else end
@@ -340,15 +340,15 @@ class Pacer:
     def _admit(self) -> None:
         if time.monotonic() < self._paused_until:
             return
-        while self._line and self._in_flight < self._learning.limit:
-            turn = self._waiting.pop(heapq.heappop(self._line), None)
+        while self._queue and self._in_flight < self._adaptive.limit:
+            turn = self._waiting.pop(heapq.heappop(self._queue), None)
             if turn is None:
                 continue
             turn.holds_slot = True
             turn.was_refused = False
             turn.round = self._round
             self._in_flight += 1
-            turn.ring()
+            turn.wake()
 
     def _leave(self, turn: Turn) -> None:
         with self._lock:
@@ -359,7 +359,7 @@ class Pacer:
             if turn.holds_slot:  # given at the very moment in which its waiter was cancelled
                 self._take_back(turn)
             else:
-                turn.bell = None
+                turn.wakeup = None
                 self._waiting.pop(turn.ticket, None)
 
     def _take_back(self, turn: Turn) -> None:

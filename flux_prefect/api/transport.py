@@ -36,19 +36,19 @@ def find_proxy(url: httpx.URL) -> str | None:
 
 
 def open_transport(
-    *, tls: ssl.SSLContext, keep: bool, proxy: str | None = None, resolver: AbstractResolver | None = None
+    *, tls: ssl.SSLContext, keep_alive: bool, proxy: str | None = None, resolver: AbstractResolver | None = None
 ) -> httpx.AsyncBaseTransport:
     """Connections for one event loop: through a proxy httpx's own, else aiohttp's.
 
     Args:
         tls: the TLS context.
-        keep: whether connections are kept for the next request to the same host.
+        keep_alive: whether connections are kept for the next request to the same host.
         proxy: its URL.
         resolver: looks up every name that is connected to, where there is no proxy.
     """
     if proxy is None:
-        return AiohttpTransport(tls=tls, keep=keep, resolver=resolver)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if keep else 0)
+        return AiohttpTransport(tls=tls, keep_alive=keep_alive, resolver=resolver)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if keep_alive else 0)
     return httpx.AsyncHTTPTransport(verify=tls, limits=limits, proxy=proxy)
 
 
@@ -83,13 +83,13 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
     Args:
         tls: the TLS context.
-        keep: whether connections are kept for the next request to the same host.
+        keep_alive: whether connections are kept for the next request to the same host.
         resolver: looks up every name that is connected to; what it raises, other than OSError, comes out as it is.
     """
 
-    def __init__(self, *, tls: ssl.SSLContext, keep: bool, resolver: AbstractResolver | None = None) -> None:
+    def __init__(self, *, tls: ssl.SSLContext, keep_alive: bool, resolver: AbstractResolver | None = None) -> None:
         self._tls = tls
-        self._keep = keep
+        self._keep_alive = keep_alive
         self._resolver = resolver
         self._session: aiohttp.ClientSession | None = None
 
@@ -98,7 +98,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         limits = request.extensions.get("timeout", {})
         headers = CIMultiDict(request.headers.multi_items())
         headers.pop("connection", None)  # that is the connection's own affair
-        with _told_as_httpx_does():
+        with _as_httpx_errors():
             response = await self._open().request(
                 request.method,
                 URL(str(request.url), encoded=True),
@@ -128,7 +128,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
-                    ssl=self._tls, limit=0, force_close=not self._keep, resolver=self._resolver
+                    ssl=self._tls, limit=0, force_close=not self._keep_alive, resolver=self._resolver
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,  # httpx does
@@ -147,7 +147,7 @@ class _Body(httpx.AsyncByteStream):
         self._response = response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _told_as_httpx_does():
+        with _as_httpx_errors():
             async for piece in self._response.content.iter_any():
                 yield piece
 
@@ -159,7 +159,7 @@ class _Body(httpx.AsyncByteStream):
 
 
 @contextmanager
-def _told_as_httpx_does() -> Iterator[None]:
+def _as_httpx_errors() -> Iterator[None]:
     failure: httpx.TransportError | None = None
     try:
         yield

@@ -260,4 +260,4 @@ def learn(known: Experience, report: BatchReport, budget: Budget, pacer: Pacer) 
     seconds = known.seconds
     if report.billed_calls:
         seconds = report.seconds * min(pacer.limit, report.billed_calls) / report.billed_calls
-    return Experience(prices={**known.prices, **budget.observed}, seconds=seconds, in_flight=pacer.learnt)
+    return Experience(prices={**known.prices, **budget.observed}, seconds=seconds, in_flight=pacer.learned_limit)

@@ -50,7 +50,7 @@ from flux_prefect.errors import (
     SpoolUnreadable,
 )
 from flux_prefect.host.spool import ImageFile
-from flux_prefect.local_files import explain
+from flux_prefect.local_files import explain_os_error
 
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
@@ -663,7 +663,7 @@ def _open_image(file: ImageFile) -> BinaryIO:
         raise _changed(file) from error
     except OSError as error:
         raise SpoolUnreadable(
-            f"{file.path} can't be read {explain(error, 'make it readable for this user')}, then run again. "
+            f"{file.path} can't be read {explain_os_error(error, 'make it readable for this user')}, then run again. "
             "It is paid for, and stays where it is."
         ) from error
 

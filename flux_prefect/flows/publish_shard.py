@@ -86,7 +86,7 @@ async def publish_shard(
                 **told.sums(),
                 "credits_spent": job.budget.spent.credits,
                 "images_spent": int(job.budget.spent.images),
-                "in_flight": pacer.learnt,
+                "in_flight": pacer.learned_limit,
                 "prices": job.budget.observed,
             }
 

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 
-from flux_prefect.api.pacing import LearningLimit  # the rules; its `Pacer` goes by the clock on the wall
+from flux_prefect.api.pacing import AdaptiveLimit  # the rules; its `Pacer` goes by the clock on the wall
 from flux_prefect.forecast.clock import Clock, Resume, Wait
 
 __all__ = ["SimulatedPacer"]
@@ -22,9 +22,9 @@ class SimulatedPacer:
     def __init__(self, clock: Clock, max_in_flight: int) -> None:
         self.burst = 0
         self._clock = clock
-        self._learning = LearningLimit(max_in_flight)
+        self._adaptive = AdaptiveLimit(max_in_flight)
         self._tickets = itertools.count()
-        self._line: list[tuple[int, Resume]] = []
+        self._queue: list[tuple[int, Resume]] = []
         self._in_flight = 0
         self._refused_in_flight = 0
         self._paused_until = -math.inf
@@ -37,7 +37,7 @@ class SimulatedPacer:
         """A place for the call of that ticket."""
 
         def wait(resume: Resume) -> bool:
-            heapq.heappush(self._line, (ticket, resume))
+            heapq.heappush(self._queue, (ticket, resume))
             self._admit()
             return False
 
@@ -46,7 +46,7 @@ class SimulatedPacer:
     def accept(self, burst: int) -> None:
         """The service took the call that was sent in that burst; it still holds its place."""
         if burst == self.burst:
-            self._learning.accept(self._in_flight, self._clock.now)
+            self._adaptive.accept(self._in_flight, self._clock.now)
             self._admit()
 
     def refuse(self, burst: int, pause: float) -> None:
@@ -56,9 +56,9 @@ class SimulatedPacer:
         self._paused_until = max(self._paused_until, now + pause)
         if burst == self.burst:
             self.burst += 1
-            self._learning.refuse(held, now, self._paused_until - now)
+            self._adaptive.refuse(held, now, self._paused_until - now)
         else:
-            self._learning.refuse_more(held)
+            self._adaptive.refuse_more(held)
         self._clock.call_in(self._paused_until - now, self._admit)
         self._refused_in_flight -= 1
         self.leave()
@@ -71,6 +71,6 @@ class SimulatedPacer:
     def _admit(self) -> None:
         if self._clock.now < self._paused_until:
             return
-        while self._line and self._in_flight < self._learning.limit:
+        while self._queue and self._in_flight < self._adaptive.limit:
             self._in_flight += 1
-            self._clock.call_in(0.0, heapq.heappop(self._line)[1])
+            self._clock.call_in(0.0, heapq.heappop(self._queue)[1])

@@ -16,7 +16,7 @@ import anyio
 from filelock import FileLock, Timeout
 from prefect.locking.protocol import LockManager
 
-from flux_prefect.local_files import explain
+from flux_prefect.local_files import explain_os_error
 from flux_prefect.settings import current_settings
 
 __all__ = ["HostLockManager"]
@@ -234,5 +234,5 @@ def _stat(path: Path) -> os.stat_result | None:
 def _unusable(directory: Path, error: OSError) -> PermissionError:
     return PermissionError(
         f"The lock folder {directory} can't be used "
-        f"{explain(error, 'set FLUX_PREFECT_LOCKS to a local folder that this user may write')}."
+        f"{explain_os_error(error, 'set FLUX_PREFECT_LOCKS to a local folder that this user may write')}."
     )

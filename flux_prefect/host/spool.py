@@ -24,7 +24,7 @@ from flux_prefect.api.downloads import DownloadedImage
 from flux_prefect.api.images import inspect_image
 from flux_prefect.api.models import FILE_EXTENSIONS, Generation, normalize_endpoint
 from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnreadable, SpoolUnwritable
-from flux_prefect.local_files import explain, own_part, writer_of
+from flux_prefect.local_files import explain_os_error, part_path, writer_pid
 from flux_prefect.settings import current_settings
 
 __all__ = ["Experience", "ImageFile", "PaidCall", "Spool"]
@@ -94,7 +94,7 @@ class Spool:
         try:
             for name in ("calls", "records", "endpoints", "pictures"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            proof = own_part(self.root / "write-check")
+            proof = part_path(self.root / "write-check")
             try:
                 proof.write_bytes(b"x")
             finally:
@@ -105,7 +105,7 @@ class Spool:
     def sweep(self) -> None:
         """Remove the half-written files of this host's dead processes. For the start of a run; never raises."""
         for part in self.root.rglob("*.part"):
-            writer = writer_of(part)
+            writer = writer_pid(part)
             if writer is not None and not _is_alive(writer):
                 with suppress(OSError):
                     part.unlink()
@@ -181,7 +181,7 @@ class Spool:
             return None
         except OSError as error:
             raise SpoolUnreadable(
-                f"{path} can't be read {explain(error, 'make it readable for this user')}, then run again. "
+                f"{path} can't be read {explain_os_error(error, 'make it readable for this user')}, then run again. "
                 "It may hold what was paid for, so nothing was sent."
             ) from error
 
@@ -223,7 +223,7 @@ class Spool:
     def _unwritable(self, error: OSError) -> SpoolUnwritable:
         return SpoolUnwritable(
             f"The spool {self.root} can't be written "
-            f"{explain(error, 'set FLUX_PREFECT_SPOOL to a folder with room for the images')}, then run again."
+            f"{explain_os_error(error, 'set FLUX_PREFECT_SPOOL to a folder with room for the images')}, then run again."
         )
 
     def _call_path(self, fingerprint: str, client_request_id: str) -> Path:
@@ -249,7 +249,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _write(path: Path, text: str, settle: Callable[[int], None] | None = None) -> None:
-    part = own_part(path)
+    part = part_path(path)
     try:
         with _open_new(part) as file:
             file.write(text.encode())

@@ -31,7 +31,7 @@ from flux_prefect.errors import (
     UnexpectedFormat,
     UnsafeURL,
 )
-from flux_prefect.local_files import writer_of
+from flux_prefect.local_files import writer_pid
 
 from .raw_server import answer, reset, serve
 
@@ -348,7 +348,7 @@ async def test_a_cancelled_download_leaves_nothing(jpeg: bytes, destination: Pat
         await begun.wait()
         await asyncio.sleep(0.02)
         (part,) = left_behind(destination)
-        assert writer_of(Path(part)) == os.getpid()  # so that a sweep finds it
+        assert writer_pid(Path(part)) == os.getpid()  # so that a sweep finds it
         download.cancel()
         with pytest.raises(asyncio.CancelledError):
             await download
@@ -412,15 +412,15 @@ async def test_a_spool_that_cannot_be_made_is_named(jpeg: bytes, tmp_path: Path)
     assert raised.value.billed is Billed.YES
 
 
-@pytest.mark.parametrize("most_unwritten", [0, 1_000_000])
+@pytest.mark.parametrize("max_unwritten", [0, 1_000_000])
 async def test_a_full_disk_is_named(
-    jpeg: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_unwritten: int
+    jpeg: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_unwritten: int
 ) -> None:
     """The kernel's own full device takes the place of the part file, for an image written in pieces and at once."""
-    monkeypatch.setattr(downloads, "_MOST_UNWRITTEN", most_unwritten)
+    monkeypatch.setattr(downloads, "_MAX_UNWRITTEN", max_unwritten)
     full = tmp_path / "full.part"
     full.symlink_to("/dev/full")
-    monkeypatch.setattr(downloads, "own_part", lambda _: full)
+    monkeypatch.setattr(downloads, "part_path", lambda _: full)
     async with make_client(lambda _: httpx.Response(200, content=jpeg)) as client:
         with pytest.raises(DownloadError, match="No space left") as raised:
             await client.download(PUBLIC, tmp_path / "image.jpeg", expected="jpeg")

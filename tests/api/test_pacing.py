@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import anyio
 import pytest
 
-from flux_prefect.api.pacing import NoSlot, Pacer, Turn, shared_pacer
+from flux_prefect.api.pacing import Pacer, PacingTimeout, Turn, shared_pacer
 
 FOREVER = 60.0
 
@@ -113,7 +113,7 @@ async def test_all_calls_may_go_at_once_until_one_is_refused() -> None:
     with anyio.fail_after(1):
         async with _hold(pacer, 50):
             assert pacer.in_flight == 50
-    assert pacer.learnt is None
+    assert pacer.learned_limit is None
 
 
 async def test_one_burst_of_refusals_halves_the_limit_once() -> None:
@@ -143,7 +143,7 @@ async def test_a_burst_leaves_what_the_service_holds(
     """At most half of what it was, and what was not refused is remembered as the ceiling."""
     pacer = Pacer(max(sent, 8))
     await _burst(pacer, sent=sent, held=held)
-    assert (pacer.limit, pacer.ceiling, pacer.learnt) == (limit, ceiling, learnt)
+    assert (pacer.limit, pacer.ceiling, pacer.learned_limit) == (limit, ceiling, learnt)
 
 
 async def test_below_the_ceiling_the_limit_grows_with_every_accepted_call() -> None:
@@ -368,7 +368,7 @@ async def test_a_pause_longer_than_the_patience_is_not_waited_for() -> None:
     turn = pacer.turn(5.0)
     async with pacer.slot(turn):
         pacer.refused(turn, 3600)
-    with anyio.fail_after(1), pytest.raises(NoSlot):
+    with anyio.fail_after(1), pytest.raises(PacingTimeout):
         async with pacer.slot(turn):
             pytest.fail("a slot inside the pause")
 
@@ -379,7 +379,7 @@ async def test_a_call_never_sent_gives_up_when_all_others_are_refused() -> None:
     turn = pacer.turn(FOREVER)
     async with pacer.slot(turn):
         pacer.refused(turn, 0.0)
-        with anyio.fail_after(2), pytest.raises(NoSlot):
+        with anyio.fail_after(2), pytest.raises(PacingTimeout):
             async with pacer.slot(pacer.turn(0.05)):
                 pytest.fail("a second slot")
 

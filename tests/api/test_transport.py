@@ -21,7 +21,7 @@ SIGNED = "/a%2Fb%20c/one.jpg?X-Amz-Credential=AKIA%2F20260101%2Fs3&X-Amz-Signatu
 @asynccontextmanager
 async def open_client(*, keep: bool = False, timeout: httpx.Timeout | None = None) -> AsyncIterator[httpx.AsyncClient]:
     """A client over the transport."""
-    transport = AiohttpTransport(tls=httpx.create_ssl_context(), keep=keep)
+    transport = AiohttpTransport(tls=httpx.create_ssl_context(), keep_alive=keep)
     async with httpx.AsyncClient(transport=transport, timeout=timeout or httpx.Timeout(5)) as client:
         yield client
 

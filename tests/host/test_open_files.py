@@ -19,7 +19,7 @@ from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ImageUnwritable, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.host.locks import HostLockManager
 from flux_prefect.host.spool import Spool
-from flux_prefect.local_files import explain
+from flux_prefect.local_files import explain_os_error
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.steps import download, generate, recover
 
@@ -99,4 +99,4 @@ async def test_an_upload_names_the_limit(tmp_path: Path, credentials: AimlApiCre
 )
 def test_the_remedy_is_that_of_the_failure(number: int, told: str) -> None:
     """A machine that is out of files is not a process that is, and a full disk is neither."""
-    assert explain(OSError(number, os.strerror(number)), "take another folder").startswith(told)
+    assert explain_os_error(OSError(number, os.strerror(number)), "take another folder").startswith(told)

@@ -22,9 +22,9 @@ from flux_prefect.errors import (
     StatusError,
 )
 
-__all__ = ["read_refusal"]
+__all__ = ["parse_error_response"]
 
-MESSAGE_LIMIT = 500
+_MAX_MESSAGE = 500
 """Characters kept of what the service says."""
 
 _BY_STATUS: dict[int, type[StatusError]] = {
@@ -49,7 +49,7 @@ _ADVICE: dict[type[StatusError], str] = {
 }
 
 
-def read_refusal(  # noqa: PLR0913 - keyword-only, the parts of one answer
+def parse_error_response(  # noqa: PLR0913 - keyword-only, the parts of one answer
     *,
     status: int,
     headers: Mapping[str, str],
@@ -134,7 +134,7 @@ def _read_plain(body: bytes, envelope: dict[str, Any]) -> str:
 def _shorten(text: str) -> str:
     # Lone surrogates are legal in JSON and break every log and database behind.
     line = " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split()).rstrip(".")
-    return line if len(line) <= MESSAGE_LIMIT else f"{line[: MESSAGE_LIMIT - 1]}…"
+    return line if len(line) <= _MAX_MESSAGE else f"{line[: _MAX_MESSAGE - 1]}…"
 
 
 def _phrase(status: int) -> str:
