@@ -5,40 +5,40 @@ UV := PYTHONPATH=.tools $(PYTHON) -m uv
 RUN := .venv/bin/python
 READY := .venv/.ready
 
-# What other people's code imports.
-PUBLIC := $(addprefix flux_prefect.,tasks pipeline credentials bucket caching locking seeds naming settings budget spool \
-	api.models api.errors api.client \
-	batch.table batch.plan batch.running batch.report batch.events \
-	sandbox.launching sandbox.control) \
-	$(addprefix flows.,publish_image publish_batch publish_daily backfill sweep_seeds audit_bucket)
+# The modules that define the public names, and `errors`.
+PUBLIC := $(addprefix flux_prefect.,tasks pipeline steps inline credentials cache_policies seeds settings errors \
+	api.client api.downloads api.models bucket.image_bucket host.locks host.spool money.budget \
+	tables.table tables.templates manifest.plan manifest.records manifest.report \
+	flows.publish_image flows.publish_batch flows.publish_sharded flows.publish_daily flows.backfill \
+	flows.sweep_seeds flows.audit_bucket sandbox.launching sandbox.control)
 REFERENCE := build/reference
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test chaos bench reference screenshots lint format lock clean
 
-help: ## List what can be made
+help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(READY) ## Publish a dozen images to a local S3 server, twice; ARGS=--serve keeps the pages up
 	@$(RUN) -m flux_prefect.cli.demo $(ARGS)
 
-test: $(READY) ## Run the tests; ARGS are pytest's
+test: $(READY) ## Run the tests; ARGS go to pytest
 	@$(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-chaos: $(READY) ## Kill a batch of 200 images 200 times and look at what is left (some ten minutes)
+chaos: $(READY) ## Kill a batch of 200 images 200 times and verify what is left (about ten minutes)
 	@PYTHONPATH=. $(RUN) tests/chaos.py $(ARGS)
 
-bench: $(READY) ## Measure what the project costs (ten to fifteen minutes); ARGS=--help
+bench: $(READY) ## Measure time, memory and CPU (ten to fifteen minutes); ARGS=--help lists the benchmarks
 	@$(RUN) -m tests.benchmarks $(ARGS)
 
-reference: $(READY) ## Build the API reference from the docstrings: build/reference/index.html
+reference: $(READY) ## Build the API reference in build/reference/index.html
 	@$(RUN) -m pdoc --docformat google --no-show-source --template-directory .pdoc \
 		--output-directory $(REFERENCE) $(PUBLIC)
 
-screenshots: $(READY) ## Make the README's images anew from the running UI; needs chromium
+screenshots: $(READY) ## Take the screenshots of the documentation again; needs Chromium
 	@PYTHONPATH=tests $(RUN) -m browser.screenshots
 
-lint: $(READY) ## Check style and types
+lint: $(READY) ## Check style, format and types
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
@@ -47,13 +47,13 @@ format: $(READY) ## Format the code
 	@$(RUN) -m ruff check --fix
 	@$(RUN) -m ruff format
 
-lock: .tools/uv ## Write the lock files anew from pyproject.toml
+lock: .tools/uv ## Update the lock files from pyproject.toml
 	@$(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --extra dev \
 		--no-header --no-annotate pyproject.toml --output-file requirements.txt
 	@echo uv | $(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes \
 		--no-header --no-annotate - --output-file requirements-uv.txt
 
-clean: ## Remove everything that was made here
+clean: ## Remove everything that make has built
 	rm -rf .venv .tools .demo .sandbox build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(READY): requirements.txt pyproject.toml .tools/uv

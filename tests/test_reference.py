@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import flux_prefect
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
@@ -68,6 +69,17 @@ def test_every_field_is_in_it(
             assert field.description is not None
             assert " ".join(field.description.split()) in page
     assert "PydanticUndefined" not in page
+
+
+def test_every_public_name_is_in_it(reference: Path) -> None:
+    """Each name that `flux_prefect` exports, on the page of the module that defines it."""
+    anchors = {
+        name
+        for page in reference.rglob("*.html")
+        for name in re.findall(r'<section id="([^"]+)"', page.read_text(encoding="utf-8"))
+    }
+
+    assert set(flux_prefect.__all__) - {"__version__"} - anchors == set()
 
 
 def test_nothing_private_is_in_it(reference: Path) -> None:
