@@ -13,19 +13,11 @@ from typing import Any
 from prefect.client.schemas.objects import State
 from prefect.logging.configuration import setup_logging
 
+from flux_prefect.cli.exit_status import FAILED, INTERRUPTED, MISUSED
 from flux_prefect.errors import InvalidSettings
 from flux_prefect.settings import current_settings
 
 __all__ = ["FAILED", "INTERRUPTED", "MISUSED", "add_connection_arguments", "refuse_bad_settings", "run_to_state"]
-
-FAILED = 1
-"""The exit status of a run that is not Completed."""
-
-MISUSED = 2
-"""The exit status of a command that was given what can't be used, as argparse has it."""
-
-INTERRUPTED = 130
-"""The exit status of a run that was stopped by Ctrl-C."""
 
 
 def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
