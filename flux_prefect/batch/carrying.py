@@ -65,7 +65,7 @@ async def carry_through(  # noqa: PLR0913 - keyword-only from the fourth on
     with sigterm_as_cancellation():
         async with manifest, live_progress(progress, logger):
             if planned.plan.requests:
-                await manifest.prove()
+                await manifest.verify_upload()
             with show_progress(progress, logger) as tell:
 
                 def keep(record: ItemRecord) -> None:

@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
 from flux_prefect.display.progress import Logger
-from flux_prefect.display.run_names import name_before_plan, name_planned, rename_run
+from flux_prefect.display.run_names import initial_run_name, planned_run_name, rename_run
 from flux_prefect.errors import BatchFailed
 from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.manifest.report import BatchReport
@@ -25,7 +25,7 @@ async def announce_plan(plan: Plan, source: str | Sequence[Any], logger: Logger)
         Exception: Prefect's server did not take the artifact.
     """
     await _show_plan(plan, logger)
-    await rename_run(name_planned(source, plan), instead_of=name_before_plan(source))
+    await rename_run(planned_run_name(source, plan), instead_of=initial_run_name(source))
 
 
 async def end_dry_run(plan: Plan, source: str | Sequence[Any], logger: Logger) -> State[Any]:
@@ -35,7 +35,7 @@ async def end_dry_run(plan: Plan, source: str | Sequence[Any], logger: Logger) -
         Exception: Prefect's server did not take the artifact.
     """
     await _show_plan(plan, logger)
-    await rename_run(f"dry run of {name_planned(source, plan)}", instead_of=name_before_plan(source))
+    await rename_run(f"dry run of {planned_run_name(source, plan)}", instead_of=initial_run_name(source))
     return end_batch(BatchReport(plan=plan), max_failed=0)
 
 

@@ -39,7 +39,7 @@ from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord, ItemStatus
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import describe_credits
 
-__all__ = ["leave_artifacts", "live_progress", "object_address", "write_markdown_gallery", "write_summary"]
+__all__ = ["live_progress", "object_url", "publish_artifacts", "write_markdown_gallery", "write_summary"]
 
 UPDATE_SECONDS = 10.0
 """Between two updates of a progress artifact: each costs the server some 40 milliseconds."""
@@ -100,7 +100,7 @@ async def _update(progress: Progress, ended: asyncio.Event, every: float) -> Non
         last = ended.is_set()
 
 
-async def leave_artifacts(
+async def publish_artifacts(
     report: BatchReport, newest: Sequence[ItemRecord], bucket: ImageBucket, spool: Spool, logger: Logger
 ) -> None:
     """Publish the page of a batch that has ended and leave its summary and its gallery at the enclosing flow run.
@@ -247,7 +247,7 @@ def write_summary(report: BatchReport, bucket: ImageBucket, page: str | None) ->
     return "\n".join(lines)
 
 
-def object_address(bucket: ImageBucket, key: str) -> str:
+def object_url(bucket: ImageBucket, key: str) -> str:
     """Where a browser finds an object: its public address, else the AWS console's page of it, else the server's URL."""
     path = quote(key)
     if bucket.public_base_url:
@@ -271,7 +271,7 @@ def _cells(records: Iterable[ItemRecord], thumbnails: dict[str, str], bucket: Im
 
 def _image(image: PublishedImage, thumbnail: str | None, bucket: ImageBucket) -> str:
     shown = "no thumbnail" if thumbnail is None else f'<img src="{thumbnail}" alt="image">'
-    return f'<a href="{html.escape(object_address(bucket, image.key))}">{shown}</a>'
+    return f'<a href="{html.escape(object_url(bucket, image.key))}">{shown}</a>'
 
 
 def _cell(shown: str, record: ItemRecord, image: PublishedImage | None) -> str:
@@ -335,7 +335,7 @@ def _isolate(text: str) -> str:
 
 
 def _link(bucket: ImageBucket, key: str, text: str) -> str:
-    return f'<a href="{html.escape(object_address(bucket, key))}">{_escape(text)}</a>'
+    return f'<a href="{html.escape(object_url(bucket, key))}">{_escape(text)}</a>'
 
 
 def _excerpt(text: str, most: int) -> str:

@@ -22,7 +22,7 @@ from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.pipeline import Density
 
-__all__ = ["BATCH_FINISHED", "IMAGE_FAILED", "IMAGE_PUBLISHED", "find_asset", "tell_batch", "tell_item"]
+__all__ = ["BATCH_FINISHED", "IMAGE_FAILED", "IMAGE_PUBLISHED", "emit_batch_events", "emit_item_events", "find_asset"]
 
 BATCH_FINISHED = "flux.batch.finished"
 IMAGE_PUBLISHED = "flux.image.published"
@@ -39,7 +39,7 @@ _SUMS = {
 }
 
 
-def tell_batch(report: BatchReport, bucket: ImageBucket, run: str, *, succeeded: bool) -> None:
+def emit_batch_events(report: BatchReport, bucket: ImageBucket, run: str, *, succeeded: bool) -> None:
     """Tell that a batch has ended, and what stands at its destination now. Two events, whatever the batch's size.
 
     The label `flux.outcome` of the first is `completed` or `failed`, so that an automation can match it. Its payload
@@ -72,7 +72,7 @@ def tell_batch(report: BatchReport, bucket: ImageBucket, run: str, *, succeeded:
         emit_event(_MATERIALIZED, resource={"prefect.resource.id": asset.key}, payload={**sums, "run": run})
 
 
-def tell_item(record: ItemRecord, bucket: ImageBucket, run: str, *, density: Density) -> None:
+def emit_item_events(record: ItemRecord, bucket: ImageBucket, run: str, *, density: Density) -> None:
     """Tell of a row that has ended: an event an image that this run wrote, and one where images are missing.
 
     In `steps` alone: the server stores each, beside the ten or so that the row's own task runs send. In `chunks` one

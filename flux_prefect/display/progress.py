@@ -20,7 +20,7 @@ from flux_prefect.money.budget import describe_credits
 __all__ = ["Logger", "Progress", "describe_seconds", "show_progress"]
 
 _SECONDS_BETWEEN_LINES = 30.0
-_MOST_FAILURES_TOLD = 20
+_MAX_LOGGED_FAILURES = 20
 
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[logging.Logger]"  # text, as Python 3.10 can't index it
 
@@ -62,7 +62,7 @@ class Progress:
         self._slow_done += record.status not in {"unchanged", "invalid"}
         self.images += sum(image.created for image in record.images)
 
-    def catch_up(self, *, done: int, images: int, spent: float) -> None:
+    def set_totals(self, *, done: int, images: int, spent: float) -> None:
         """Take the sums of records that others have counted, in the place of all that was added so far."""
         self._slow_done = max(0, done - (self.total - self._slow))
         self.done, self.images, self.spent = done, images, spent
@@ -118,12 +118,12 @@ def show_progress(progress: Progress, logger: Logger) -> Iterator[Callable[[Item
     """
     if sys.stderr.isatty():
         with _bar(progress) as show:
-            yield _telling(progress, show, logger)
+            yield _make_recorder(progress, show, logger)
     else:
-        yield _telling(progress, _lines(progress, logger), logger)
+        yield _make_recorder(progress, _lines(progress, logger), logger)
 
 
-def _telling(progress: Progress, show: Callable[[], None], logger: Logger) -> Callable[[ItemRecord], None]:
+def _make_recorder(progress: Progress, show: Callable[[], None], logger: Logger) -> Callable[[ItemRecord], None]:
     failures = 0
 
     def tell(record: ItemRecord) -> None:
@@ -131,9 +131,9 @@ def _telling(progress: Progress, show: Callable[[], None], logger: Logger) -> Ca
         progress.add(record)
         if record.status in UNSUCCESSFUL:
             failures += 1
-            if failures <= _MOST_FAILURES_TOLD:
+            if failures <= _MAX_LOGGED_FAILURES:
                 logger.warning("%s %s: %s: %s", record.id, record.status, record.error, record.message)
-            elif failures == _MOST_FAILURES_TOLD + 1:
+            elif failures == _MAX_LOGGED_FAILURES + 1:
                 logger.warning("More items without their images: from here on the manifest alone tells of them.")
         show()
 

@@ -14,7 +14,7 @@ from prefect.exceptions import PrefectException
 
 from flux_prefect.manifest.plan import Plan
 
-__all__ = ["name_before_plan", "name_planned", "name_source", "rename_run"]
+__all__ = ["initial_run_name", "name_source", "planned_run_name", "rename_run"]
 
 
 def name_source(source: str | Sequence[Any]) -> str:
@@ -25,12 +25,12 @@ def name_source(source: str | Sequence[Any]) -> str:
     return (parts.path if parts.netloc else source).rstrip("/").rpartition("/")[2]
 
 
-def name_before_plan(source: str | Sequence[Any]) -> str:
+def initial_run_name(source: str | Sequence[Any]) -> str:
     """The run's name while nothing is known but its table."""
     return f"publish {name_source(source)}"
 
 
-def name_planned(source: str | Sequence[Any], plan: Plan) -> str:
+def planned_run_name(source: str | Sequence[Any], plan: Plan) -> str:
     """The run's name once it is known how many images it makes, or publishes of those paid for before."""
     images = plan.images + plan.paid
     told = "nothing new" if images == 0 else f"{images:,} image{'' if images == 1 else 's'}"

@@ -41,7 +41,7 @@ from flux_prefect.tables.sources import Source, open_source
 
 __all__ = ["AuditReport", "AuditedImage", "audit_bucket", "main"]
 
-_MOST_TOLD = 100
+_MAX_REPORTED = 100
 
 Mended = Literal["put back from the spool", "published again"]
 
@@ -288,17 +288,17 @@ class _Audit:
             counts=dict(self._counts),
             mended=dict(self._mended),
             unpublished=self._unpublished,
-            problems=(*sorted(self._wrong, key=_by_row), *sorted(self._right, key=_by_row))[:_MOST_TOLD],
+            problems=(*sorted(self._wrong, key=_by_row), *sorted(self._right, key=_by_row))[:_MAX_REPORTED],
             batch=self._batch,
         )
 
     def _note_mended(self, found: AuditedImage, how: Mended) -> None:
         self._mended[how] += 1
-        if len(self._right) < _MOST_TOLD:
+        if len(self._right) < _MAX_REPORTED:
             self._right.append(found.model_copy(update={"mended": how}))
 
     def _note_wrong(self, found: AuditedImage, reason: str) -> None:
-        if len(self._wrong) < _MOST_TOLD:
+        if len(self._wrong) < _MAX_REPORTED:
             message = "; ".join(part for part in (found.message, reason) if part)
             self._wrong.append(found.model_copy(update={"message": message}))
 

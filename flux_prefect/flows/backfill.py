@@ -27,7 +27,7 @@ from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
-from flux_prefect.tables.templates import USUAL_IMAGES, ImageSettings
+from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, ImageSettings
 
 __all__ = ["BackfillReport", "DayOutcome", "backfill", "main"]
 
@@ -83,7 +83,7 @@ async def backfill(
     order: Order = "oldest first",
     max_days: Annotated[int, Field(ge=1, le=3660)] = 31,
     template: Template = None,
-    images: ImageSettings = USUAL_IMAGES,
+    images: ImageSettings = DEFAULT_IMAGE_SETTINGS,
     credentials: CredentialsChoice = None,
     max_in_flight: InFlight = 8,
     max_failed: Tolerated = 0,

@@ -31,11 +31,11 @@ from flux_prefect.batch.shutdown import is_to_be_cancelled
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.display.artifacts import leave_artifacts
-from flux_prefect.display.events import tell_batch, tell_item
+from flux_prefect.display.artifacts import publish_artifacts
+from flux_prefect.display.events import emit_batch_events, emit_item_events
 from flux_prefect.display.gallery import write_gallery
 from flux_prefect.display.recent_records import RecentRecords
-from flux_prefect.display.run_names import name_before_plan
+from flux_prefect.display.run_names import initial_run_name
 from flux_prefect.errors import BatchFailed
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.manifest.records import ItemRecord
@@ -53,7 +53,7 @@ Table = (
 
 
 def _name_run() -> str:
-    return name_before_plan(flow_run.parameters["source"])
+    return initial_run_name(flow_run.parameters["source"])
 
 
 @flow(name="publish-batch", flow_run_name=_name_run)
@@ -122,7 +122,7 @@ async def publish_batch(
 
         def keep(record: ItemRecord) -> None:
             newest.add(record)
-            tell_item(record, destination, planned.run, density=chosen)
+            emit_item_events(record, destination, planned.run, density=chosen)
 
         try:
             carried = await carry_through(job, planned, manifest, density=chosen, on_record=keep, logger=logger)
@@ -131,8 +131,8 @@ async def publish_batch(
                 raise
             return cast("BatchReport", end_cancelled(manifest.uri))
     report = carried.report
-    await leave_artifacts(report, newest.records(), destination, job.spool, logger)
-    tell_batch(report, destination, planned.run, succeeded=report.unsuccessful <= max_failed)
+    await publish_artifacts(report, newest.records(), destination, job.spool, logger)
+    emit_batch_events(report, destination, planned.run, succeeded=report.unsuccessful <= max_failed)
     logger.info("%s. Manifest: %s", report.summary(), report.manifest)
     return cast("BatchReport", end_batch(report, max_failed))
 

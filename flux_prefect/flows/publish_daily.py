@@ -28,7 +28,7 @@ from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, Credi
 from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.tables.table import explain_invalid
-from flux_prefect.tables.templates import USUAL_IMAGES, ImageSettings, render_table
+from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, ImageSettings, render_table
 
 __all__ = ["Template", "TemplateTable", "add_daily_arguments", "main", "publish_daily", "read_images"]
 
@@ -64,7 +64,7 @@ async def publish_daily(
     template: Template = None,
     day: date | Annotated[None, Field(title="As scheduled")] = None,
     timezone: Timezone = "UTC",
-    images: ImageSettings = USUAL_IMAGES,
+    images: ImageSettings = DEFAULT_IMAGE_SETTINGS,
     credentials: CredentialsChoice = None,
     max_in_flight: InFlight = 8,
     max_failed: Tolerated = 0,

@@ -24,11 +24,11 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases
 from flux_prefect.cli.terminal import run_to_state
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.display.artifacts import leave_artifacts, live_progress
-from flux_prefect.display.events import tell_batch
+from flux_prefect.display.artifacts import live_progress, publish_artifacts
+from flux_prefect.display.events import emit_batch_events
 from flux_prefect.display.progress import Progress
 from flux_prefect.display.recent_records import RecentRecords
-from flux_prefect.display.run_names import name_before_plan
+from flux_prefect.display.run_names import initial_run_name
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.flows.publish_batch import Table, add_batch_arguments, read_batch_arguments, tell_end
 from flux_prefect.host.spool import Experience
@@ -45,7 +45,7 @@ __all__ = ["main", "publish_sharded"]
 
 
 def _name_run() -> str:
-    return name_before_plan(flow_run.parameters["source"])
+    return initial_run_name(flow_run.parameters["source"])
 
 
 @flow(name="publish-sharded", flow_run_name=_name_run)
@@ -165,8 +165,8 @@ async def publish_sharded(
             await adoption.remove(version.etag)
     report = _sum_up(tally, following, manifest, time.monotonic() - started)
     job.spool.keep_experience(account.base_url, _learn(job, report, following))
-    await leave_artifacts(report, newest.records(), destination, job.spool, logger)
-    tell_batch(report, destination, split.run, succeeded=report.unsuccessful <= max_failed)
+    await publish_artifacts(report, newest.records(), destination, job.spool, logger)
+    emit_batch_events(report, destination, split.run, succeeded=report.unsuccessful <= max_failed)
     logger.info("%s. Manifest: %s", report.summary(), report.manifest)
     return cast("BatchReport", end_batch(report, max_failed))
 

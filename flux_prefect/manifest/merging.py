@@ -11,10 +11,10 @@ from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import FluxError, RunStopped
 from flux_prefect.manifest.records import ItemRecord
 
-__all__ = ["attribute", "fail", "fold", "is_open", "merge_attempts"]
+__all__ = ["attribute_images", "fold", "is_pending", "mark_failed", "merge_attempts"]
 
 
-def is_open(record: ItemRecord) -> bool:
+def is_pending(record: ItemRecord) -> bool:
     """Whether a row is still to be done: a cap left it out, or the run was told to end before it."""
     stopped = record.status == "failed" and record.error == RunStopped.__name__
     return stopped or record.status == "skipped_budget"
@@ -43,7 +43,7 @@ def fold(records: Sequence[ItemRecord]) -> ItemRecord:
     )
 
 
-def fail(record: ItemRecord, error: FluxError) -> ItemRecord:
+def mark_failed(record: ItemRecord, error: FluxError) -> ItemRecord:
     """The record of a row that nobody will do, with what was spent on it so far."""
     return record.model_copy(
         update={"status": "failed", "images": (), "error": type(error).__name__, "message": error.message}
@@ -66,7 +66,9 @@ def merge_attempts(table: Iterable[ItemRecord], attempts: Sequence[Iterable[Item
     return {waiting.row: fold(told.get(waiting.row, [waiting])) for waiting in table}
 
 
-async def attribute(records: Iterable[ItemRecord], bucket: ImageBucket, runs: Collection[str]) -> dict[int, ItemRecord]:
+async def attribute_images(
+    records: Iterable[ItemRecord], bucket: ImageBucket, runs: Collection[str]
+) -> dict[int, ItemRecord]:
     """Count images for this batch that a run of it has published, and was killed before it could tell.
 
     A later attempt found them there. The record beside an image names the run that published it, and what it cost.

@@ -17,7 +17,7 @@ from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.tables.manifest_lines import VERSION
 from flux_prefect.tables.parquet import MANIFEST_METADATA, load_pyarrow
 
-__all__ = ["IMAGE_COLUMNS", "write_columns"]
+__all__ = ["IMAGE_COLUMNS", "write_parquet"]
 
 IMAGE_COLUMNS = ("sha256", "width", "height", "key", "uri", "url")
 """The fields of a record's first image that have columns of their own; all images are JSON under `images`."""
@@ -29,7 +29,7 @@ _INT64 = 2**63
 _EXACT_IN_FLOAT = 2**53
 
 
-def write_columns(records: Callable[[], Iterable[dict[str, Any]]], file: BinaryIO) -> None:
+def write_parquet(records: Callable[[], Iterable[dict[str, Any]]], file: BinaryIO) -> None:
     """Write records as Parquet. Reads them twice; memory: 200 rows, and 1,000 in Arrow's form.
 
     Raises:

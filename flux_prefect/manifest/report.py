@@ -179,7 +179,7 @@ def tabulate(report: BatchReport) -> Table:
     table.add_column("id", footer=f"{report.rows:,} items", overflow="fold")
     table.add_column("status", footer=f"in {report.seconds:.1f} s")
     table.add_column("seed", justify="right")
-    table.add_column("where, or why not", overflow="fold", footer=_tell_hidden(report))
+    table.add_column("where, or why not", overflow="fold", footer=_count_hidden(report))
     for item in itertools.islice(shown, _MOST_SHOWN):
         table.add_row(
             Text(item.id),
@@ -194,6 +194,6 @@ def tabulate(report: BatchReport) -> Table:
     return table
 
 
-def _tell_hidden(report: BatchReport) -> str:
+def _count_hidden(report: BatchReport) -> str:
     hidden = 0 if report.rows <= _MOST_SHOWN else report.rows - min(report.unsuccessful, _MOST_SHOWN)
     return f"{hidden:,} more in the manifest" if hidden else ""

@@ -27,10 +27,10 @@ from typing_extensions import Self
 
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketError, ManifestUnwritable, TableError
-from flux_prefect.manifest.parquet import IMAGE_COLUMNS, write_columns
+from flux_prefect.manifest.parquet import IMAGE_COLUMNS, write_parquet
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.tables.file_views import open_view
-from flux_prefect.tables.manifest_lines import VERSION, mend, ordered_lines
+from flux_prefect.tables.manifest_lines import VERSION, ordered_lines, repair_last_line
 from flux_prefect.tables.parquet import has_pyarrow, load_pyarrow
 
 __all__ = ["ManifestWriter", "record_line"]
@@ -78,7 +78,7 @@ class ManifestWriter:
         self._uploading = anyio.Lock()
         self._uploaded = 0
         self._size = 0
-        self._in_columns = False
+        self._with_parquet = False
 
     @property
     def uri(self) -> str:
@@ -122,7 +122,7 @@ class ManifestWriter:
             raise self._unwritable(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         self._size += len(line)
 
-    async def prove(self) -> None:
+    async def verify_upload(self) -> None:
         """Bring what there is into the bucket, empty as it may be: before anything is paid for what it would not take.
 
         Raises:
@@ -162,7 +162,7 @@ class ManifestWriter:
 
     async def _upload_while_open(self) -> None:
         # Now, while the first answers are awaited: it takes time.
-        self._in_columns = await anyio.to_thread.run_sync(_can_write_columns)
+        self._with_parquet = await anyio.to_thread.run_sync(_can_write_parquet)
         while not self._closing.is_set():
             with anyio.move_on_after(self._upload_every):
                 await self._closing.wait()
@@ -183,8 +183,8 @@ class ManifestWriter:
         with tempfile.TemporaryFile(dir=folder) as lines, tempfile.TemporaryFile(dir=folder) as columns:
             await anyio.to_thread.run_sync(_order, self.path, lines)
             await self._put(lines, f"{self._run}/manifest.jsonl", _JSONL)
-            if self._in_columns:
-                await anyio.to_thread.run_sync(write_columns, partial(_iterate, lines), columns)
+            if self._with_parquet:
+                await anyio.to_thread.run_sync(write_parquet, partial(_iterate, lines), columns)
                 await self._put(columns, f"{self._run}/manifest.parquet", _PARQUET)
                 if self._copies is not None:
                     await self._put(columns, f"{self._copies}.parquet", _PARQUET)
@@ -217,7 +217,7 @@ def record_line(record: ItemRecord, run: str) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
-def _can_write_columns() -> bool:
+def _can_write_parquet() -> bool:
     """Whether there is to be a Parquet file. Never an error: what was paid for is in the JSON Lines."""
     if not has_pyarrow():
         return False
@@ -232,7 +232,7 @@ def _can_write_columns() -> bool:
 def _open(path: Path) -> io.FileIO:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.exists():
-        mend(path)
+        repair_last_line(path)
     return path.open("ab", buffering=0)
 
 

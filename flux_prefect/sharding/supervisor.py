@@ -24,7 +24,7 @@ from flux_prefect.batch.context import BatchContext
 from flux_prefect.bucket.conditional_object import Version
 from flux_prefect.display.progress import Logger, Progress
 from flux_prefect.errors import BucketUnavailable, FluxError, RunStopped, ShardLost
-from flux_prefect.manifest.merging import attribute, fail, is_open, merge_attempts
+from flux_prefect.manifest.merging import attribute_images, is_pending, mark_failed, merge_attempts
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.money.allocation import Purse
 from flux_prefect.money.budget import Amount
@@ -328,7 +328,7 @@ class Following:
                 attempt.seen, attempt.changed_at = latest, time.monotonic()
         self._signs_read_at = time.monotonic()
         signs = [self._kept, *(work.attempts[-1].sign for work in self._running)]
-        self.progress.catch_up(
+        self.progress.set_totals(
             done=sum(sign.done for sign in signs),
             images=sum(sign.images for sign in signs),
             spent=sum(sign.credits_spent for sign in signs),
@@ -352,7 +352,7 @@ class Following:
         """Take in an attempt that is over."""
         attempt = work.attempts[-1]
         await self._hear_last_word(attempt)
-        left = [record for record in (await self._merge(work)).values() if is_open(record)]
+        left = [record for record in (await self._merge(work)).values() if is_pending(record)]
         if not left:
             await self._finish(work)
         elif end == "completed":
@@ -406,9 +406,9 @@ class Following:
         merged = await self._merge(work)
         if not all(attempt.last_word for attempt in work.attempts):
             runs = {str(attempt.run.id) for attempt in work.attempts}
-            merged = await attribute(merged.values(), self.job.bucket, runs)
+            merged = await attribute_images(merged.values(), self.job.bucket, runs)
         for record in merged.values():
-            self._keep_one(record if work.error is None or not is_open(record) else fail(record, work.error))
+            self._keep_one(record if work.error is None or not is_pending(record) else mark_failed(record, work.error))
 
     def _keep_one(self, record: ItemRecord) -> None:
         self._kept = self._kept.model_copy(

@@ -17,10 +17,10 @@ from flux_prefect.tables.sources import Source
 __all__ = [
     "FIELDS",
     "OWN_COLUMNS",
-    "Unreadable",
+    "UnreadableRow",
     "check_header",
-    "find_misspelt",
-    "find_unkeepable",
+    "describe_misspelling",
+    "describe_unstorable",
     "read_csv",
     "read_jsonl",
 ]
@@ -32,14 +32,14 @@ _TYPO = 0.85  # difflib's similarity from which a column counts as a field missp
 
 
 @dataclass(frozen=True)
-class Unreadable:
+class UnreadableRow:
     """A row that could not be read, and why. The rows after it can."""
 
     reason: str
 
 
 def read_csv(source: Source) -> Iterator[tuple[int, Any]]:
-    """The rows of a CSV file, numbered from 1: each a dict of texts, or `Unreadable`.
+    """The rows of a CSV file, numbered from 1: each a dict of texts, or `UnreadableRow`.
 
     Raises:
         TableError: it is not UTF-8 text, its header is wrong, or its quoting is broken.
@@ -59,7 +59,7 @@ def read_csv(source: Source) -> Iterator[tuple[int, Any]]:
                 else:
                     yield (
                         number,
-                        Unreadable(
+                        UnreadableRow(
                             f"line {reader.line_num} has {len(cells)} cells where the header has {len(header)}: "
                             'put cells with commas, quotes or line breaks in "double quotes"'
                         ),
@@ -71,7 +71,7 @@ def read_csv(source: Source) -> Iterator[tuple[int, Any]]:
 
 
 def read_jsonl(source: Source) -> Iterator[tuple[int, Any]]:
-    """The values of a JSON Lines file, numbered from 1, blank lines passed over: any JSON, or `Unreadable`.
+    """The values of a JSON Lines file, numbered from 1, blank lines passed over: any JSON, or `UnreadableRow`.
 
     Raises:
         TableError: it is not UTF-8 text.
@@ -100,13 +100,13 @@ def check_header(source: Source, header: list[str]) -> None:
     if repeated:
         raise TableError(f"{source.name} has the column {repeated[0]!r} twice: rename one.")
     for name in header:
-        if problem := find_misspelt(name):
+        if problem := describe_misspelling(name):
             raise TableError(f"{source.name}: {problem}.")
     if "prompt" not in header:
         raise TableError(f"{source.name} has no column 'prompt' among its columns {', '.join(header)}.")
 
 
-def find_misspelt(column: str) -> str | None:
+def describe_misspelling(column: str) -> str | None:
     """What to say of a column that is probably one of our fields under a wrong name; None of any other."""
     if column in OWN_COLUMNS:
         return None
@@ -117,7 +117,7 @@ def find_misspelt(column: str) -> str | None:
     return f"unknown column {column!r}: if it is the field {likely[0]!r}, write it so; if not, give it another name"
 
 
-def find_unkeepable(content: Any) -> str | None:
+def describe_unstorable(content: Any) -> str | None:
     """Why a value can't be kept in a record, where that is so: half a character, 1e999, what JSON does not know."""
     try:
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
@@ -130,11 +130,11 @@ def _read_line(number: int, line: str) -> Any:
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
-        return Unreadable(f"line {number} is not JSON ({error.msg} at column {error.colno})")
+        return UnreadableRow(f"line {number} is not JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:
-        return Unreadable(f"line {number} holds a value that can't be kept ({error})")
-    problem = find_unkeepable(content)
-    return content if problem is None else Unreadable(f"line {number} {problem}")
+        return UnreadableRow(f"line {number} holds a value that can't be kept ({error})")
+    problem = describe_unstorable(content)
+    return content if problem is None else UnreadableRow(f"line {number} {problem}")
 
 
 def _text_only(source: Source, lines: Iterable[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing_extensions import TypeIs
 from flux_prefect.errors import TableError
 from flux_prefect.tables.sources import local_source
 
-__all__ = ["VERSION", "begins_with_record", "is_record", "mend", "ordered_lines", "read_manifest", "read_records"]
+__all__ = ["VERSION", "is_manifest", "is_record", "ordered_lines", "read_manifest", "read_records", "repair_last_line"]
 
 VERSION = 1
 """The form of the records, in each of them under `manifest`."""
@@ -34,7 +34,7 @@ def is_record(content: Any) -> TypeIs[Mapping[str, Any]]:
     )
 
 
-def begins_with_record(file: BinaryIO) -> bool:
+def is_manifest(file: BinaryIO) -> bool:
     """Whether a file is a manifest, by its first line that is not blank."""
     line = next((line for line in file if line.strip()), b"")
     return is_record(_load(line))
@@ -66,12 +66,12 @@ def read_records(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
 
 def ordered_lines(file: BinaryIO, name: str) -> Iterator[bytes]:
     """The lines that `read_records` reads, as they stand in the file, each with its line break."""
-    for place in _places(file, name):
+    for place in _offsets(file, name):
         file.seek(place)
         yield file.readline().rstrip() + b"\n"
 
 
-def mend(path: Path) -> None:
+def repair_last_line(path: Path) -> None:
     """Make a file that a kill or a power cut tore ready to be written on: cut off what is torn of its last line."""
     with path.open("r+b") as file:
         end, last = 0, b"\n"
@@ -85,7 +85,7 @@ def mend(path: Path) -> None:
             file.truncate(end - len(last))
 
 
-def _places(file: BinaryIO, name: str) -> list[int]:
+def _offsets(file: BinaryIO, name: str) -> list[int]:
     places: dict[int, int] = {}
     runs: set[Any] = set()
     torn: int | None = None

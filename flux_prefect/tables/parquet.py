@@ -11,7 +11,7 @@ from datetime import date, datetime, time, timedelta
 from typing import Any
 
 from flux_prefect.errors import TableError
-from flux_prefect.tables.formats import Unreadable, check_header, find_unkeepable
+from flux_prefect.tables.formats import UnreadableRow, check_header, describe_unstorable
 from flux_prefect.tables.sources import Source
 
 __all__ = ["MANIFEST_METADATA", "has_pyarrow", "load_pyarrow", "read_parquet"]
@@ -41,7 +41,7 @@ def load_pyarrow() -> tuple[Any, Any]:
 
 
 def read_parquet(source: Source) -> Iterator[tuple[int, Any]]:
-    """The rows of a Parquet file, numbered from 1: each a dict of plain values, or `Unreadable`.
+    """The rows of a Parquet file, numbered from 1: each a dict of plain values, or `UnreadableRow`.
 
     NULL and NaN are None; times are ISO text, durations seconds, decimals and bytes text (base64 where bytes are no
     UTF-8). Memory: 512 rows, and a page a column.
@@ -53,8 +53,8 @@ def read_parquet(source: Source) -> Iterator[tuple[int, Any]]:
     for rows in _read_batches(source):
         for row in rows:
             number += 1
-            problem = find_unkeepable(row)
-            yield number, row if problem is None else Unreadable(f"it {problem}")
+            problem = describe_unstorable(row)
+            yield number, row if problem is None else UnreadableRow(f"it {problem}")
 
 
 def _read_batches(source: Source) -> Iterator[list[dict[str, Any]]]:

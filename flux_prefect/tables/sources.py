@@ -66,7 +66,7 @@ def local_source(path: str | Path) -> Source:
     """
     name = str(path)
     if "://" in name:
-        raise TableError(f"source {_public_name(name)!r} is an address: fetch it with open_table or open_source.")
+        raise TableError(f"source {_redact(name)!r} is an address: fetch it with open_table or open_source.")
     return Source(name, _format_of(name), lambda: Path(path).open("rb"))
 
 
@@ -97,16 +97,16 @@ async def open_source(
     if not separator:
         yield local_source(source)
         return
-    public = _public_name(name)
+    public = _redact(name)
     with tempfile.TemporaryFile(buffering=0) as file:
-        landing = _Landing(file, public, max_bytes)
+        landing = _FetchedFile(file, public, max_bytes)
         match scheme.lower():
             case "s3":
                 form = _format_of(public)
                 await _fetch_object(rest, landing, bucket)
             case "https" | "http":
                 form = _format_of(public)
-                await _fetch_page(name, landing, transport)
+                await _fetch_url(name, landing, transport)
             case _:
                 raise TableError(
                     f"source {public!r} has the scheme {scheme}: give a path, an s3:// or an https:// address."
@@ -114,7 +114,7 @@ async def open_source(
         yield Source(public, form, lambda: open_view(file, landing.size))
 
 
-class _Landing:
+class _FetchedFile:
     """The file that a table is fetched into, up to a size."""
 
     def __init__(self, file: BinaryIO, name: str, max_bytes: int) -> None:
@@ -150,7 +150,7 @@ class _Landing:
             self.write(piece)
 
 
-async def _fetch_object(address: str, landing: _Landing, bucket: ImageBucket | None) -> None:
+async def _fetch_object(address: str, landing: _FetchedFile, bucket: ImageBucket | None) -> None:
     name, _, key = address.partition("/")
     if not name or not key:
         raise TableError(f"source {landing.name!r} is no object's address: write it as s3://bucket/key.")
@@ -168,7 +168,7 @@ async def _fetch_object(address: str, landing: _Landing, bucket: ImageBucket | N
         raise TableError(f"source {landing.name!r} can't be read: check bucket and key. {error}") from error
 
 
-async def _fetch_page(url: str, landing: _Landing, transport: httpx.AsyncBaseTransport | None) -> None:
+async def _fetch_url(url: str, landing: _FetchedFile, transport: httpx.AsyncBaseTransport | None) -> None:
     name = landing.name
 
     async def check_hop(request: httpx.Request) -> None:
@@ -234,7 +234,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _public_name(address: str) -> str:
+def _redact(address: str) -> str:
     """The address without what may be secret in it: user, password, and the query of a signed address."""
     scheme, _, rest = address.partition("://")
     if scheme.lower() == "s3":

@@ -20,13 +20,13 @@ from flux_prefect.errors import TableError
 from flux_prefect.tables.formats import (
     FIELDS,
     OWN_COLUMNS,
-    Unreadable,
-    find_misspelt,
-    find_unkeepable,
+    UnreadableRow,
+    describe_misspelling,
+    describe_unstorable,
     read_csv,
     read_jsonl,
 )
-from flux_prefect.tables.manifest_lines import begins_with_record, is_record, read_records
+from flux_prefect.tables.manifest_lines import is_manifest, is_record, read_records
 from flux_prefect.tables.parquet import read_parquet
 from flux_prefect.tables.sources import Source, local_source, open_source
 
@@ -44,7 +44,7 @@ _STATUSES: dict[Only, set[str]] = {
     "unpublished": {"failed", "skipped_budget"},
 }
 
-Given: TypeAlias = Sequence[ImageRequest | Mapping[str, Any]]
+InlineRows: TypeAlias = Sequence[ImageRequest | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Table:
         only: take these rows of a manifest alone.
     """
 
-    def __init__(self, content: Source | Given, only: Only | None = None) -> None:
+    def __init__(self, content: Source | InlineRows, only: Only | None = None) -> None:
         self._content = content
         self._only = only
 
@@ -102,14 +102,14 @@ class Table:
 
     def _read(self) -> Iterator[tuple[int, Any]]:
         if not isinstance(self._content, Source):
-            yield from _check_given(self._content)
+            yield from _read_inline(self._content)
         elif self._content.format == "csv":
             yield from read_csv(self._content)
         elif self._content.format == "parquet":
             yield from read_parquet(self._content)
         else:
             with self._content.open() as file:
-                if begins_with_record(file):
+                if is_manifest(file):
                     file.seek(0)
                     yield from enumerate(read_records(file, self._content.name), start=1)
                     return
@@ -118,7 +118,7 @@ class Table:
 
 @asynccontextmanager
 async def open_table(
-    source: str | Path | Given, *, only: Only | None = None, bucket: ImageBucket | None = None
+    source: str | Path | InlineRows, *, only: Only | None = None, bucket: ImageBucket | None = None
 ) -> AsyncIterator[Table]:
     """A table from anywhere: what is elsewhere is fetched once, then read row by row any number of times.
 
@@ -146,7 +146,7 @@ async def open_table(
         yield Table(source, only)
 
 
-def read_table(source: str | Path | Given, *, only: Only | None = None) -> Iterator[Row]:
+def read_table(source: str | Path | InlineRows, *, only: Only | None = None) -> Iterator[Row]:
     """Read a file on this machine, or a list of requests or rows, once and row by row.
 
     A file is opened when its first row is asked for. See `Table.rows`; addresses are for `open_table`.
@@ -157,11 +157,11 @@ def read_table(source: str | Path | Given, *, only: Only | None = None) -> Itera
     return Table(local_source(source) if isinstance(source, (str, Path)) else source, only).rows()
 
 
-def _check_given(contents: Given) -> Iterator[tuple[int, Any]]:
+def _read_inline(contents: InlineRows) -> Iterator[tuple[int, Any]]:
     for number, content in enumerate(contents, start=1):
         given = dict(content) if isinstance(content, Mapping) else content
-        problem = None if isinstance(given, ImageRequest) else find_unkeepable(given)
-        yield number, given if problem is None else Unreadable(f"it {problem}")
+        problem = None if isinstance(given, ImageRequest) else describe_unstorable(given)
+        yield number, given if problem is None else UnreadableRow(f"it {problem}")
 
 
 def _revive(record: Mapping[str, Any]) -> Row:
@@ -179,7 +179,7 @@ def _revive(record: Mapping[str, Any]) -> Row:
 def _parse(number: int, content: Any) -> Row:
     if isinstance(content, ImageRequest):
         return Row(number, str(number), content)
-    if isinstance(content, Unreadable):
+    if isinstance(content, UnreadableRow):
         return Row(number, str(number), error=f"row {number}: {content.reason}")
     if not isinstance(content, Mapping):
         return Row(number, str(number), error=f"row {number} is not an object with a prompt")
@@ -188,7 +188,7 @@ def _parse(number: int, content: Any) -> Row:
     own_id = content.get("id")
     row_id = str(number) if own_id is None or str(own_id).strip() == "" else str(own_id).strip()
     for name in carried:
-        if problem := find_misspelt(name):
+        if problem := describe_misspelling(name):
             return Row(number, row_id, carried=carried, error=f"row {number}: {problem}")
     tolerance = given.get("safety_tolerance")
     if isinstance(tolerance, int) and not isinstance(tolerance, bool):

@@ -29,17 +29,17 @@ from flux_prefect.api.models import (
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import TemplateFailed
 from flux_prefect.seeds import draw_day_seed
-from flux_prefect.tables.formats import OWN_COLUMNS, Unreadable, find_unkeepable, read_csv, read_jsonl
+from flux_prefect.tables.formats import OWN_COLUMNS, UnreadableRow, describe_unstorable, read_csv, read_jsonl
 from flux_prefect.tables.manifest_lines import is_record
 from flux_prefect.tables.parquet import read_parquet
 from flux_prefect.tables.sources import Source, open_source
 
-__all__ = ["USUAL_IMAGES", "ImageSettings", "RowRenderer", "render_table"]
+__all__ = ["DEFAULT_IMAGE_SETTINGS", "ImageSettings", "RowRenderer", "render_table"]
 
 MAX_PROMPT = 4000
 """The service's bound, in characters."""
 
-_MOST_TOLD = 20
+_MAX_REPORTED = 20
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -66,7 +66,7 @@ class ImageSettings(BaseModel):
     )
 
 
-USUAL_IMAGES = ImageSettings()
+DEFAULT_IMAGE_SETTINGS = ImageSettings()
 """The service's own defaults."""
 
 
@@ -76,7 +76,7 @@ async def render_table(  # noqa: PLR0913 - keyword-only from the fourth on
     target: Path,
     *,
     template: str | None = None,
-    images: ImageSettings = USUAL_IMAGES,
+    images: ImageSettings = DEFAULT_IMAGE_SETTINGS,
     bucket: ImageBucket | None = None,
 ) -> int:
     """Write the day's requests as JSON Lines, a row for every row of the table; returns how many.
@@ -135,7 +135,7 @@ class RowRenderer:
         Raises:
             ValueError: with what is wrong with it.
         """
-        if isinstance(content, Unreadable):
+        if isinstance(content, UnreadableRow):
             raise ValueError(content.reason)  # noqa: TRY004 - a row's reasons are all of one kind
         if is_record(content):
             raise ValueError("it is a record of a manifest: publish_batch takes those")
@@ -144,7 +144,7 @@ class RowRenderer:
         content = dict(content)
         if "day" in content:
             raise ValueError("its column 'day' would hide the run's own day: rename it")
-        if problem := find_unkeepable(content):
+        if problem := describe_unstorable(content):
             raise ValueError(f"it {problem}")
         row_id = str(number) if _is_blank(content.get("id")) else str(content["id"]).strip()
         filled = {name: value for name, value in content.items() if name not in OWN_COLUMNS or not _is_blank(value)}
@@ -257,7 +257,7 @@ def _render_all(renderer: RowRenderer, rows: Iterator[tuple[int, Any]], file: Te
             file.write(json.dumps(renderer.render(number, content), ensure_ascii=False) + "\n")
         except ValueError as error:
             bad += 1
-            if bad <= _MOST_TOLD:
+            if bad <= _MAX_REPORTED:
                 problems.append(f"row {number}: {error}")
         else:
             good += 1

@@ -15,16 +15,16 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from support.images import ODD, draw, pretend, publish
+from support.images import ODD, draw, fake_published_image, publish
 from support.reports import make_report
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import (
-    leave_artifacts,
     live_progress,
-    object_address,
+    object_url,
+    publish_artifacts,
     write_markdown_gallery,
     write_summary,
 )
@@ -71,7 +71,7 @@ class Cells(HTMLParser):
 
 def _published(row: int, prompt: str = "a fox", **fields: Any) -> ItemRecord:
     request = ImageRequest(prompt=prompt, seed=row)
-    image = pretend(BUCKET, request)
+    image = fake_published_image(BUCKET, request)
     return ItemRecord(
         **{"row": row, "id": f"sku-{row}", "status": "published", "request": request, "images": (image,), **fields}
     )
@@ -146,7 +146,7 @@ class TestGallery:
         records = []
         for row in range(1, 61):
             request = ImageRequest(prompt=('"' if row % 2 else "🦊") * 4000, seed=row)
-            image = pretend(long, request)
+            image = fake_published_image(long, request)
             records.append(
                 ItemRecord(row=row, id='"' * 500, status="published", request=request, images=(image,), credits_used=1)
             )
@@ -217,20 +217,20 @@ class TestAddresses:
 
     def test_the_public_address_where_there_is_one(self) -> None:
         """Quoted as a URL needs it."""
-        assert object_address(BUCKET, "a b/ü.jpg") == "https://cdn.example/a%20b/%C3%BC.jpg"
+        assert object_url(BUCKET, "a b/ü.jpg") == "https://cdn.example/a%20b/%C3%BC.jpg"
 
     def test_the_console_for_a_private_bucket_of_aws(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Whoever may see the object signs in there."""
         monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
         private = ImageBucket(bucket_name="images", region_name="eu-west-1")
-        assert object_address(private, "a b/1.jpg") == (
+        assert object_url(private, "a b/1.jpg") == (
             "https://console.aws.amazon.com/s3/object/images?prefix=a%20b%2F1.jpg"
         )
 
     def test_the_server_itself_for_any_other(self) -> None:
         """Bucket and key in the path."""
         own = ImageBucket(bucket_name="images", endpoint_url="http://127.0.0.1:9/", region_name="eu-west-1")
-        assert object_address(own, "a/1.jpg") == "http://127.0.0.1:9/images/a/1.jpg"
+        assert object_url(own, "a/1.jpg") == "http://127.0.0.1:9/images/a/1.jpg"
 
 
 async def _artifacts(run: str) -> dict[str | None, Any]:
@@ -337,7 +337,7 @@ def _finish(records: list[ItemRecord], bucket: ImageBucket, folder: Path) -> Bat
 async def _leave(report: BatchReport, records: list[ItemRecord], bucket: ImageBucket, folder: Path) -> str:
     @flow
     async def batch() -> str:
-        await leave_artifacts(report, records, bucket, Spool(folder / "spool"), LOGGER)
+        await publish_artifacts(report, records, bucket, Spool(folder / "spool"), LOGGER)
         return str(flow_run.id)
 
     return await batch()

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from support.images import ODD, draw, pretend, publish
+from support.images import ODD, draw, fake_published_image, publish
 from support.reports import make_report
 
 from flux_prefect.api.models import ImageRequest
@@ -81,7 +81,9 @@ def odd(tmp_path: Path) -> BatchReport:
     request = ImageRequest(prompt=ODD, seed=7)
     return make_report(
         [
-            ItemRecord(row=1, id=ODD, status="published", request=request, images=(pretend(BUCKET, request),)),
+            ItemRecord(
+                row=1, id=ODD, status="published", request=request, images=(fake_published_image(BUCKET, request),)
+            ),
             ItemRecord(
                 row=2,
                 id="x",

@@ -5,7 +5,7 @@ import logging
 import sys
 
 import pytest
-from support.images import pretend
+from support.images import fake_published_image
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
@@ -107,7 +107,7 @@ def test_the_pace_is_that_of_what_takes_time() -> None:
         progress.add(_record("unchanged", credits_used=0))
     assert progress.seconds_left is None
     clock.now += 60
-    image = pretend(ImageBucket(bucket_name="images"), ImageRequest(prompt="a fox", seed=1))
+    image = fake_published_image(ImageBucket(bucket_name="images"), ImageRequest(prompt="a fox", seed=1))
     for _ in range(20):
         progress.add(_record().model_copy(update={"images": (image,)}))
 

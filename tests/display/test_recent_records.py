@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.images import pretend
+from support.images import fake_published_image
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
@@ -14,7 +14,9 @@ BUCKET = ImageBucket(bucket_name="images")
 
 def _record(row: int, status: ItemStatus, hour: int = 0) -> ItemRecord:
     request = ImageRequest(prompt="a fox", seed=row)
-    images = (pretend(BUCKET, request, hour=hour, created=status == "published"),) if status != "failed" else ()
+    images = (
+        (fake_published_image(BUCKET, request, hour=hour, created=status == "published"),) if status != "failed" else ()
+    )
     return ItemRecord(row=row, id=str(row), status=status, request=request, images=images)
 
 

@@ -9,7 +9,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
-from flux_prefect.display.run_names import name_before_plan, name_planned, rename_run
+from flux_prefect.display.run_names import initial_run_name, planned_run_name, rename_run
 from flux_prefect.manifest.plan import Plan
 
 
@@ -39,10 +39,10 @@ def _plan(images: int, paid: int = 0) -> Plan:
 )
 def test_a_run_says_what_it_publishes(source: str | list[object], name: str) -> None:
     """The table's name, and once there is a plan how many images are to be made; nothing secret."""
-    assert name_before_plan(source) == f"publish {name}"
-    assert name_planned(source, _plan(213, paid=1)) == f"{name} · 214 images"
-    assert name_planned(source, _plan(1)) == f"{name} · 1 image"
-    assert name_planned(source, _plan(0)) == f"{name} · nothing new"
+    assert initial_run_name(source) == f"publish {name}"
+    assert planned_run_name(source, _plan(213, paid=1)) == f"{name} · 214 images"
+    assert planned_run_name(source, _plan(1)) == f"{name} · 1 image"
+    assert planned_run_name(source, _plan(0)) == f"{name} · nothing new"
 
 
 @pytest.mark.usefixtures("prefect_server")

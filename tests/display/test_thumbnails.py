@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.images import answer, draw, pretend, publish
+from support.images import answer, draw, fake_published_image, publish
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
@@ -98,7 +98,7 @@ async def test_an_image_that_is_gone_or_no_image_leaves_the_others(bucket: Image
     good, bad, gone = (ImageRequest(prompt="a fox", seed=seed) for seed in (1, 2, 3))
     images = [
         await publish(bucket, tmp_path, bad, b"\xff\xd8\xff no image"),
-        pretend(bucket, gone),
+        fake_published_image(bucket, gone),
         await publish(bucket, tmp_path, good, draw(40)),
     ]
     first, second, third = await make_thumbnails(images, bucket, Spool(tmp_path / "spool"))

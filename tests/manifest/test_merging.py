@@ -13,7 +13,7 @@ from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import FluxError
-from flux_prefect.manifest.merging import attribute, fail, fold, is_open, merge_attempts
+from flux_prefect.manifest.merging import attribute_images, fold, is_pending, mark_failed, merge_attempts
 from flux_prefect.manifest.records import ItemRecord, ItemStatus
 
 SUMS = ("calls", "billed_calls", "unbilled_calls", "unpriced_calls", "credits_used", "refetched")
@@ -94,20 +94,20 @@ def test_every_row_of_the_table_has_one_record(attempts: Sequence[Sequence[tuple
 
     assert list(merged) == list(range(1, 10))
     told = {row for attempt in attempts for row, _ in attempt}
-    assert all(merged[row] is not None and (row in told or is_open(merged[row])) for row in merged)
+    assert all(merged[row] is not None and (row in told or is_pending(merged[row])) for row in merged)
 
 
 def test_rows_that_nobody_came_to_are_open() -> None:
     """A cap or the end of the run kept them from being done; a failure of their own did not."""
-    assert is_open(record(1, "skipped_budget"))
-    assert is_open(record(1, "failed", error="RunStopped"))
-    assert not is_open(record(1, "failed", error="OutOfCredits"))
-    assert not is_open(record(1, "flagged"))
+    assert is_pending(record(1, "skipped_budget"))
+    assert is_pending(record(1, "failed", error="RunStopped"))
+    assert not is_pending(record(1, "failed", error="OutOfCredits"))
+    assert not is_pending(record(1, "flagged"))
 
 
 def test_a_row_that_is_given_up_keeps_its_costs() -> None:
     """What was spent on it was spent."""
-    failed = fail(record(1, "skipped_budget", calls=2, billed_calls=1, credits_used=5), FluxError("nobody will"))
+    failed = mark_failed(record(1, "skipped_budget", calls=2, billed_calls=1, credits_used=5), FluxError("nobody will"))
     assert (failed.status, failed.message, failed.credits_used) == ("failed", "nobody will", 5)
 
 
@@ -121,7 +121,7 @@ async def test_images_of_a_killed_run_count_for_its_batch(bucket: ImageBucket) -
         content = {"run": {"flow_run_id": run}, "credits_used": 168.0 if row == 1 else None}
         await bucket.write_path(f"{row}.jpg.json", json.dumps(content).encode())
 
-    merged = await attribute([*found, twin], bucket, {"killed", "later"})
+    merged = await attribute_images([*found, twin], bucket, {"killed", "later"})
 
     assert {row: one.status for row, one in merged.items()} == {
         1: "published",
@@ -141,6 +141,6 @@ async def test_an_image_that_was_told_of_is_not_counted_again(bucket: ImageBucke
     repeat = record(2, "unchanged", images=(image(1, created=False, prefix=bucket.prefix),))
     await bucket.write_path("1.jpg.json", json.dumps({"run": {"flow_run_id": "r"}, "credits_used": 168.0}).encode())
 
-    merged = await attribute([published, repeat], bucket, {"r"})
+    merged = await attribute_images([published, repeat], bucket, {"r"})
 
     assert [one.status for one in merged.values()] == ["published", "unchanged"]

@@ -31,7 +31,7 @@ from flux_prefect.errors import BucketMissing, ManifestUnwritable, TableError
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.tables.manifest_lines import mend, read_manifest
+from flux_prefect.tables.manifest_lines import read_manifest, repair_last_line
 from flux_prefect.tables.table import Row, open_table, read_table
 
 pyarrow = importlib.import_module("pyarrow")
@@ -440,7 +440,7 @@ _KILLED = """
 import asyncio, sys
 from pathlib import Path
 from flux_prefect.manifest.writer import ManifestWriter
-from flux_prefect.tables.manifest_lines import mend
+from flux_prefect.tables.manifest_lines import repair_last_line
 from flux_prefect.manifest.report import ItemRecord
 from flux_prefect.bucket.image_bucket import ImageBucket
 
@@ -500,7 +500,7 @@ class TestKilled:
         whole = written[: place + 1].count(b"\n")  # a record is whole where its line break alone is missing
         assert [record["row"] for record in read_manifest(path)] == list(range(1, whole + 1))
 
-        mend(path)
+        repair_last_line(path)
         with path.open("ab") as file:
             file.write(_line(9))
         assert [record["row"] for record in read_manifest(path)] == [*range(1, whole + 1), 9]

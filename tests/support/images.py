@@ -63,7 +63,9 @@ async def publish(bucket: ImageBucket, folder: Path, request: ImageRequest, cont
     return await bucket.publish(file, PublishingRun())
 
 
-def pretend(bucket: ImageBucket, request: ImageRequest, *, hour: int = 0, created: bool = True) -> PublishedImage:
+def fake_published_image(
+    bucket: ImageBucket, request: ImageRequest, *, hour: int = 0, created: bool = True
+) -> PublishedImage:
     """The record of an image that nobody has put into the bucket."""
     fingerprint = request.fingerprint(ENDPOINT)
     key = bucket.key_of(request, fingerprint, 0)

@@ -14,7 +14,7 @@ from flux_prefect.api.models import MAX_SEED, ImageRequest
 from flux_prefect.errors import TableError, TemplateFailed
 from flux_prefect.seeds import draw_day_seed
 from flux_prefect.tables.table import read_table
-from flux_prefect.tables.templates import USUAL_IMAGES, ImageSettings, RowRenderer, render_table
+from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, ImageSettings, RowRenderer, render_table
 
 DAY = date(2026, 3, 1)  # a Sunday
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def render(prompt: str | None, template: str | None = None, **columns: Any) -> dict[str, Any]:
     """One row, rendered for the first of March."""
-    return RowRenderer(DAY, template, USUAL_IMAGES).render(1, {"prompt": prompt, **columns})
+    return RowRenderer(DAY, template, DEFAULT_IMAGE_SETTINGS).render(1, {"prompt": prompt, **columns})
 
 
 class TestPrompts:
@@ -113,12 +113,17 @@ class TestRequests:
 
     def test_the_seed_follows_from_day_and_id(self) -> None:
         """Neither the row's place nor its prompt changes it."""
-        renderer = RowRenderer(DAY, None, USUAL_IMAGES)
+        renderer = RowRenderer(DAY, None, DEFAULT_IMAGE_SETTINGS)
         seed = renderer.render(1, {"id": " fox ", "prompt": "a"})["seed"]
 
         assert seed == renderer.render(9, {"id": "fox", "prompt": "b"})["seed"] == draw_day_seed(DAY, "fox")
         assert seed != renderer.render(1, {"id": "owl", "prompt": "a"})["seed"]
-        assert seed != RowRenderer(date(2026, 3, 2), None, USUAL_IMAGES).render(1, {"id": "fox", "prompt": "a"})["seed"]
+        assert (
+            seed
+            != RowRenderer(date(2026, 3, 2), None, DEFAULT_IMAGE_SETTINGS).render(1, {"id": "fox", "prompt": "a"})[
+                "seed"
+            ]
+        )
 
     def test_the_seeds_of_a_day_never_change(self) -> None:
         """A rerun after an upgrade finds what was published before it."""
