@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         SafetyTolerance,
         TextToImageModel,
     )
-    from flux_prefect.bucket.image_bucket import ImageBucket, PublishedImage, PublishingRun
+    from flux_prefect.bucket.image_bucket import ImageBucket
+    from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
     from flux_prefect.cache_policies import PromptSeedCachePolicy
     from flux_prefect.credentials import AimlApiCredentials
     from flux_prefect.flows.audit_bucket import AuditedImage, AuditReport, audit_bucket
@@ -145,7 +146,8 @@ _OWNERS = {
         "SafetyTolerance",
         "TextToImageModel",
     ),
-    "bucket.image_bucket": ("ImageBucket", "PublishedImage", "PublishingRun"),
+    "bucket.image_bucket": ("ImageBucket",),
+    "bucket.published_image": ("PublishedImage", "PublishingRun"),
     "cache_policies": ("PromptSeedCachePolicy",),
     "credentials": ("AimlApiCredentials",),
     "flows.audit_bucket": ("AuditedImage", "AuditReport", "audit_bucket"),

@@ -1,49 +1,33 @@
-"""One small object in a bucket that is only ever written and removed under a condition."""
+"""A small object in a bucket that is written and removed under conditions only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import anyio
 import anyio.to_thread
-from botocore.exceptions import ClientError
+from typing_extensions import TypeVarTuple, Unpack
 
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.errors import BucketUnavailable, ConditionsIgnored
+from flux_prefect.bucket.object_operations import ObjectHeaders, Version
+from flux_prefect.errors import BucketUnavailable
 
-if TYPE_CHECKING:
-    from types_boto3_s3.client import S3Client
-
-__all__ = ["ConditionalObject", "Version"]
+__all__ = ["ConditionalObject"]
 
 _Result = TypeVar("_Result")
+_Args = TypeVarTuple("_Args")
 
-_NOT_FOUND, _NOT_IMPLEMENTED = 404, 501
-_REFUSED = {_NOT_FOUND, 409, 412}  # gone meanwhile, somebody else writes at this moment, another version
-_NOBODYS_ETAG = '"00000000000000000000000000000000"'
-
-
-@dataclass(frozen=True)
-class Version:
-    """What stood there at one moment.
-
-    Attributes:
-        etag: names this version and no other, as long as no two writes have the same content.
-        content: the bytes.
-    """
-
-    etag: str
-    content: bytes
+_UNUSED_ETAG = '"00000000000000000000000000000000"'
 
 
 class ConditionalObject:
-    """An object that many machines write, of whom one wins each time: the bucket decides.
+    """An object that many machines write, of which one wins each time: the bucket decides.
 
-    Every method is one request (boto3 may repeat it: then an answer that was lost looks like a refusal, and `read`
-    tells who wrote). It waits for no other request of this process, and is given up after `patience` seconds; one that
-    was given up may still be carried out.
+    Every method is one request (boto3 may repeat it: then a lost answer looks like a refusal, and `read` shows whose
+    version is there). It waits for no other request of this process, and is abandoned after `patience` seconds; the
+    server may still execute an abandoned request.
 
     Raises:
         BucketUnavailable: from every method, where there was no answer in time.
@@ -63,96 +47,42 @@ class ConditionalObject:
         return f"s3://{self._bucket.bucket_name}/{self._key}"
 
     async def read(self) -> Version | None:
-        """What stands there now; None where nothing does."""
-
-        def get(client: S3Client) -> Version | None:
-            try:
-                found = client.get_object(Bucket=self._bucket.bucket_name, Key=self._key)
-            except client.exceptions.NoSuchKey:
-                return None
-            return Version(found["ETag"], found["Body"].read())
-
-        return await self._run(get)
+        """The object as it is now; None where there is none."""
+        return await self._run(self._bucket.objects.read, self._key)
 
     async def write(self, content: bytes, *, over: str | None) -> str | None:
-        """Put content over the version with the ETag `over`; None: where there is nothing.
+        """Write content over the version with the ETag `over`; None: where there is no object.
 
         Returns:
-            The new ETag, or None where something else stands there, or somebody else writes at this moment.
+            The new ETag, or None where another version is there or another writer is at work.
         """
-        condition: dict[str, Any] = {"IfNoneMatch": "*"} if over is None else {"IfMatch": over}
-
-        def put(client: S3Client) -> str | None:
-            try:
-                return client.put_object(
-                    Bucket=self._bucket.bucket_name,
-                    Key=self._key,
-                    Body=content,
-                    ContentType="application/json",
-                    CacheControl="no-store",
-                    **condition,
-                    **self._bucket.encryption,
-                )["ETag"]
-            except ClientError as error:
-                if _status(error) == _NOT_IMPLEMENTED:
-                    raise self._ignored() from error
-                if _is_refusal(error):
-                    return None
-                raise
-
-        return await self._run(put)
+        headers = ObjectHeaders("application/json", "no-store")
+        return await self._run(partial(self._bucket.objects.put_over, self._key, content, headers, etag=over))
 
     async def remove(self, etag: str) -> None:
         """Remove the version with this ETag, and leave any other.
 
-        A server may take no conditions for removals, or overlook them, and then removes what is there: to be called
-        only by whoever knows that it is theirs.
+        A server may ignore or refuse conditions on deletion, and then the object is deleted whatever its version:
+        only for a caller that knows the version to be its own.
         """
-
-        def delete(client: S3Client) -> None:
-            try:
-                client.delete_object(Bucket=self._bucket.bucket_name, Key=self._key, IfMatch=etag)
-            except ClientError as error:
-                if _status(error) == _NOT_IMPLEMENTED:
-                    client.delete_object(Bucket=self._bucket.bucket_name, Key=self._key)
-                elif not _is_refusal(error):
-                    raise
-
-        await self._run(delete)
+        await self._run(self._bucket.objects.delete_version, self._key, etag)
 
     async def prove_conditions(self, content: bytes) -> None:
-        """Prove, on an object that stands there, that the server refuses what must be refused. Two requests.
+        """Prove, on an object that exists, that the server refuses writes whose condition is not met. Two requests.
 
         Args:
-            content: what would stand there if it does not.
+            content: written where the server does not refuse.
 
         Raises:
-            ConditionsIgnored: it does not.
+            ConditionsIgnored: the server does not refuse.
         """
-        for over in (None, _NOBODYS_ETAG):
+        for over in (None, _UNUSED_ETAG):
             if await self.write(content, over=over) is not None:
-                raise self._ignored()
+                raise self._bucket.objects.conditions_ignored()
 
-    def _ignored(self) -> ConditionsIgnored:
-        return ConditionsIgnored(
-            f"{self._bucket.get_client().meta.endpoint_url} does not keep to conditional writes (If-None-Match, "
-            f"If-Match) in the bucket {self._bucket.bucket_name!r}, and leases need them: leave lease_seconds of the "
-            "ImageBucket block empty and publish from one machine, or use an S3 server that has them."
-        )
-
-    async def _run(self, work: Callable[[S3Client], _Result]) -> _Result:
+    async def _run(self, work: Callable[[Unpack[_Args]], _Result], *args: Unpack[_Args]) -> _Result:
         try:
             with anyio.fail_after(self._patience):
-                return await anyio.to_thread.run_sync(
-                    self._bucket.perform, work, self._key, abandon_on_cancel=True, limiter=self._threads
-                )
+                return await anyio.to_thread.run_sync(work, *args, abandon_on_cancel=True, limiter=self._threads)
         except TimeoutError as error:
             raise BucketUnavailable(f"{self.uri}: no answer within {self._patience:g} s.") from error
-
-
-def _is_refusal(error: ClientError) -> bool:
-    return _status(error) in _REFUSED and error.response.get("Error", {}).get("Code") != "NoSuchBucket"
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -5,20 +5,18 @@ Works with any S3 server that verifies SHA-256 checksums and refuses a second wr
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, TypeVar
-from urllib.parse import quote, urlsplit
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
+from urllib.parse import quote
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-from prefect.blocks.core import Block, UnknownBlockType
+from prefect.blocks.core import Block
 from prefect.filesystems import LocalFileSystem, WritableFileSystem
 from pydantic import (
     ConfigDict,
@@ -38,12 +36,12 @@ from flux_prefect.bucket.keys import (
     object_key,
     sidecar_key,
 )
+from flux_prefect.bucket.object_operations import ObjectHeaders, ObjectOperations
 from flux_prefect.bucket.published_image import ImageMetadata, PublishedImage, PublishingRun, write_sidecar
+from flux_prefect.bucket.resolving import AwsAccess, Location, locate_aws_block, locate_text, parse_address
 from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import (
-    BucketAccessDenied,
     BucketError,
-    BucketMissing,
     BucketUnavailable,
     ImageChanged,
     KeyOccupied,
@@ -54,33 +52,8 @@ from flux_prefect.local_files import explain_os_error
 
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
-    from types_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
-__all__ = ["ImageBucket", "PublishedImage", "PublishingRun"]
-
-_Result = TypeVar("_Result")
-
-_TIMES_OVER = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted"}
-_ACCESS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403"}
-_CHECKSUM = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "BadChecksum"}
-_HTTP_SERVER_ERROR, _HTTP_NOT_IMPLEMENTED = 500, 501
-_CHUNK = 1024 * 1024
-_AWS_BUCKET, _AWS_CREDENTIALS = "s3-bucket", "aws-credentials"  # types of saved blocks that prefect-aws has
-
-
-@dataclass(frozen=True)
-class _AwsAccess:
-    """What a credentials block of prefect-aws says of a connection: keys, profile or assumed role, client options.
-
-    Attributes:
-        reference: what stands for the saved block in a flow's parameters; None where it is not saved.
-        open_session: makes the session. Where the block assumes a role, one call to STS.
-        options: arguments of `session.client`, such as endpoint_url and verify.
-    """
-
-    reference: str | None
-    open_session: Callable[[], boto3.session.Session] = field(repr=False)
-    options: Mapping[str, Any] = field(repr=False)
+__all__ = ["ImageBucket"]
 
 
 class ImageBucket(WritableFileSystem):
@@ -158,7 +131,7 @@ class ImageBucket(WritableFileSystem):
 
     _checked: str | None = PrivateAttr(default=None)
     _client: Any = PrivateAttr(default=None)
-    _access: _AwsAccess | None = PrivateAttr(default=None)
+    _access: AwsAccess | None = PrivateAttr(default=None)
     _client_lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict[Any, Any]:
@@ -200,12 +173,9 @@ class ImageBucket(WritableFileSystem):
         """The bucket and prefix of `s3://name/prefix`; keys, region and endpoint from boto3's own chain.
 
         Raises:
-            ValueError: it is no such address.
+            ValueError: it is not such an address.
         """
-        parts = urlsplit(uri)
-        if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
-            raise ValueError(f"bucket {uri!r} is no S3 address: write it as s3://name or s3://name/prefix")
-        return cls(bucket_name=parts.netloc, prefix=parts.path)
+        return cls._at(parse_address(uri))
 
     @classmethod
     async def resolve(cls, bucket: Block | str) -> ImageBucket:
@@ -220,40 +190,14 @@ class ImageBucket(WritableFileSystem):
         if isinstance(bucket, ImageBucket):
             return bucket
         if isinstance(bucket, Block):
-            return cls._from_aws_bucket(bucket)
-        kind, _, name = bucket.partition("/")
-        if kind == _AWS_BUCKET:
-            return cls._from_aws_bucket(await _load_aws_block(_AWS_BUCKET, name))
-        if "://" in bucket:
-            return await cls._from_address(bucket)
-        return await cls.aload(bucket)
+            return cls._at(locate_aws_block(bucket))
+        location = await locate_text(bucket)
+        return await cls.aload(bucket) if location is None else cls._at(location)
 
     @classmethod
-    async def _from_address(cls, address: str) -> ImageBucket:
-        scheme, _, rest = address.partition("://")
-        host, slash, path = rest.partition("/")
-        name, at, host = host.rpartition("@")
-        plain = cls.from_uri(f"{scheme}://{host}{slash}{path}")
-        if not at:
-            return plain
-        if not name or ":" in name:  # which may be a key and its secret, so it is not repeated
-            raise ValueError(
-                "What stands before @ in bucket must be the name of a saved AWS Credentials block: "
-                "write it as s3://block@name/prefix, and keep keys out of it"
-            )
-        access = _read_access(await _load_aws_block(_AWS_CREDENTIALS, name), reference=address)
-        plain._access = access  # noqa: SLF001 - of this very class
-        return plain
-
-    @classmethod
-    def _from_aws_bucket(cls, block: Any) -> ImageBucket:
-        kind, name = block.get_block_type_slug(), block._block_document_name  # noqa: SLF001 - nowhere else is the name
-        if kind != _AWS_BUCKET:
-            raise ValueError(
-                f"bucket is a block of type {kind}: give an Image Bucket, or the S3 Bucket of prefect-aws."
-            )
-        bucket = cls(bucket_name=block.bucket_name, prefix=block.bucket_folder)
-        bucket._access = _read_access(block.credentials, reference=f"{_AWS_BUCKET}/{name}" if name else None)
+    def _at(cls, location: Location) -> ImageBucket:
+        bucket = cls(bucket_name=location.bucket_name, prefix=location.prefix)
+        bucket._access = location.access
         return bucket
 
     @property
@@ -315,7 +259,7 @@ class ImageBucket(WritableFileSystem):
         Raises:
             BucketMissing, BucketAccessDenied, BucketUnavailable: with what to correct.
         """
-        await self._run(lambda client: client.head_bucket(Bucket=self.bucket_name), "")
+        await run_in_thread(self.objects.check_bucket)
         self._checked = self.bucket_name
 
     def key_of(self, request: ImageRequest, fingerprint: str, index: int) -> str:
@@ -337,19 +281,8 @@ class ImageBucket(WritableFileSystem):
         Raises:
             BucketError: they can't be listed.
         """
-
-        def read(client: S3Client) -> frozenset[str] | None:
-            keys: set[str] = set()
-            pages = client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket_name, Prefix=f"{self.prefix}/" if self.prefix else ""
-            )
-            for page in pages:
-                keys.update(found["Key"] for found in page.get("Contents", ()))
-                if len(keys) > most or (len(keys) == most and page["IsTruncated"]):
-                    return None
-            return frozenset(keys)
-
-        return await self._run(read, self.prefix)
+        prefix = f"{self.prefix}/" if self.prefix else ""
+        return await run_in_thread(partial(self.objects.list_keys, prefix, most=most))
 
     async def publish(self, file: ImageFile, run: PublishingRun) -> PublishedImage:
         """Put an image under its key unless it is there already; its JSON record goes first.
@@ -370,20 +303,15 @@ class ImageBucket(WritableFileSystem):
         record_key = sidecar_key(key, file.sha256)
         published_at = datetime.now(timezone.utc)
         record = write_sidecar(file, key, published_at, run)
+        metadata = ImageMetadata.of(file)
 
-        def put(client: S3Client) -> str | None:
-            self._put_new(client, record_key, record, content_type="application/json")
+        def put() -> str | None:
+            self.objects.put_new(record_key, record, ObjectHeaders("application/json", self.cache_control))
+            headers = ObjectHeaders(file.content_type, self.cache_control, metadata.headers())
             with _open_image(file) as body:
-                return self._put_new(
-                    client,
-                    key,
-                    body,
-                    content_type=file.content_type,
-                    Metadata=ImageMetadata.of(file).headers(),
-                    ChecksumSHA256=base64.b64encode(bytes.fromhex(file.sha256)).decode(),
-                )
+                return self.objects.put_new(key, body, headers, sha256=file.sha256)
 
-        etag = await self._run(put, key)
+        etag = await run_in_thread(put)
         if etag is None:
             there = await self._head(key)
             if there is None:
@@ -392,21 +320,12 @@ class ImageBucket(WritableFileSystem):
                     "are published. The image stays in the spool; run again."
                 )
             return there
-        return PublishedImage(
-            bucket=self.bucket_name,
-            key=key,
-            uri=f"s3://{self.bucket_name}/{key}",
-            url=self._public_url(key),
+        return self._describe(
+            key,
+            metadata,
             etag=etag,
-            sha256=file.sha256,
             size=file.size,
             content_type=file.content_type,
-            width=file.width,
-            height=file.height,
-            fingerprint=generation.fingerprint,
-            index=file.index,
-            seed=generation.seed,
-            sidecar_key=record_key,
             published_at=published_at,
             created=True,
         )
@@ -418,11 +337,11 @@ class ImageBucket(WritableFileSystem):
             ImageChanged: the object has other bytes.
             BucketError: it can't be read.
         """
-
-        def read(client: S3Client) -> bytes:
-            return client.get_object(Bucket=image.bucket, Key=image.key)["Body"].read()
-
-        content = await self._run(read, image.key)
+        objects = replace(self.objects, bucket_name=image.bucket)
+        found = await run_in_thread(objects.read, image.key)
+        if found is None:
+            raise BucketError(f"There is no object {image.uri}: it was deleted since it was published.")
+        content = found.content
         if hashlib.sha256(content).hexdigest() != image.sha256:
             raise ImageChanged(f"{image.uri} no longer has the bytes that were published: its SHA-256 differs.")
         return content
@@ -434,17 +353,10 @@ class ImageBucket(WritableFileSystem):
             ValueError: no such object, or the path leaves the prefix.
         """
         key = self._result_key(path)
-
-        def read(client: S3Client) -> bytes | None:
-            try:
-                return client.get_object(Bucket=self.bucket_name, Key=key)["Body"].read()
-            except client.exceptions.NoSuchKey:
-                return None
-
-        content = await self._run(read, key)
-        if content is None:
+        found = await run_in_thread(self.objects.read, key)
+        if found is None:
             raise self._missing(key)
-        return content
+        return found.content
 
     async def stream_path(self, path: str, receive: Callable[[int, Iterator[bytes]], None]) -> None:
         """Hand the object at `path` below the prefix to `receive`: its size, then its bytes piece by piece.
@@ -456,17 +368,7 @@ class ImageBucket(WritableFileSystem):
             BucketError: it can't be read, or not to its end.
         """
         key = self._result_key(path)
-
-        def read(client: S3Client) -> bool:
-            try:
-                found = client.get_object(Bucket=self.bucket_name, Key=key)
-            except client.exceptions.NoSuchKey:
-                return False
-            with closing(found["Body"]) as body:
-                receive(found["ContentLength"], body.iter_chunks(_CHUNK))
-            return True
-
-        if not await self._run(read, key):
+        if not await run_in_thread(self.objects.stream, key, receive):
             raise self._missing(key)
 
     async def write_path(self, path: str, content: bytes) -> None:
@@ -477,7 +379,7 @@ class ImageBucket(WritableFileSystem):
             BucketError: the bucket did not take it.
         """
         key = self._result_key(path)
-        await self._run(lambda client: client.put_object(Bucket=self.bucket_name, Key=key, Body=content), key)
+        await run_in_thread(self.objects.put, key, content, ObjectHeaders())
 
     async def put_file(self, path: str, file: BinaryIO, *, content_type: str, cache_control: str) -> None:
         """Put the rest of a seekable file at `path` below the prefix, replacing what is there.
@@ -488,29 +390,22 @@ class ImageBucket(WritableFileSystem):
             ValueError: the path leaves the prefix.
             BucketError: the bucket did not take it.
         """
-        key = self._result_key(path)
-
-        def put(client: S3Client) -> None:
-            client.put_object(
-                Bucket=self.bucket_name,
-                Key=key,
-                Body=file,
-                ContentType=content_type,
-                CacheControl=cache_control,
-                ChecksumAlgorithm="SHA256",
-                **self.encryption,
-            )
-
-        await self._run(put, key)
+        headers = ObjectHeaders(content_type, cache_control)
+        await run_in_thread(self.objects.put, self._result_key(path), file, headers)
 
     def _missing(self, key: str) -> ValueError:
         return ValueError(f"There is no object s3://{self.bucket_name}/{key}.")
 
     @property
-    def encryption(self) -> dict[str, Any]:
-        """What `put_object` is told of encryption."""
-        options = {"ServerSideEncryption": self.server_side_encryption, "SSEKMSKeyId": self.kms_key_id}
-        return {name: value for name, value in options.items() if value}
+    def objects(self) -> ObjectOperations:
+        """The requests for this bucket's objects, by their whole keys. They block: call them in a thread."""
+        encryption = {"ServerSideEncryption": self.server_side_encryption, "SSEKMSKeyId": self.kms_key_id}
+        return ObjectOperations(
+            bucket_name=self.bucket_name,
+            connect=self.get_client,
+            encryption={name: value for name, value in encryption.items() if value},
+            storage_class=self.storage_class,
+        )
 
     def _result_key(self, path: str) -> str:
         relative = clean_prefix(path)
@@ -522,15 +417,7 @@ class ImageBucket(WritableFileSystem):
         return f"{self.public_base_url.rstrip('/')}/{quote(key)}" if self.public_base_url else None
 
     async def _head(self, key: str) -> PublishedImage | None:
-        def head(client: S3Client) -> HeadObjectOutputTypeDef | None:
-            try:
-                return client.head_object(Bucket=self.bucket_name, Key=key)
-            except ClientError as error:
-                if _status(error) == 404 and _code(error) != "NoSuchBucket":  # noqa: PLR2004 - HTTP
-                    return None
-                raise
-
-        found = await self._run(head, key)
+        found = await run_in_thread(self.objects.head, key)
         if found is None:
             return None
         try:
@@ -540,120 +427,26 @@ class ImageBucket(WritableFileSystem):
                 f"s3://{self.bucket_name}/{key} is there but was not published as an image "
                 f"(its metadata lacks or spoils {error}). Remove it, or publish under another prefix."
             ) from error
+        return self._describe(
+            key,
+            metadata,
+            etag=found["ETag"].strip('"'),
+            size=found["ContentLength"],
+            content_type=found["ContentType"],
+            published_at=found["LastModified"],
+            created=False,
+        )
+
+    def _describe(self, key: str, metadata: ImageMetadata, **found: Any) -> PublishedImage:
         return PublishedImage(
             bucket=self.bucket_name,
             key=key,
             uri=f"s3://{self.bucket_name}/{key}",
             url=self._public_url(key),
-            etag=found["ETag"].strip('"'),
-            size=found["ContentLength"],
-            content_type=found["ContentType"],
             sidecar_key=sidecar_key(key, metadata.sha256),
-            published_at=found["LastModified"],
-            created=False,
             **metadata.model_dump(),
+            **found,
         )
-
-    def _put_new(
-        self, client: S3Client, key: str, body: bytes | BinaryIO, *, content_type: str, **options: Any
-    ) -> str | None:
-        """Put an object where there is none; its ETag, or None where there is one already."""
-        if "ChecksumSHA256" not in options:
-            options["ChecksumAlgorithm"] = "SHA256"
-        if self.cache_control:
-            options["CacheControl"] = self.cache_control
-        if self.storage_class:
-            options["StorageClass"] = self.storage_class
-        options |= self.encryption
-        try:
-            found = client.put_object(
-                Bucket=self.bucket_name, Key=key, Body=body, ContentType=content_type, IfNoneMatch="*", **options
-            )
-        except ClientError as error:
-            if _status(error) == 412:  # noqa: PLR2004 - HTTP: precondition failed
-                return None
-            raise
-        return found["ETag"].strip('"')
-
-    def perform(self, work: Callable[[S3Client], _Result], key: str) -> _Result:
-        """Do work with the client, its errors told as this module tells them. Blocks: call it in a thread.
-
-        Args:
-            work: what to do.
-            key: what is told to be its object.
-
-        Raises:
-            BucketError: the bucket did not do it, with what to correct.
-        """
-        where = f"s3://{self.bucket_name}/{key}".rstrip("/")
-        try:
-            return work(self._connect(where))
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise BucketAccessDenied(
-                f"There are no S3 keys for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "a profile or a role, or fill them in on the ImageBucket block."
-            ) from error
-        except ClientError as error:
-            raise self._translate(error, where) from error
-        except BotoCoreError as error:
-            raise BucketUnavailable(
-                f"{where} can't be reached: {error}. Check endpoint_url or AWS_ENDPOINT_URL_S3."
-            ) from error
-
-    async def _run(self, work: Callable[[S3Client], _Result], key: str) -> _Result:
-        return await run_in_thread(self.perform, work, key)
-
-    def _connect(self, where: str) -> S3Client:
-        try:
-            return self.get_client()
-        except ValueError as error:  # botocore's word for an endpoint that is no URL
-            raise BucketError(
-                f"{where} has no usable server: {error}. Correct endpoint_url or AWS_ENDPOINT_URL_S3."
-            ) from error
-
-    def _translate(self, error: ClientError, where: str) -> BucketError:
-        code, status = _code(error), _status(error)
-        said = f"{code}: {error.response.get('Error', {}).get('Message', '')}".rstrip(": ")
-        # A HEAD has no body, so its error has no code but the status.
-        if code == "NoSuchBucket" or (code == "404" and error.operation_name == "HeadBucket"):
-            return BucketMissing(
-                f"The bucket {self.bucket_name!r} does not exist at {self._server()}: create it, or correct its name."
-            )
-        if code in _CHECKSUM:
-            return ImageChanged(f"The file for {where} changed since it was checked; S3 refused it ({said}).")
-        if code in _ACCESS or status in {401, 403}:
-            return BucketAccessDenied(
-                f"{self._server()} refuses {error.operation_name} on {where} ({said}): check the keys, and that they "
-                "allow s3:ListBucket, s3:GetObject and s3:PutObject, and with lease_seconds s3:DeleteObject."
-            )
-        if code == "NotImplemented" or status == _HTTP_NOT_IMPLEMENTED:
-            return BucketError(
-                f"{self._server()} does not know how to do {error.operation_name} on {where} as it was asked ({said}): "
-                "leave out the fields of the Image Bucket block that it has no support for, such as storage_class, "
-                "or use another server."
-            )
-        if code in _TIMES_OVER or code == "ConditionalRequestConflict" or status >= _HTTP_SERVER_ERROR:
-            return BucketUnavailable(f"{self._server()} could not do {error.operation_name} on {where} now ({said}).")
-        return BucketError(f"{self._server()} refused {error.operation_name} on {where} ({said}).")
-
-    def _server(self) -> str:
-        return str(self.get_client().meta.endpoint_url)
-
-
-async def _load_aws_block(kind: str, name: str) -> Block:
-    try:
-        return await Block.aload(f"{kind}/{name}")
-    except UnknownBlockType as error:
-        raise ValueError(
-            f"{kind}/{name} is a block of prefect-aws, which can't be loaded here: pip install prefect-aws."
-        ) from error
-
-
-def _read_access(credentials: Any, *, reference: str | None) -> _AwsAccess:
-    options = credentials.aws_client_parameters.get_params_override()
-    if credentials.region_name is not None:
-        options["region_name"] = credentials.region_name
-    return _AwsAccess(reference, credentials.get_boto3_session, options)
 
 
 def _open_image(file: ImageFile) -> BinaryIO:
@@ -677,11 +470,3 @@ def _changed(file: ImageFile) -> ImageChanged:
 
 def _reveal(secret: SecretStr | None) -> str | None:
     return None if secret is None else secret.get_secret_value()
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

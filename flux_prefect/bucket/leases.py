@@ -35,8 +35,9 @@ from uuid import uuid4
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flux_prefect.bucket.conditional_object import ConditionalObject, Version
+from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.object_operations import Version
 from flux_prefect.errors import BucketError, BucketUnavailable, KeyOccupied, LeaseLost
 
 __all__ = ["BucketLeases", "Lease", "LeaseRecord", "current_lease", "read_clock"]

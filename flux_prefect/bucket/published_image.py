@@ -10,6 +10,8 @@ from pydantic_core import to_json
 
 from flux_prefect.host.spool import ImageFile
 
+__all__ = ["ImageMetadata", "PublishedImage", "PublishingRun", "write_sidecar"]
+
 
 class PublishedImage(BaseModel):
     """One image in the bucket, whole, with its JSON record beside it."""

@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from contextlib import closing
-from typing import Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
 import anyio.to_thread
-from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
 from pydantic import BaseModel, ConfigDict, Field
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage
-from flux_prefect.errors import BucketError, RepairImpossible, SpoolUnreadable
+from flux_prefect.errors import BucketError, ImageChanged, RepairImpossible, SpoolUnreadable
 from flux_prefect.host.spool import ImageFile, Spool
+
+if TYPE_CHECKING:
+    from types_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
 __all__ = ["Finding", "Inspection", "check_key", "find_in_spool", "inspect_published", "set_aside"]
 
 Finding = Literal["ok", "missing", "wrong_checksum", "missing_sidecar", "unreadable"]
-
-_CHUNK = 1024 * 1024
-_NOT_FOUND = 404
 
 
 class Inspection(BaseModel):
@@ -105,34 +104,24 @@ async def set_aside(bucket: ImageBucket, image: PublishedImage) -> str:
 
 def _inspect(bucket: ImageBucket, image: PublishedImage, deep: bool) -> Inspection:  # noqa: FBT001 - run_sync's way
     try:
-        difference = _compare(bucket, image)
+        found = bucket.objects.head_with_checksum(image.key)
+        if found is None:
+            return Inspection(finding="missing")
+        difference = _compare(found, image)
         if difference is None and deep:
             difference = _compare_bytes(bucket, image)
-    except FlexibleChecksumError:
-        difference = "its bytes are not those of the server's own checksum"
-    except (ClientError, BotoCoreError) as error:
-        return _explain(error, "missing")
-    if difference is not None:
-        return Inspection(finding="wrong_checksum", message=difference)
-    try:
-        bucket.get_client().head_object(Bucket=bucket.bucket_name, Key=image.sidecar_key)
-    except (ClientError, BotoCoreError) as error:
-        return _explain(error, "missing_sidecar")
+        if difference is not None:
+            return Inspection(finding="wrong_checksum", message=difference)
+        if bucket.objects.head(image.sidecar_key) is None:
+            return Inspection(finding="missing_sidecar")
+    except ImageChanged as error:
+        return Inspection(finding="wrong_checksum", message=error.message)
+    except BucketError as error:
+        return Inspection(finding="unreadable", message=error.message)
     return Inspection(finding="ok")
 
 
-def _explain(error: ClientError | BotoCoreError, absent: Finding) -> Inspection:
-    # A 404 is never of the bucket itself: that was proven to be there before.
-    if (
-        isinstance(error, ClientError)
-        and error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == _NOT_FOUND
-    ):
-        return Inspection(finding=absent)
-    return Inspection(finding="unreadable", message=str(error))
-
-
-def _compare(bucket: ImageBucket, image: PublishedImage) -> str | None:
-    found = bucket.get_client().head_object(Bucket=bucket.bucket_name, Key=image.key, ChecksumMode="ENABLED")
+def _compare(found: HeadObjectOutputTypeDef, image: PublishedImage) -> str | None:
     stored = found["Metadata"].get("flux-sha256")
     if stored is None:
         return "something that was not published as an image stands under its key"
@@ -149,24 +138,25 @@ def _compare(bucket: ImageBucket, image: PublishedImage) -> str | None:
 
 def _compare_bytes(bucket: ImageBucket, image: PublishedImage) -> str | None:
     digest = hashlib.sha256()
-    with closing(bucket.get_client().get_object(Bucket=bucket.bucket_name, Key=image.key)["Body"]) as body:
-        for piece in body.iter_chunks(_CHUNK):
+
+    def receive(_: int, pieces: Iterator[bytes]) -> None:
+        for piece in pieces:
             digest.update(piece)
+
+    if not bucket.objects.stream(image.key, receive):
+        return "it was deleted at this moment"
     return None if digest.hexdigest() == image.sha256 else "its bytes have another SHA-256"
 
 
 def _set_aside(bucket: ImageBucket, image: PublishedImage) -> str:
-    client = bucket.get_client()
     name = f"{image.fingerprint}-{image.index}-{uuid4().hex}"
     copy = f"{bucket.prefix}/replaced/{name}".lstrip("/")
     try:
-        client.copy_object(
-            Bucket=bucket.bucket_name, Key=copy, CopySource={"Bucket": bucket.bucket_name, "Key": image.key}
-        )
-        client.delete_object(Bucket=bucket.bucket_name, Key=image.key)
-    except (ClientError, BotoCoreError) as error:
+        bucket.objects.copy(image.key, copy)
+        bucket.objects.delete(image.key)
+    except BucketError as error:
         raise BucketError(
-            f"{image.uri} can't be set aside ({error}): check that the keys allow s3:GetObject, s3:PutObject and "
+            f"{image.uri} can't be set aside: {error.message} The keys must allow s3:GetObject, s3:PutObject and "
             "s3:DeleteObject."
         ) from error
     return copy

@@ -19,8 +19,9 @@ from uuid import uuid4
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flux_prefect.bucket.conditional_object import ConditionalObject, Version
+from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.object_operations import Version
 from flux_prefect.errors import BucketError, ShardSuperseded
 from flux_prefect.money.reconciliation import Reconciliation
 

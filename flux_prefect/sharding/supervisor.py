@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import PrefectException
 
 from flux_prefect.batch.context import BatchContext
-from flux_prefect.bucket.conditional_object import Version
+from flux_prefect.bucket.object_operations import Version
 from flux_prefect.display.progress import Logger, Progress
 from flux_prefect.errors import BucketUnavailable, FluxError, RunStopped, ShardLost
 from flux_prefect.manifest.merging import attribute_images, is_pending, mark_failed, merge_attempts

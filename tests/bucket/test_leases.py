@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from support.s3_proxy import Answer, Passing, Proxy, open_proxy
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.conditional_object import ConditionalObject, Version
+from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases, Lease, LeaseRecord, current_lease, read_clock
+from flux_prefect.bucket.object_operations import Version
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import (
     Billed,
