@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 UV := PYTHONPATH=.tools $(PYTHON) -m uv
+# As pip does: trust what the system trusts, such as the certificates of a company's own network.
+export UV_SYSTEM_CERTS ?= true
 RUN := .venv/bin/python
 READY := .venv/.ready
 
@@ -14,16 +16,21 @@ PUBLIC := $(addprefix flux_prefect.,tasks pipeline steps inline credentials cach
 REFERENCE := build/reference
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench reference screenshots lint format lock clean
+.PHONY: help demo test test-prefect-versions test-all chaos bench reference screenshots lint format lock clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 23
 
 demo: $(READY) ## Publish a dozen images to a local S3 server, twice; ARGS=--serve keeps the pages up
 	@$(RUN) -m flux_prefect.cli.demo $(ARGS)
 
 test: $(READY) ## Run the tests; ARGS go to pytest
 	@$(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-prefect-versions: $(READY) ## Run the core tests on the oldest Prefect that is allowed and on the newest
+	@UV="$(UV)" $(RUN) tests/prefect_versions.py $(ARGS)
+
+test-all: test test-prefect-versions chaos ## Run everything: the tests, both ends of the allowed Prefects, the long chaos
 
 chaos: $(READY) ## Kill a batch of 200 images 200 times and verify what is left (about ten minutes)
 	@PYTHONPATH=. $(RUN) tests/chaos.py $(ARGS)

@@ -52,7 +52,7 @@ def test_the_keys_never_change() -> None:
         model="flux/kontext-pro/text-to-image",
     )
     assert _key(request=full, credentials=ACCOUNT) == "flux-generation-7bc5af5625a409fa95a8825f3b194e52"
-    assert _key(IMAGE, generation=_generation(), index=2) == f"flux-image-{'f' * 32}-2-858c06cf"
+    assert _key(IMAGE, generation=_generation(), index=2) == f"flux-picture-{'f' * 32}-2-858c06cf"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_cannot_be_recognised_is_not_cached(inputs: dict[str, Any]) -> None
 def test_the_answer_of_a_request_without_a_seed_has_a_key() -> None:
     """Its image is downloaded once, though it can't be generated again."""
     seedless = _generation(REQUEST.model_copy(update={"seed": None}), fingerprint="e" * 32)
-    assert _key(IMAGE, generation=seedless, credentials=ACCOUNT, index=0) == f"flux-image-{'e' * 32}-0-858c06cf"
+    assert _key(IMAGE, generation=seedless, credentials=ACCOUNT, index=0) == f"flux-picture-{'e' * 32}-0-858c06cf"
 
 
 def test_the_api_key_is_in_no_cache_key() -> None:
