@@ -26,7 +26,7 @@ class BatchContext:
         account: who pays, and how many calls at once.
         client: of the account, shared by all that runs inside `open_context`.
         spool: this host's.
-        known: what this host has learnt of the endpoint in earlier batches.
+        experience: what this host has learnt of the endpoint in earlier batches.
         budget: the caps.
     """
 
@@ -34,7 +34,7 @@ class BatchContext:
     account: AimlApiCredentials
     client: AimlApiClient
     spool: Spool
-    known: Experience
+    experience: Experience
     budget: Budget
 
 
@@ -64,12 +64,12 @@ async def open_context(
     await check_ready(bucket)
     await credentials.check()
     spool = Spool()
-    known = spool.find_experience(credentials.base_url)
+    experience = spool.find_experience(credentials.base_url)
     budget = Budget(
-        prices={**known.prices, **(prices or {})},
+        prices={**experience.prices, **(prices or {})},
         default_price=current_settings().credits_per_image,
         max_credits=max_credits,
         max_images=max_images,
     )
     async with credentials.open_client() as client:
-        yield BatchContext(bucket, credentials, client, spool, known, budget)
+        yield BatchContext(bucket, credentials, client, spool, experience, budget)

@@ -1,4 +1,4 @@
-"""The work of a batch: rows in, records out, a bounded number at once."""
+"""The engine of a batch: rows in, records out, a bounded number at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.api.pacing import Pacer
 from flux_prefect.batch.interpreter import tuned_interpreter
 from flux_prefect.batch.planning import PlannedBatch
 from flux_prefect.batch.shutdown import run_with_grace
@@ -23,7 +22,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.concurrency import for_each, limit_threads
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import Billed, FluxError, RunStopped
-from flux_prefect.host.spool import Experience, Spool
+from flux_prefect.host.spool import Spool
 from flux_prefect.inline import run_inline
 from flux_prefect.manifest.plan import Plan
 from flux_prefect.manifest.records import (
@@ -42,24 +41,26 @@ from flux_prefect.settings import current_settings
 from flux_prefect.steps import recover
 from flux_prefect.tables.table import Row
 
-__all__ = ["MOST_IN_STEPS", "ROWS_A_CHUNK", "choose_density", "learn", "run_batch"]
+__all__ = ["MAX_ROWS_IN_STEPS", "ROWS_PER_CHUNK", "choose_density", "run_rows"]
 
-MOST_IN_STEPS = 300
-"""Rows with something to do up to which a batch runs in steps unless told: 900 task runs, which a page can show."""
+MAX_ROWS_IN_STEPS = 300
+"""Most rows with work to do that a batch runs in steps by default: 900 task runs, as many as one page can show."""
 
-ROWS_A_CHUNK = 100
-_CHUNKS_AT_ONCE = 3  # while one is down to its last rows, two others keep every slot busy
-_FILES_PER_ITEM = 4  # two locks, a connection, and the image
-_FEWEST_THREADS = 8  # for S3 and the disk: three requests of 30 ms an image are 80 images a second
-_OTHER_FILES = 256  # Prefect's own, boto3's connections, everything else
+ROWS_PER_CHUNK = 100
+"""Rows of one task run in chunks."""
+
+_CHUNKS_AT_ONCE = 3  # while one chunk finishes its last rows, two others use the free slots
+_FILES_PER_ROW = 4  # two locks, a connection and the image
+_MIN_THREADS = 8  # for S3 and the disk: at three requests of 30 ms an image, 80 images a second
+_OTHER_FILES = 256  # Prefect's files, boto3's connections and everything else
 
 
 def choose_density(plan: Plan) -> Density:
-    """The density for a batch that was not told one."""
-    return "steps" if plan.requests + plan.paid <= MOST_IN_STEPS else "chunks"
+    """Return the default density for a plan: steps for up to `MAX_ROWS_IN_STEPS` rows with work to do, else chunks."""
+    return "steps" if plan.requests + plan.paid <= MAX_ROWS_IN_STEPS else "chunks"
 
 
-async def run_batch(  # noqa: PLR0913 - keyword-only from the fifth on
+async def run_rows(  # noqa: PLR0913 - keyword-only from the fifth on
     planned: PlannedBatch,
     bucket: ImageBucket,
     credentials: AimlApiCredentials,
@@ -68,30 +69,30 @@ async def run_batch(  # noqa: PLR0913 - keyword-only from the fifth on
     density: Density,
     on_record: Callable[[ItemRecord], None],
 ) -> BatchReport:
-    """Carry every planned row through, and tell of each as it ends.
+    """Process every planned row and emit one record a row.
 
-    At most `credentials.max_in_flight` paid calls are out at once; as many items again, or twice as many in several
-    chunks, may be downloading or uploading meanwhile. Rows are read when their turn comes: memory does not grow with
-    the table.
-    A row that fails never stops the others, unless it fails for a reason that every row shares (a wrong key, no
-    credits left, no bucket): then nothing more is sent, and the rest is recorded as failed for it.
-    Once the budget has no room, the rows left are recorded as skipped, but for those that were paid for before.
+    At most `credentials.max_in_flight` paid calls are in flight at once. As many other rows (in chunks, up to twice as
+    many) may be downloading or uploading meanwhile. Rows are read when they are due: memory does not grow with the
+    table.
+    A row that fails never stops the others, unless the cause is shared by every row (a wrong key, no credits left, no
+    bucket): then nothing more is sent, and the remaining rows are recorded as failed with that cause.
+    Once the budget has no room, the remaining rows are recorded as skipped, except those that were paid for before.
 
-    Where it is cancelled, nothing more is sent either; calls in flight are awaited, and their images published, for
-    `FLUX_PREFECT_GRACE_SECONDS`; the rows left are recorded as failed, those that were cut off with the ids of their
-    calls; then the cancellation goes on.
+    On cancellation, nothing more is sent either. Calls in flight are awaited and their images published for up to
+    `FLUX_PREFECT_GRACE_SECONDS`; the remaining rows are recorded as failed, interrupted ones with the ids of their
+    calls; then the cancellation is raised.
 
     Args:
         planned: the table, with what the plan found in the bucket.
-        bucket: where to publish.
-        credentials: who pays, and how many calls at once.
+        bucket: the bucket to publish to.
+        credentials: the account that pays, and its limit of calls at once.
         budget: every paid call is reserved under it.
-        density: how many task runs it takes. Objects, records and money are the same.
-        on_record: called with every record, in the order of their ends.
+        density: steps or chunks. Objects, records and costs are the same.
+        on_record: called with every record, in the order in which rows end.
     """
     batch = _Batch(planned, bucket, credentials, budget, on_record)
-    _allow_open_files(_FILES_PER_ITEM * _CHUNKS_AT_ONCE * credentials.max_in_flight)
-    threads = max(_FEWEST_THREADS, credentials.max_in_flight // 6)
+    _allow_open_files(_FILES_PER_ROW * _CHUNKS_AT_ONCE * credentials.max_in_flight)
+    threads = max(_MIN_THREADS, credentials.max_in_flight // 6)
     with spending_from(budget), tuned_interpreter(), limit_threads(threads):
         async with credentials.open_client():
             await run_with_grace(batch.run(density), budget.close, grace_seconds=current_settings().grace_seconds)
@@ -99,7 +100,7 @@ async def run_batch(  # noqa: PLR0913 - keyword-only from the fifth on
 
 
 class Chunk:
-    """Rows that are worked on within one task run. Prefect takes it for a plain value and looks for nothing in it."""
+    """Rows that one task run processes. An opaque value for Prefect, which searches parameters for futures."""
 
     def __init__(self, batch: _Batch, rows: list[Row]) -> None:
         self.batch = batch
@@ -111,14 +112,16 @@ class Chunk:
 
 @task(name="publish-chunk", task_run_name="{chunk}", cache_policy=NO_CACHE, persist_result=False, retries=0)
 async def publish_chunk(chunk: Chunk) -> dict[str, int]:
-    """Carry a chunk's rows through. Their own failures are records, not this task's; a killed one is simply run again.
+    """Process the rows of a chunk.
+
+    A row's failure is recorded and does not fail the task. A task that was killed is run again from the start.
 
     Returns:
-        How many rows ended in each way, which is the state's message as well.
+        The number of rows by status. The state's message holds the same counts.
     """
-    tally = await chunk.batch.carry_all(chunk.rows)
-    told = tally.report()
-    state: State[Any] = Completed(message=told.summary(), data=told.counts)
+    tally = await chunk.batch.run_all(chunk.rows)
+    report = tally.report()
+    state: State[Any] = Completed(message=report.summary(), data=report.counts)
     return cast("dict[str, int]", state)
 
 
@@ -141,7 +144,7 @@ class _Batch:
         self._spool = Spool()
         self._tally = Tally()
         self._stopped_by: FluxError | None = None
-        self._at_work: dict[int, Row] = {}
+        self._active: dict[int, Row] = {}
         self._started = time.monotonic()
 
     def report(self) -> BatchReport:
@@ -151,31 +154,31 @@ class _Batch:
         rows = self._planned.rows()
         try:
             if density == "steps":
-                await for_each(rows, self._carry_in_steps, at_once=2 * self._credentials.max_in_flight)
+                await for_each(rows, self._run_in_steps, at_once=2 * self._credentials.max_in_flight)
             else:
                 await for_each(self._chunks(rows), self._run_chunk, at_once=_CHUNKS_AT_ONCE)
         except asyncio.CancelledError:
             self._record_interrupted()
             for row in rows:
-                self._record_settled(row)  # each is, as the budget is closed
+                self._record_settled(row)  # every row is settled now: the budget is closed
             raise
 
-    async def carry_all(self, rows: list[Row]) -> Tally:
+    async def run_all(self, rows: list[Row]) -> Tally:
         tally = Tally()
 
-        async def carry(row: Row) -> None:
-            tally.add(await self._carry(row, run_inline))
+        async def run_row(row: Row) -> None:
+            tally.add(await self._run_row(row, run_inline))
 
-        await for_each(rows, carry, at_once=self._credentials.max_in_flight)
+        await for_each(rows, run_row, at_once=self._credentials.max_in_flight)
         return tally
 
     def _chunks(self, rows: Iterator[Row]) -> Iterator[list[Row]]:
-        """At least a hundred rows each, but for the last; where little is to do, empty ones in between."""
+        """Yield rows with work to do, `ROWS_PER_CHUNK` or more at a time except the last; empty lists in between."""
         chunk: list[Row] = []
-        while piece := list(itertools.islice(rows, ROWS_A_CHUNK)):
+        while piece := list(itertools.islice(rows, ROWS_PER_CHUNK)):
             chunk += [row for row in piece if not self._record_settled(row)]
-            if len(chunk) < ROWS_A_CHUNK:
-                yield []  # so that others get their turn
+            if len(chunk) < ROWS_PER_CHUNK:
+                yield []  # lets the event loop run
             else:
                 yield chunk
                 chunk = []
@@ -185,12 +188,12 @@ class _Batch:
         if rows:
             await publish_chunk(Chunk(self, rows))
 
-    async def _carry_in_steps(self, row: Row) -> None:
+    async def _run_in_steps(self, row: Row) -> None:
         if not self._record_settled(row):
-            await self._carry(row, run_as_task)
+            await self._run_row(row, run_as_task)
 
     def _record_settled(self, row: Row) -> bool:
-        """Record a row that needs no work; tell whether it was one."""
+        """Record a row that needs no work. Returns False for a row that does."""
         if row.request is None:
             record = record_invalid(row)
         elif found := self._planned.found.get(row.request.fingerprint(self._credentials.base_url)):
@@ -198,22 +201,22 @@ class _Batch:
         elif (reason := self._reason_to_stop()) is not None:
             record = record_stopped(row, reason)
         else:
-            self._at_work[row.number] = row
+            self._active[row.number] = row
             return False
-        self._keep(record)
+        self._emit(record)
         return True
 
     def _record_interrupted(self) -> None:
-        """Record the rows whose work was cut off, each with its calls that nobody awaits any more."""
-        reason = RunStopped("Cut off: the run was cancelled, and its time to end was over. Run again.")
-        for row in list(self._at_work.values()):
+        """Record the rows whose work was interrupted, each with the ids of its calls in flight."""
+        reason = RunStopped("Interrupted: the run was cancelled, and the grace period is over. Run again.")
+        for row in list(self._active.values()):
             assert row.request is not None  # noqa: S101 - rows without one are settled
             lost = self._spool.open_calls(row.request.fingerprint(self._credentials.base_url))
             owed = {
                 "billed_and_lost": tuple(call.client_request_id for call in lost if call.billed is Billed.YES),
                 "possibly_billed": tuple(call.client_request_id for call in lost if call.billed is Billed.UNKNOWN),
             }
-            self._keep(record_failed(row, row.request, reason).model_copy(update=owed))
+            self._emit(record_failed(row, row.request, reason).model_copy(update=owed))
 
     def _reason_to_stop(self) -> FluxError | None:
         try:
@@ -222,9 +225,9 @@ class _Batch:
             return error
         return self._stopped_by
 
-    async def _carry(self, row: Row, run: StepRunner) -> ItemRecord:
+    async def _run_row(self, row: Row, run: StepRunner) -> ItemRecord:
         assert row.request is not None  # noqa: S101 - rows without one are settled
-        return self._keep(await self._produce(row, row.request, run))
+        return self._emit(await self._produce(row, row.request, run))
 
     async def _produce(self, row: Row, request: ImageRequest, run: StepRunner) -> ItemRecord:
         if (reason := self._reason_to_stop()) is not None:
@@ -233,31 +236,23 @@ class _Batch:
             if not self._budget.has_room(request) and recover(request, self._credentials.base_url, self._spool) is None:
                 return record_skipped(row)
             production = await produce_image(request, self._bucket, self._credentials, run=run)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the other rows go on
+        except Exception as error:  # noqa: BLE001 - any failure of a row leaves the other rows running
             return record_failed(row, request, error)
         if production.error is not None and production.error.fatal:
             self._stopped_by = self._stopped_by or production.error
         return record_production(row, production)
 
-    def _keep(self, record: ItemRecord) -> ItemRecord:
+    def _emit(self, record: ItemRecord) -> ItemRecord:
         record = record.model_copy(update={"run": self._planned.run})
-        self._at_work.pop(record.row, None)
+        self._active.pop(record.row, None)
         self._tally.add(record)
         self._on_record(record)
         return record
 
 
 def _allow_open_files(needed: int) -> None:
-    """Raise this process's soft limit where its own settings are what stands in the way."""
+    """Raise this process's soft limit of open files to what is needed, as far as its hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(needed + _OTHER_FILES, hard) if hard != resource.RLIM_INFINITY else needed + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def learn(known: Experience, report: BatchReport, budget: Budget, pacer: Pacer) -> Experience:
-    """What the next batch at this endpoint can begin with: prices, pace and in-flight limit as this one found them."""
-    seconds = known.seconds
-    if report.billed_calls:
-        seconds = report.seconds * min(pacer.limit, report.billed_calls) / report.billed_calls
-    return Experience(prices={**known.prices, **budget.observed}, seconds=seconds, in_flight=pacer.learned_limit)

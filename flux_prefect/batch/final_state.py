@@ -15,7 +15,7 @@ from flux_prefect.errors import BatchFailed
 from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.manifest.report import BatchReport
 
-__all__ = ["announce_plan", "end_batch", "end_cancelled", "end_dry_run"]
+__all__ = ["announce_plan", "batch_state", "cancelled_state", "finish_dry_run"]
 
 
 async def announce_plan(plan: Plan, source: str | Sequence[Any], logger: Logger) -> None:
@@ -28,7 +28,7 @@ async def announce_plan(plan: Plan, source: str | Sequence[Any], logger: Logger)
     await rename_run(planned_run_name(source, plan), instead_of=initial_run_name(source))
 
 
-async def end_dry_run(plan: Plan, source: str | Sequence[Any], logger: Logger) -> State[Any]:
+async def finish_dry_run(plan: Plan, source: str | Sequence[Any], logger: Logger) -> State[Any]:
     """Tell of a plan as `announce_plan` does, and end with it.
 
     Raises:
@@ -36,10 +36,10 @@ async def end_dry_run(plan: Plan, source: str | Sequence[Any], logger: Logger) -
     """
     await _show_plan(plan, logger)
     await rename_run(f"dry run of {planned_run_name(source, plan)}", instead_of=initial_run_name(source))
-    return end_batch(BatchReport(plan=plan), max_failed=0)
+    return batch_state(BatchReport(plan=plan), max_failed=0)
 
 
-def end_batch(report: BatchReport, max_failed: int) -> State[Any]:
+def batch_state(report: BatchReport, max_failed: int) -> State[Any]:
     """The run's final state, so that its page shows the summary; whoever calls the flow gets what is inside.
 
     Returns:
@@ -53,7 +53,7 @@ def end_batch(report: BatchReport, max_failed: int) -> State[Any]:
     return Completed(message=report.summary(), data=report)
 
 
-def end_cancelled(manifest: str) -> State[Any]:
+def cancelled_state(manifest: str) -> State[Any]:
     """The final state of a run that somebody has cancelled, and that has ended in order."""
     return Cancelled(message=f"What was paid for is published. What became of every row: {manifest}")
 

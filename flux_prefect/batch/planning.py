@@ -23,7 +23,7 @@ from flux_prefect.seeds import with_seed
 from flux_prefect.steps import recover
 from flux_prefect.tables.table import Row, Table
 
-__all__ = ["PlannedBatch", "add_outlook", "check_balance", "make_plan", "tabulate_plan"]
+__all__ = ["PlannedBatch", "add_estimates", "check_balance", "make_plan", "tabulate_plan"]
 
 _LOOKS_AT_ONCE = 32
 _LISTED = 3000  # keys; a thousand are listed in the time of some fifteen looks
@@ -128,7 +128,7 @@ async def make_plan(
     return PlannedBatch(plan, run, found, table)
 
 
-async def add_outlook(plan: Plan, client: AimlApiClient, pace: float | None, max_in_flight: int) -> Plan:
+async def add_estimates(plan: Plan, client: AimlApiClient, pace: float | None, max_in_flight: int) -> Plan:
     """The plan with the account's balance, where the service tells it, and the time it takes, where the pace is known.
 
     Args:

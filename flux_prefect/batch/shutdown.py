@@ -15,7 +15,7 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException
 
-__all__ = ["is_to_be_cancelled", "run_with_grace", "sigterm_as_cancellation"]
+__all__ = ["is_cancelling", "run_with_grace", "sigterm_as_cancellation"]
 
 _Result = TypeVar("_Result")
 _ASK_SECONDS = 2.0  # Prefect kills a cancelled run after 30, and most of them are the calls'
@@ -80,7 +80,7 @@ def sigterm_as_cancellation() -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def is_to_be_cancelled(flow_run_id: str) -> bool:
+async def is_cancelling(flow_run_id: str) -> bool:
     """Whether somebody has asked Prefect to cancel a flow run, so that Cancelled is the state for it to end in.
 
     A run that ends by the SIGTERM itself is Crashed until its runner corrects it, and whoever watches for crashes is

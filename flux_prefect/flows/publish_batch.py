@@ -22,12 +22,12 @@ from pydantic import Field
 from rich.console import Console
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.carrying import carry_through
 from flux_prefect.batch.context import open_context
 from flux_prefect.batch.engine import choose_density
-from flux_prefect.batch.final_state import announce_plan, end_batch, end_cancelled, end_dry_run
-from flux_prefect.batch.planning import add_outlook, check_balance, make_plan, tabulate_plan
-from flux_prefect.batch.shutdown import is_to_be_cancelled
+from flux_prefect.batch.final_state import announce_plan, batch_state, cancelled_state, finish_dry_run
+from flux_prefect.batch.planning import add_estimates, check_balance, make_plan, tabulate_plan
+from flux_prefect.batch.session import execute_batch
+from flux_prefect.batch.shutdown import is_cancelling
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
@@ -106,35 +106,35 @@ async def publish_batch(
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
     newest = RecentRecords()
     async with AsyncExitStack() as cleanup:
-        job = await cleanup.enter_async_context(
+        context = await cleanup.enter_async_context(
             open_context(destination, account, max_credits=max_credits, max_images=max_images)
         )
         table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
-        planned = await make_plan(table, destination, account.base_url, job.budget, run=str(flow_run.id))
+        planned = await make_plan(table, destination, account.base_url, context.budget, run=str(flow_run.id))
         cleanup.callback(planned.found.close)
-        planned.plan = await add_outlook(planned.plan, job.client, job.known.seconds, max_in_flight)
+        planned.plan = await add_estimates(planned.plan, context.client, context.experience.seconds, max_in_flight)
         if dry_run:
-            return cast("BatchReport", await end_dry_run(planned.plan, source, logger))
+            return cast("BatchReport", await finish_dry_run(planned.plan, source, logger))
         await announce_plan(planned.plan, source, logger)
         check_balance(planned.plan)
         chosen = choose_density(planned.plan) if density == "auto" else density
-        manifest = ManifestWriter(destination, planned.run, job.spool.root / "manifests")
+        manifest = ManifestWriter(destination, planned.run, context.spool.root / "manifests")
 
         def keep(record: ItemRecord) -> None:
             newest.add(record)
             emit_item_events(record, destination, planned.run, density=chosen)
 
         try:
-            carried = await carry_through(job, planned, manifest, density=chosen, on_record=keep, logger=logger)
+            result = await execute_batch(context, planned, manifest, density=chosen, on_record=keep, logger=logger)
         except TerminationSignal:
-            if not await is_to_be_cancelled(flow_run.id):
+            if not await is_cancelling(flow_run.id):
                 raise
-            return cast("BatchReport", end_cancelled(manifest.uri))
-    report = carried.report
-    await publish_artifacts(report, newest.records(), destination, job.spool, logger)
+            return cast("BatchReport", cancelled_state(manifest.uri))
+    report = result.report
+    await publish_artifacts(report, newest.records(), destination, context.spool, logger)
     emit_batch_events(report, destination, planned.run, succeeded=report.unsuccessful <= max_failed)
     logger.info("%s. Manifest: %s", report.summary(), report.manifest)
-    return cast("BatchReport", end_batch(report, max_failed))
+    return cast("BatchReport", batch_state(report, max_failed))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,19 +13,19 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Crashed
 from pydantic import Field
 
-from flux_prefect.batch.carrying import Carried, carry_through, resume_pace
 from flux_prefect.batch.context import open_context
-from flux_prefect.batch.final_state import end_cancelled
+from flux_prefect.batch.final_state import cancelled_state
 from flux_prefect.batch.planning import PlannedBatch
 from flux_prefect.batch.published_index import PublishedIndex
-from flux_prefect.batch.shutdown import is_to_be_cancelled
+from flux_prefect.batch.session import BatchResult, execute_batch, resume_pace
+from flux_prefect.batch.shutdown import is_cancelling
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ShardSuperseded
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.writer import ManifestWriter
-from flux_prefect.sharding.heartbeat import giving_signs, sign_of
+from flux_prefect.sharding.heartbeat import heartbeat_object, sending_heartbeats
 from flux_prefect.sharding.shards import plan_shard
 from flux_prefect.tables.table import open_table
 
@@ -43,10 +43,10 @@ async def publish_shard(
     prices: Annotated[dict[str, float], Field(description="Credits that an image costs, by model.")] | None = None,
     sign_seconds: Annotated[float, Field(gt=0)] = 15,
 ) -> dict[str, int]:
-    """Publish the rows of one shard, under its share of the batch's cap and pace. Rows that fail do not fail the run.
+    """Publish the rows of one shard, under its allowance and pace. Rows that fail do not fail the run.
 
-    It gives signs of life in the bucket meanwhile, tells there what it has spent, and leaves the manifest of its rows
-    beside them; the batch makes one manifest of all. Where the batch has taken it for lost, it stops to pay.
+    Meanwhile its heartbeats in the bucket report progress and spending. The manifest of its rows is stored beside
+    them; the batch merges the manifests of all shards. If the batch marks this run as lost, it stops paying.
 
     Args:
         source: The shard's table, as the batch has written it.
@@ -56,7 +56,7 @@ async def publish_shard(
         max_credits: The share of the batch's cap, in credits.
         max_images: The share of the batch's cap, in images.
         prices: What the batch counts an image of a model as costing.
-        sign_seconds: Between two signs of life.
+        sign_seconds: Seconds between two heartbeats.
 
     Returns:
         How many rows ended in each way.
@@ -70,47 +70,49 @@ async def publish_shard(
     destination = await ImageBucket.resolve(bucket)
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
     run = str(flow_run.id)
-    told = _Told()
+    progress = _ShardProgress()
     async with AsyncExitStack() as cleanup:
-        job = await cleanup.enter_async_context(
+        context = await cleanup.enter_async_context(
             open_context(destination, account, max_credits=max_credits, max_images=max_images, prices=prices)
         )
         table = await cleanup.enter_async_context(open_table(source, bucket=destination))
-        planned = PlannedBatch(plan_shard(table, job), run, PublishedIndex(), table)
+        planned = PlannedBatch(plan_shard(table, context), run, PublishedIndex(), table)
         cleanup.callback(planned.found.close)
-        manifest = ManifestWriter(destination, run, job.spool.root / "manifests", copies=None)
-        pacer = resume_pace(job)
+        manifest = ManifestWriter(destination, run, context.spool.root / "manifests", copies=None)
+        pacer = resume_pace(context)
 
-        def read_sign() -> dict[str, Any]:
+        def read_fields() -> dict[str, Any]:
             return {
-                **told.sums(),
-                "credits_spent": job.budget.spent.credits,
-                "images_spent": int(job.budget.spent.images),
+                **progress.sums(),
+                "credits_spent": context.budget.spent.credits,
+                "images_spent": int(context.budget.spent.images),
                 "in_flight": pacer.learned_limit,
-                "prices": job.budget.observed,
+                "prices": context.budget.observed,
             }
 
         try:
-            async with giving_signs(sign_of(destination, run), read_sign, every=sign_seconds, stop=job.budget.close):
-                told.carried = await carry_through(
-                    job, planned, manifest, density="chunks", on_record=told.add, logger=logger
+            async with sending_heartbeats(
+                heartbeat_object(destination, run), read_fields, interval=sign_seconds, on_lost=context.budget.close
+            ):
+                progress.result = await execute_batch(
+                    context, planned, manifest, density="chunks", on_record=progress.add, logger=logger
                 )
         except ShardSuperseded as lost:
             return cast("dict[str, int]", Crashed(message=lost.message))
         except TerminationSignal:
-            if not await is_to_be_cancelled(run):
+            if not await is_cancelling(run):
                 raise
-            return cast("dict[str, int]", end_cancelled(manifest.uri))
-    report = told.carried.report
+            return cast("dict[str, int]", cancelled_state(manifest.uri))
+    report = progress.result.report
     state: State[Any] = Completed(message=report.summary(), data=report.counts)
     return cast("dict[str, int]", state)
 
 
-class _Told:
-    """What a shard's signs tell of its rows."""
+class _ShardProgress:
+    """The progress of a shard's rows, as its heartbeats report it."""
 
     def __init__(self) -> None:
-        self.carried: Carried | None = None
+        self.result: BatchResult | None = None
         self._done = 0
         self._images = 0
 
@@ -119,5 +121,5 @@ class _Told:
         self._images += sum(image.created for image in record.images)
 
     def sums(self) -> dict[str, Any]:
-        found = None if self.carried is None else self.carried.reconciliation
+        found = None if self.result is None else self.result.reconciliation
         return {"done": self._done, "images": self._images, "reconciliation": found}

@@ -17,9 +17,9 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flux_prefect.batch.context import BatchContext, open_context
-from flux_prefect.batch.final_state import announce_plan, end_batch, end_cancelled, end_dry_run
-from flux_prefect.batch.planning import PlannedBatch, add_outlook, check_balance, make_plan
-from flux_prefect.batch.shutdown import is_to_be_cancelled, sigterm_as_cancellation
+from flux_prefect.batch.final_state import announce_plan, batch_state, cancelled_state, finish_dry_run
+from flux_prefect.batch.planning import PlannedBatch, add_estimates, check_balance, make_plan
+from flux_prefect.batch.shutdown import is_cancelling, sigterm_as_cancellation
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases
 from flux_prefect.cli.terminal import run_to_state
@@ -36,8 +36,8 @@ from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport, Tally
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.sharding.runs import ShardRuns
-from flux_prefect.sharding.shards import Split, adoption_of, split_batch
-from flux_prefect.sharding.supervisor import Following, Pace
+from flux_prefect.sharding.shards import Split, active_batch_object, split_batch
+from flux_prefect.sharding.supervisor import ShardingOptions, Supervisor
 from flux_prefect.tables.table import Only, open_table
 from flux_prefect.tables.table import Table as Rows
 
@@ -114,67 +114,69 @@ async def publish_sharded(
         prefect = await cleanup.enter_async_context(get_client())
         await _check_deployment(prefect, deployment)
         resize = await _size_limit(prefect, account)
-        job = await cleanup.enter_async_context(
+        context = await cleanup.enter_async_context(
             open_context(destination, account, max_credits=max_credits, max_images=max_images)
         )
         table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
         if dry_run:
-            planned = await _plan(job, table, cleanup)
-            return cast("BatchReport", await end_dry_run(planned.plan, source, logger))
-        adoption = adoption_of(destination, source, table, only=only, endpoint=account.base_url)
-        seen = await adoption.read()  # whoever is at work on it may end, and remove it, while this run waits
-        lease = await cleanup.enter_async_context(BucketLeases(destination, lost_after_seconds).hold(adoption.uri))
-        if (version := await adoption.read() or seen) is not None:
+            planned = await _plan(context, table, cleanup)
+            return cast("BatchReport", await finish_dry_run(planned.plan, source, logger))
+        active_batch = active_batch_object(destination, source, table, only=only, endpoint=account.base_url)
+        seen = await active_batch.read()  # whoever is at work on it may end, and remove it, while this run waits
+        lease = await cleanup.enter_async_context(BucketLeases(destination, lost_after_seconds).hold(active_batch.uri))
+        if (version := await active_batch.read() or seen) is not None:
             split = Split.model_validate_json(version.content)
-            logger.info("Going on with the batch %s", split.run)
+            logger.info("Resuming the batch %s", split.run)
         else:
-            planned = await _plan(job, table, cleanup)
+            planned = await _plan(context, table, cleanup)
             check_balance(planned.plan)
-            split = await split_batch(planned, job, rows_a_shard=rows_a_shard)
-            await adoption.write(split.model_dump_json().encode(), over=None)
+            split = await split_batch(planned, context, rows_a_shard=rows_a_shard)
+            await active_batch.write(split.model_dump_json().encode(), over=None)
         await announce_plan(split.plan, source, logger)
         most = max(1, min(at_once, len(split.shards)))
         shared["max_in_flight"] = max_in_flight if account.concurrency_limit else max(1, max_in_flight // most)
-        manifest = ManifestWriter(destination, split.run, job.spool.root / "manifests")
+        manifest = ManifestWriter(destination, split.run, context.spool.root / "manifests")
 
-        def keep(record: ItemRecord) -> None:
+        def record_row(record: ItemRecord) -> None:
             manifest.append(record)
             tally.add(record)
             newest.add(record)
 
-        following = Following(
-            job=job,
+        supervisor = Supervisor(
+            context=context,
             split=split,
             runs=ShardRuns(prefect, split.run, deployment),
-            pace=Pace(most, lost_after_seconds, shared, resize),
-            keep=keep,
+            options=ShardingOptions(most, lost_after_seconds, shared, resize),
+            on_record=record_row,
             progress=Progress.of(split.plan),
-            check=lease.check,
+            check_lease=lease.check,
             logger=logger,
         )
         started = time.monotonic()
         try:
             with sigterm_as_cancellation():
-                async with manifest, live_progress(following.progress, logger):
-                    await following.follow()
+                async with manifest, live_progress(supervisor.progress, logger):
+                    await supervisor.run()
         except TerminationSignal:
-            if not await is_to_be_cancelled(str(flow_run.id)):
+            if not await is_cancelling(str(flow_run.id)):
                 raise
-            return cast("BatchReport", end_cancelled(manifest.uri))
-        if following.whole and (version := await adoption.read()) is not None:
-            await adoption.remove(version.etag)
-    report = _sum_up(tally, following, manifest, time.monotonic() - started)
-    job.spool.keep_experience(account.base_url, _learn(job, report, following))
-    await publish_artifacts(report, newest.records(), destination, job.spool, logger)
+            return cast("BatchReport", cancelled_state(manifest.uri))
+        if supervisor.complete and (version := await active_batch.read()) is not None:
+            await active_batch.remove(version.etag)
+    report = _sum_up(tally, supervisor, manifest, time.monotonic() - started)
+    context.spool.keep_experience(account.base_url, _learn(context, report, supervisor))
+    await publish_artifacts(report, newest.records(), destination, context.spool, logger)
     emit_batch_events(report, destination, split.run, succeeded=report.unsuccessful <= max_failed)
     logger.info("%s. Manifest: %s", report.summary(), report.manifest)
-    return cast("BatchReport", end_batch(report, max_failed))
+    return cast("BatchReport", batch_state(report, max_failed))
 
 
-async def _plan(job: BatchContext, table: Rows, cleanup: AsyncExitStack) -> PlannedBatch:
-    planned = await make_plan(table, job.bucket, job.account.base_url, job.budget, run=str(flow_run.id))
+async def _plan(context: BatchContext, table: Rows, cleanup: AsyncExitStack) -> PlannedBatch:
+    planned = await make_plan(table, context.bucket, context.account.base_url, context.budget, run=str(flow_run.id))
     cleanup.callback(planned.found.close)
-    planned.plan = await add_outlook(planned.plan, job.client, job.known.seconds, job.account.max_in_flight)
+    planned.plan = await add_estimates(
+        planned.plan, context.client, context.experience.seconds, context.account.max_in_flight
+    )
     return planned
 
 
@@ -220,19 +222,21 @@ def _name_credentials(credentials: AimlApiCredentials | str | None) -> str | Non
     return credentials._block_document_name  # noqa: SLF001 - as above
 
 
-def _sum_up(tally: Tally, following: Following, manifest: ManifestWriter, seconds: float) -> BatchReport:
-    report = tally.report(seconds=seconds, plan=following.split.plan)
+def _sum_up(tally: Tally, supervisor: Supervisor, manifest: ManifestWriter, seconds: float) -> BatchReport:
+    report = tally.report(seconds=seconds, plan=supervisor.split.plan)
     report = report.model_copy(update={"manifest": manifest.uri, "records": manifest.path})
-    found = following.reconciliation()
+    found = supervisor.reconciliation()
     return report if found is None else report.settle(found)
 
 
-def _learn(job: BatchContext, report: BatchReport, following: Following) -> Experience:
+def _learn(context: BatchContext, report: BatchReport, supervisor: Supervisor) -> Experience:
     """What this host learns of the endpoint: the pace of all workers together. Their limits are their own."""
-    seconds = job.known.seconds
+    seconds = context.experience.seconds
     if report.billed_calls:
-        seconds = report.seconds * min(job.account.max_in_flight, report.billed_calls) / report.billed_calls
-    return job.known.model_copy(update={"prices": {**job.known.prices, **following.prices}, "seconds": seconds})
+        seconds = report.seconds * min(context.account.max_in_flight, report.billed_calls) / report.billed_calls
+    return context.experience.model_copy(
+        update={"prices": {**context.experience.prices, **supervisor.prices}, "seconds": seconds}
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

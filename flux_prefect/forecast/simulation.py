@@ -25,7 +25,7 @@ from collections.abc import Generator, Iterator
 from typing import Literal, TypeAlias
 
 from flux_prefect.api.retrying import backoff
-from flux_prefect.batch.engine import ROWS_A_CHUNK
+from flux_prefect.batch.engine import ROWS_PER_CHUNK
 from flux_prefect.forecast.clock import Clock, Places, Process, Wait
 from flux_prefect.forecast.pacing import SimulatedPacer
 from flux_prefect.forecast.scenario import Forecast, Scenario
@@ -128,7 +128,7 @@ class _Worker:
         return [self._pull_chunks(rows) for _ in range(_CHUNKS_AT_ONCE)]
 
     def _pull_chunks(self, rows: Iterator[int]) -> Process:
-        while chunk := list(itertools.islice(rows, ROWS_A_CHUNK)):
+        while chunk := list(itertools.islice(rows, ROWS_PER_CHUNK)):
             queue = iter(chunk)
             yield self._clock.together([self._pull(queue) for _ in range(self._scenario.max_in_flight)])
 

@@ -1,4 +1,4 @@
-"""How a batch's cap is shared among its shards, so that all of them together never pass it."""
+"""Allocation of a batch's cap to its shards, so that all of them together never exceed it."""
 
 from __future__ import annotations
 
@@ -8,81 +8,81 @@ from dataclasses import dataclass, field
 
 from flux_prefect.money.budget import Amount
 
-__all__ = ["Need", "Purse"]
+__all__ = ["Allocation", "ShardCost"]
 
 NOTHING = Amount(0.0, 0)
-"""No money and no images."""
+"""No credits and no images."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """What the rows of a shard can cost.
+class ShardCost:
+    """The most that the rows of a shard can cost.
 
     Attributes:
-        most: all of them.
-        dearest: the dearest of them.
-        cheapest: the cheapest of them.
+        total: all rows together.
+        dearest: the dearest row.
+        cheapest: the cheapest row.
     """
 
-    most: Amount
+    total: Amount
     dearest: Amount
     cheapest: Amount
 
 
 @dataclass
-class Purse:
-    """What a batch may spend, less all that shards were given and did not give back.
+class Allocation:
+    """The cap of a batch and the allowances that its runs hold.
 
-    Guarantee: as long as no run spends more than it was given, all of them together never spend more than the cap,
-    whatever becomes of them. What nobody has told of stays given.
+    Guarantee: as long as no run spends more than its allowance, all of them together never spend more than the cap,
+    however they end. Unreported allowances stay reserved.
 
     Attributes:
-        cap: of the batch; infinite where there is none.
-        taken: what each run was given, or once it has told of it, has spent.
+        cap: the batch's cap; infinite if there is none.
+        reserved: by run, its allowance, or what it spent once that is settled.
     """
 
     cap: Amount
-    taken: dict[Hashable, Amount] = field(default_factory=dict)
+    reserved: dict[Hashable, Amount] = field(default_factory=dict)
 
     @property
-    def left(self) -> Amount:
-        """What can still be given."""
-        # Added up anew each time: rounding errors do not stay.
-        taken = sum(self.taken.values(), NOTHING)
-        return Amount(_subtract(self.cap.credits, taken.credits), _subtract(self.cap.images, taken.images))
+    def available(self) -> Amount:
+        """What can still be reserved."""
+        # Summed from scratch each time, so that rounding errors don't accumulate.
+        reserved = sum(self.reserved.values(), NOTHING)
+        return Amount(_subtract(self.cap.credits, reserved.credits), _subtract(self.cap.images, reserved.images))
 
-    def share(self, need: Need, waiting: int) -> Amount | None:
-        """What a shard is to be given; None where that would not do for a single one of its rows.
+    def allowance(self, cost: ShardCost, waiting: int) -> Amount | None:
+        """Compute the allowance of a shard, or None if it would not cover a single one of its rows.
 
-        An even part of what is left, at least what its dearest row costs, and no more than all of its rows. Where there
-        is no cap, there is none for the shard.
+        An even part of what is available, at least the cost of the shard's dearest row and at most that of all its
+        rows. Infinite if the batch has no cap.
 
         Args:
-            need: the shard's.
-            waiting: shards that are to be given something, this one among them.
+            cost: what the shard's rows can cost.
+            waiting: shards that wait for an allowance, including this one.
         """
-        left = self.left
-        share = Amount(
-            _part(left.credits, left.credits / waiting, need.dearest.credits, need.most.credits),
-            _part(left.images, _divide(left.images, waiting), need.dearest.images, need.most.images),
+        available = self.available
+        allowance = Amount(
+            _portion(available.credits, available.credits / waiting, cost.dearest.credits, cost.total.credits),
+            _portion(available.images, _divide(available.images, waiting), cost.dearest.images, cost.total.images),
         )
-        return share if need.cheapest.fits(share) else None
+        return allowance if cost.cheapest.fits(allowance) else None
 
-    def give(self, run: Hashable, share: Amount) -> None:
-        """Set a share aside for a run."""
-        self.taken[run] = share
+    def reserve(self, run: Hashable, allowance: Amount) -> None:
+        """Reserve an allowance for a run."""
+        self.reserved[run] = allowance
 
     def settle(self, run: Hashable, spent: Amount) -> None:
-        """Take back what a run has not spent. To be called when it can't spend any more."""
-        self.taken[run] = spent
+        """Release what a run has not spent. Call it only when the run can't spend any more."""
+        self.reserved[run] = spent
 
 
-def _subtract(cap: float, taken: float) -> float:
-    return cap if math.isinf(cap) else max(0.0, cap - taken)
+def _subtract(cap: float, reserved: float) -> float:
+    return cap if math.isinf(cap) else max(0.0, cap - reserved)
 
 
-def _part(left: float, even: float, dearest: float, most: float) -> float:
-    return left if math.isinf(left) else min(left, most, max(even, dearest))
+def _portion(available: float, even: float, dearest: float, total: float) -> float:
+    return available if math.isinf(available) else min(available, total, max(even, dearest))
 
 
 def _divide(images: float, parts: int) -> float:

@@ -1,10 +1,10 @@
-"""Signs of life: how a run on another machine shows that it is at work, and what it has spent.
+"""Heartbeats: how a run on another machine shows that it is alive and what it has spent.
 
-Prefect leaves a run whose process was killed together with its worker Running for ever. Its own heartbeats come every
-30 seconds at the least, tell nothing but life, and nothing keeps a run that was taken for dead from going on when it
-was only asleep. So a run writes a small object in the bucket instead, `manifests/<run>/sign.json`, each time over the
-version that it wrote before: whoever takes the run for lost writes over it too, and at its next sign the run finds
-that out and stops to pay. Clocks are not compared.
+Prefect leaves a run whose process was killed together with its worker Running for ever. Prefect's own heartbeats come
+at most every 30 seconds and carry no data, and nothing stops a run that was declared dead while its machine was only
+suspended. So each run writes a small object to the bucket, `manifests/<run>/sign.json`, each time conditionally over
+the version that it wrote before. The supervisor marks a run as lost by writing over the object too: the run's next
+heartbeat then fails, and the run stops paying. Clocks are never compared.
 """
 
 from __future__ import annotations
@@ -25,144 +25,152 @@ from flux_prefect.bucket.object_operations import Version
 from flux_prefect.errors import BucketError, ShardSuperseded
 from flux_prefect.money.reconciliation import Reconciliation
 
-__all__ = ["Sign", "giving_signs", "read_sign", "sign_of", "take_for_lost"]
+__all__ = ["Heartbeat", "heartbeat_object", "mark_lost", "parse_heartbeat", "sending_heartbeats"]
 
 _logger = logging.getLogger(__name__)
 
 _PATIENCE = 10.0
-_LAST_TRIES = 3
+_FINAL_TRIES = 3
 
 
-class Sign(BaseModel):
-    """What a run tells of itself while it is at work, and at its end."""
+class Heartbeat(BaseModel):
+    """The progress and spending of a run, while it works and at its end."""
 
     model_config = ConfigDict(frozen=True)
 
-    writer: str = Field(default="", description="Different for each process, so that it knows its own signs.")
-    number: int = Field(default=0, description="One more with each sign, so that no two are the same.")
+    writer: str = Field(default="", description="Id of the process, by which it recognizes its own heartbeats.")
+    number: int = Field(default=0, description="Increases with each heartbeat, so that no two are equal.")
     done: int = Field(default=0, description="Rows that have ended.")
     images: int = Field(default=0, description="Images published.")
     credits_spent: float = Field(default=0, description="What its calls cost, or may have cost, in credits.")
     images_spent: int = Field(default=0, description="Images that it paid for, or may have paid for.")
-    in_flight: int | None = Field(default=None, description="Calls at once that the service took, if it refused more.")
-    prices: dict[str, float] = Field(default_factory=dict, description="Most credits that an image cost, by model.")
-    ended: bool = Field(default=False, description="It is the last one: nothing is spent after it.")
-    reconciliation: Reconciliation | None = Field(
-        default=None, description="What the service's log said of lost calls."
+    in_flight: int | None = Field(
+        default=None, description="Calls at once that the service accepts, if it refused more."
     )
-    lost: bool = Field(default=False, description="Not written by the run itself: it was taken for lost.")
+    prices: dict[str, float] = Field(default_factory=dict, description="Most credits that an image cost, by model.")
+    ended: bool = Field(default=False, description="Final heartbeat: nothing is spent after it.")
+    reconciliation: Reconciliation | None = Field(
+        default=None, description="Findings of the service's log about lost calls."
+    )
+    lost: bool = Field(default=False, description="Written by the supervisor, which marked the run as lost.")
 
 
-def sign_of(bucket: ImageBucket, run: str) -> ConditionalObject:
-    """Where a run's sign is."""
+def heartbeat_object(bucket: ImageBucket, run: str) -> ConditionalObject:
+    """The object in the bucket that holds a run's latest heartbeat."""
     return ConditionalObject(bucket, f"manifests/{run}/sign.json", patience=_PATIENCE)
 
 
-def read_sign(version: Version | None) -> Sign | None:
-    """What is in a sign; None where there is none, or something else."""
+def parse_heartbeat(version: Version | None) -> Heartbeat | None:
+    """Parse a heartbeat. Returns None if there is none, or if the content is something else."""
     if version is None:
         return None
     try:
-        return Sign.model_validate_json(version.content)
+        return Heartbeat.model_validate_json(version.content)
     except ValidationError:
         return None
 
 
 @asynccontextmanager
-async def giving_signs(
-    place: ConditionalObject, read: Callable[[], dict[str, Any]], *, every: float, stop: Callable[[str], None]
+async def sending_heartbeats(
+    target: ConditionalObject,
+    read_fields: Callable[[], dict[str, Any]],
+    *,
+    interval: float,
+    on_lost: Callable[[str], None],
 ) -> AsyncIterator[None]:
-    """Give a sign of life at once, every `every` seconds while the block runs, and at its end, however it ends.
+    """Send a heartbeat at once, every `interval` seconds while the block runs, and at its end, however it ends.
 
-    One PUT each. The last one is of a run that spends nothing any more: leave the block when that is so. A bucket that
-    does not answer is asked again with the next sign.
+    One PUT each. The final heartbeat says that the run spends nothing any more: leave the block only then. A heartbeat
+    that the bucket did not take is sent again after the next interval, the final one up to 3 times.
 
     Args:
-        place: from `sign_of`.
-        read: the fields of a sign, as they stand now.
-        every: seconds between two.
-        stop: called once where somebody has taken the run for lost, with the reason.
+        target: from `heartbeat_object`.
+        read_fields: returns the current fields of a heartbeat.
+        interval: seconds between two heartbeats.
+        on_lost: called once with the reason if the run was marked as lost.
 
     Raises:
-        ShardSuperseded: at the beginning, where there is a sign of this run already.
-        BucketError: at the beginning, where it can't be given.
+        ShardSuperseded: before the block, if this run has a heartbeat already.
+        BucketError: before the block, if the first heartbeat can't be written.
     """
-    signs = _Signs(place, read, stop)
-    if not await signs.give():
-        raise ShardSuperseded(f"{place.uri} is there already: another process has begun this run, or it came too late.")
+    sender = _HeartbeatSender(target, read_fields, on_lost)
+    if not await sender.send():
+        raise ShardSuperseded(
+            f"{target.uri} is there already: another process has started this run, or the batch has replaced it."
+        )
     ended = asyncio.Event()
-    background = asyncio.create_task(signs.go_on(ended, every))
+    background = asyncio.create_task(sender.send_until(ended, interval))
     try:
         yield
     finally:
         ended.set()
         with anyio.CancelScope(shield=True):
             await asyncio.wait([background])
-            await signs.end()
+            await sender.send_final()
 
 
-async def take_for_lost(place: ConditionalObject, seen: Version | None) -> bool:
-    """Keep a run from paying any more: at its next sign, or where it has not begun, at its first.
+async def mark_lost(target: ConditionalObject, last_version: Version | None) -> bool:
+    """Mark a run as lost: it stops paying at its next heartbeat, or if it has not started, does not start.
 
     Args:
-        place: of its signs.
-        seen: its last sign.
+        target: the run's heartbeat object.
+        last_version: its last heartbeat that was read, or None if there was none.
 
     Returns:
-        Whether it is so. Else it has given another sign since.
+        True if the run is marked; False if it has sent another heartbeat since.
 
     Raises:
-        BucketError: the bucket can't say.
+        BucketError: the bucket can't be written.
     """
-    sign = read_sign(seen) or Sign()
-    content = sign.model_copy(update={"lost": True, "number": sign.number + 1}).model_dump_json().encode()
-    return await place.write(content, over=None if seen is None else seen.etag) is not None
+    heartbeat = parse_heartbeat(last_version) or Heartbeat()
+    content = heartbeat.model_copy(update={"lost": True, "number": heartbeat.number + 1}).model_dump_json().encode()
+    return await target.write(content, over=None if last_version is None else last_version.etag) is not None
 
 
-class _Signs:
+class _HeartbeatSender:
     def __init__(
-        self, place: ConditionalObject, read: Callable[[], dict[str, Any]], stop: Callable[[str], None]
+        self, target: ConditionalObject, read_fields: Callable[[], dict[str, Any]], on_lost: Callable[[str], None]
     ) -> None:
-        self._place, self._read, self._stop = place, read, stop
+        self._target, self._read_fields, self._on_lost = target, read_fields, on_lost
         self._writer = uuid4().hex
         self._number = 0
         self._etag: str | None = None
         self._lost = False
 
-    async def give(self, **more: Any) -> bool:
-        """Give one; False where somebody else has written there."""
+    async def send(self, **more: Any) -> bool:
+        """Send one heartbeat. Returns False if another process has written to the object."""
         while True:
             self._number += 1
-            sign = Sign(writer=self._writer, number=self._number, **self._read(), **more)
-            etag = await self._place.write(sign.model_dump_json().encode(), over=self._etag)
+            heartbeat = Heartbeat(writer=self._writer, number=self._number, **self._read_fields(), **more)
+            etag = await self._target.write(heartbeat.model_dump_json().encode(), over=self._etag)
             if etag is not None:
                 self._etag = etag
                 return True
-            latest = await self._place.read()
-            there = read_sign(latest)
-            if latest is None or there is None or there.writer != self._writer or there.lost:
+            latest = await self._target.read()
+            stored = parse_heartbeat(latest)
+            if latest is None or stored is None or stored.writer != self._writer or stored.lost:
                 return False
-            self._etag = latest.etag  # of an earlier request that got through without an answer
+            self._etag = latest.etag  # of an earlier request that succeeded although its answer was lost
 
-    async def go_on(self, ended: asyncio.Event, every: float) -> None:
+    async def send_until(self, ended: asyncio.Event, interval: float) -> None:
         while not self._lost:
-            with anyio.move_on_after(every):
+            with anyio.move_on_after(interval):
                 await ended.wait()
                 return
-            await self._try(self.give)
+            await self._try(self.send)
 
-    async def end(self) -> None:
-        for _ in range(_LAST_TRIES):
-            if self._lost or await self._try(lambda: self.give(ended=True)):
+    async def send_final(self) -> None:
+        for _ in range(_FINAL_TRIES):
+            if self._lost or await self._try(lambda: self.send(ended=True)):
                 return
 
-    async def _try(self, give: Callable[[], Any]) -> bool:
+    async def _try(self, send: Callable[[], Any]) -> bool:
         try:
-            if await give():
+            if await send():
                 return True
             self._lost = True
-            self._stop("the batch took this run for lost, and another one does its work")
-            _logger.warning("Taken for lost, by %s", self._place.uri)
+            self._on_lost("the batch marked this run as lost, and another run does its work")
+            _logger.warning("Marked as lost by %s", self._target.uri)
         except BucketError as error:
-            _logger.warning("No sign of life could be given: %s", error)
+            _logger.warning("The heartbeat could not be written: %s", error)
         return False

@@ -1,4 +1,4 @@
-"""The runs of a batch's shards, as Prefect knows them."""
+"""The flow runs of a batch's shards in Prefect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flux_prefect.money.budget import Amount
 
 __all__ = ["ShardRun", "ShardRuns"]
 
-_PAGE = 200  # the most that the server gives at once
+_PAGE = 200  # the most that the server returns in one response
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,25 @@ class ShardRun:
     """One attempt at a shard.
 
     Attributes:
-        id: the flow run's.
+        id: the id of the flow run.
         shard: the shard's number.
-        attempt: which one it is, from 0.
-        share: what it was given.
+        attempt: the attempt's number, from 0.
+        allowance: the most that it may spend.
     """
 
     id: UUID
     shard: int
     attempt: int
-    share: Amount
+    allowance: Amount
 
 
 class ShardRuns:
-    """Starts, finds and follows the runs of one batch.
+    """Start, find, cancel and read the state of one batch's runs.
 
     Args:
-        client: of Prefect's server.
-        batch: the batch's name: two batches of one name share their runs.
-        deployment: `flow/deployment`, of what runs a shard.
+        client: a client of Prefect's server.
+        batch: the batch's name. Two batches of the same name share their runs.
+        deployment: the deployment that runs a shard, as `flow/deployment`.
     """
 
     def __init__(self, client: PrefectClient, batch: str, deployment: str) -> None:
@@ -54,74 +54,74 @@ class ShardRuns:
         self._tag = f"flux-batch-{batch}"
 
     async def find(self) -> list[ShardRun]:
-        """All that were ever started, by whomever, in the order of their attempts. A request for 200."""
+        """Find every run that was ever started for this batch, by shard and attempt. One request per 200 runs."""
         wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[self._tag]))
         found: list[ShardRun] = []
         while True:
             page = await self._client.read_flow_runs(flow_run_filter=wanted, limit=_PAGE, offset=len(found))
-            found += [_read(run) for run in page]
+            found += [_parse_run(run) for run in page]
             if len(page) < _PAGE:
                 return sorted(found, key=lambda run: (run.shard, run.attempt))
 
     async def start(
-        self, shard: int, attempt: int, share: Amount, *, name: str, parameters: Mapping[str, Any]
+        self, shard: int, attempt: int, allowance: Amount, *, name: str, parameters: Mapping[str, Any]
     ) -> ShardRun:
-        """Start an attempt at a shard, or find that it was started: once is all that it ever is.
+        """Start an attempt at a shard, or return the run if it was started before: an attempt has one run.
 
-        As a subflow run of the enclosing flow run. Some four requests.
+        The run becomes a subflow run of the enclosing flow run. About four requests.
 
         Args:
             shard: the shard's number.
-            attempt: which one it is.
-            share: what it is given.
-            name: the run's, for people.
-            parameters: of the deployment's flow, but for the caps.
+            attempt: the attempt's number.
+            allowance: the most that the run may spend.
+            name: the run's name in the UI.
+            parameters: parameters of the deployment's flow, except the caps.
         """
         run = await arun_deployment(
             self._deployment,
             client=self._client,
             parameters={
                 **parameters,
-                "max_credits": None if share.credits == float("inf") else share.credits,
-                "max_images": None if share.images == float("inf") else int(share.images),
+                "max_credits": None if allowance.credits == float("inf") else allowance.credits,
+                "max_images": None if allowance.images == float("inf") else int(allowance.images),
             },
             flow_run_name=name,
             timeout=0,
             tags=[self._tag],
             idempotency_key=f"{self._batch}-{shard}-{attempt}",
         )
-        return _read(run)
+        return _parse_run(run)
 
-    async def look(self, runs: Collection[UUID]) -> dict[UUID, State[Any]]:
-        """The states of runs as they are now. One request for 200; runs that were deleted are not in it."""
+    async def read_states(self, runs: Collection[UUID]) -> dict[UUID, State[Any]]:
+        """Read the current states of runs. One request per 200 runs; deleted runs are left out."""
         states: dict[UUID, State[Any]] = {}
         ids = list(runs)
-        for place in range(0, len(ids), _PAGE):
-            wanted = FlowRunFilter(id=FlowRunFilterId(any_=ids[place : place + _PAGE]))
+        for start in range(0, len(ids), _PAGE):
+            wanted = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + _PAGE]))
             found = await self._client.read_flow_runs(flow_run_filter=wanted, limit=_PAGE)
             states |= {run.id: run.state for run in found if run.state is not None}
         return states
 
-    async def declare_lost(self, run: UUID, message: str) -> None:
-        """Have the run's page tell the truth."""
+    async def set_lost(self, run: UUID, message: str) -> None:
+        """Set a run to Crashed with the name Lost, so that its page no longer shows it as Running."""
         await self._set_state(run, Crashed(name="Lost", message=message))
 
     async def cancel(self, run: UUID) -> None:
-        """Have a run end in order. It takes up to half a minute."""
+        """Cancel a run, which then ends in order. It takes up to half a minute."""
         await self._set_state(run, Cancelling(message="The batch was stopped."), force=False)
 
     async def _set_state(self, run: UUID, state: State[Any], *, force: bool = True) -> None:
         try:
             await self._client.set_flow_run_state(run, state, force=force)
         except ObjectNotFound:
-            return  # somebody has deleted it
+            return  # the run was deleted
 
 
-def _read(run: FlowRun) -> ShardRun:
+def _parse_run(run: FlowRun) -> ShardRun:
     _, shard, attempt = str(run.idempotency_key).rsplit("-", 2)
     credits_given, images_given = run.parameters.get("max_credits"), run.parameters.get("max_images")
-    share = Amount(
+    allowance = Amount(
         float("inf") if credits_given is None else float(credits_given),
         float("inf") if images_given is None else int(images_given),
     )
-    return ShardRun(run.id, int(shard), int(attempt), share)
+    return ShardRun(run.id, int(shard), int(attempt), allowance)

@@ -32,7 +32,7 @@ from flux_prefect.inline import run_inline
 from flux_prefect.manifest.plan import Plan
 from flux_prefect.manifest.records import ItemRecord, record_invalid, record_skipped, record_unchanged
 from flux_prefect.manifest.writer import record_line
-from flux_prefect.money.allocation import Need
+from flux_prefect.money.allocation import ShardCost
 from flux_prefect.money.budget import Amount, Budget, spending_from
 from flux_prefect.pipeline import produce_image
 from flux_prefect.steps import recover
@@ -43,19 +43,19 @@ from flux_prefect.tables.table import Only, Row, Table
 __all__ = [
     "Shard",
     "Split",
-    "adoption_of",
+    "active_batch_object",
+    "assign_shard",
     "plan_shard",
     "read_rows",
     "settled_path",
-    "shard_of",
     "shard_path",
     "split_batch",
-    "write_attempt",
+    "write_attempt_table",
 ]
 
 _PATIENCE = 30.0
 _AT_ONCE = 8
-_ROWS_BETWEEN_BREATHS = 100
+_ROWS_PER_YIELD = 100
 _JSONL = "application/x-ndjson"
 
 
@@ -72,9 +72,9 @@ class Shard(BaseModel):
     cheapest: tuple[float, int] = Field(description="Credits and images of the cheapest row.")
 
     @property
-    def need(self) -> Need:
+    def cost(self) -> ShardCost:
         """What its rows can cost."""
-        return Need(Amount(self.credits, self.images), Amount(*self.dearest), Amount(*self.cheapest))
+        return ShardCost(Amount(self.credits, self.images), Amount(*self.dearest), Amount(*self.cheapest))
 
 
 class Split(BaseModel):
@@ -89,7 +89,7 @@ class Split(BaseModel):
     plan: Plan = Field(description="The plan that it was made by.")
 
 
-def adoption_of(
+def active_batch_object(
     bucket: ImageBucket, source: str | Sequence[Any], table: Table, *, only: Only | None, endpoint: str
 ) -> ConditionalObject:
     """Where a batch over this very table shows that it is at work. Reads the table once.
@@ -119,12 +119,12 @@ def settled_path(run: str) -> str:
     return f"manifests/{run}/shards/settled.jsonl"
 
 
-def shard_of(fingerprint: str, shards: int) -> int:
+def assign_shard(fingerprint: str, shards: int) -> int:
     """The shard of a request. Rows that ask for the same are in one shard, so that one run pays for them once."""
     return int(fingerprint[:8], 16) % shards
 
 
-async def split_batch(planned: PlannedBatch, job: BatchContext, *, rows_a_shard: int) -> Split:
+async def split_batch(planned: PlannedBatch, context: BatchContext, *, rows_a_shard: int) -> Split:
     """Write the table of every shard into the bucket, and the records of rows that need none.
 
     What this host has paid for already is published here and now: no other machine has its record. Again is harmless.
@@ -132,53 +132,55 @@ async def split_batch(planned: PlannedBatch, job: BatchContext, *, rows_a_shard:
 
     Args:
         planned: the table and its plan.
-        job: what the batch works with.
+        context: what the batch works with.
         rows_a_shard: about how many rows a shard gets; requests are spread by their fingerprints.
 
     Raises:
         TableError: the table has changed and can't be read to its end any more.
         BucketError: the bucket did not take the tables.
     """
-    await _publish_kept(planned, job)
+    await _publish_spooled(planned, context)
     plan = planned.plan
     shards = max(1, math.ceil((plan.requests + plan.paid) / rows_a_shard))
-    sums = [_Sums() for _ in range(shards)]
+    sums = [_ShardTotals() for _ in range(shards)]
     settled = 0
     with tempfile.TemporaryFile() as waiting, tempfile.TemporaryFile() as done:
         for number, row in enumerate(planned.rows()):
-            if number % _ROWS_BETWEEN_BREATHS == 0:
+            if number % _ROWS_PER_YIELD == 0:
                 await asyncio.sleep(0)
             if row.request is None:
                 done.write(record_line(record_invalid(row), planned.run))
                 settled += 1
                 continue
-            fingerprint = row.request.fingerprint(job.account.base_url)
+            fingerprint = row.request.fingerprint(context.account.base_url)
             if found := planned.found.get(fingerprint):
                 done.write(record_line(_record_found(row, found), planned.run))
                 settled += 1
                 if any(image.created for image in found):  # for the first row that asks for it
                     planned.found.add(fingerprint, [image.model_copy(update={"created": False}) for image in found])
                 continue
-            sums[shard_of(fingerprint, shards)].add(waiting.tell(), job.budget.price_of(row.request))
+            sums[assign_shard(fingerprint, shards)].add(waiting.tell(), context.budget.price_of(row.request))
             waiting.write(record_line(record_skipped(row), planned.run))
         done.flush()
         waiting.flush()
         size = waiting.tell()
 
-        async def put(item: tuple[int, _Sums]) -> None:
+        async def put(item: tuple[int, _ShardTotals]) -> None:
             with tempfile.TemporaryFile() as lines, open_view(waiting, size) as written:
-                for place in item[1].places:
+                for place in item[1].offsets:
                     written.seek(place)
                     lines.write(written.readline())
-                await _put(job.bucket, shard_path(planned.run, item[0], 0), lines)
+                await _put(context.bucket, shard_path(planned.run, item[0], 0), lines)
 
         await for_each(enumerate(sums), put, at_once=_AT_ONCE)
-        await _put(job.bucket, settled_path(planned.run), done)
-    told = tuple(own.tell(number) for number, own in enumerate(sums))
-    return Split(run=planned.run, shards=told, settled=settled, plan=plan)
+        await _put(context.bucket, settled_path(planned.run), done)
+    cut = tuple(own.build(number) for number, own in enumerate(sums))
+    return Split(run=planned.run, shards=cut, settled=settled, plan=plan)
 
 
-async def write_attempt(bucket: ImageBucket, run: str, shard: int, attempt: int, rows: Iterable[ItemRecord]) -> str:
+async def write_attempt_table(
+    bucket: ImageBucket, run: str, shard: int, attempt: int, rows: Iterable[ItemRecord]
+) -> str:
     """Write the rows that a later attempt at a shard is to do; their address.
 
     Raises:
@@ -203,7 +205,7 @@ async def read_rows(bucket: ImageBucket, path: str) -> Iterator[ItemRecord]:
     return (ItemRecord.model_validate(record) for record in read_records(io.BytesIO(content), path))
 
 
-def plan_shard(table: Table, job: BatchContext) -> Plan:
+def plan_shard(table: Table, context: BatchContext) -> Plan:
     """The sums of a shard, whose rows were all looked for when the batch was planned. Asks nobody.
 
     Raises:
@@ -215,7 +217,7 @@ def plan_shard(table: Table, job: BatchContext) -> Plan:
         if row.request is None:
             invalid += 1
         else:
-            most += job.budget.price_of(row.request)
+            most += context.budget.price_of(row.request)
     return Plan(
         rows=rows,
         invalid=invalid,
@@ -225,28 +227,28 @@ def plan_shard(table: Table, job: BatchContext) -> Plan:
         requests=rows - invalid,
         images=int(most.images),
         most_credits=most.credits,
-        max_credits=job.budget.max_credits,
-        max_images=job.budget.max_images,
+        max_credits=context.budget.max_credits,
+        max_images=context.budget.max_images,
     )
 
 
-class _Sums:
+class _ShardTotals:
     """A shard while it fills: where its rows are, and what they cost."""
 
     def __init__(self) -> None:
-        self.places = array("Q")
+        self.offsets = array("Q")
         self._most = Amount(0.0, 0)
         self._prices: set[tuple[float, int]] = set()
 
     def add(self, place: int, price: Amount) -> None:
-        self.places.append(place)
+        self.offsets.append(place)
         self._most += price
         self._prices.add((price.credits, int(price.images)))
 
-    def tell(self, number: int) -> Shard:
+    def build(self, number: int) -> Shard:
         return Shard(
             number=number,
-            rows=len(self.places),
+            rows=len(self.offsets),
             images=int(self._most.images),
             credits=self._most.credits,
             dearest=(max((c for c, _ in self._prices), default=0.0), max((i for _, i in self._prices), default=0)),
@@ -259,22 +261,22 @@ def _record_found(row: Row, images: Sequence[PublishedImage]) -> ItemRecord:
     return record.model_copy(update={"status": "published"}) if any(image.created for image in images) else record
 
 
-async def _publish_kept(planned: PlannedBatch, job: BatchContext) -> None:
+async def _publish_spooled(planned: PlannedBatch, context: BatchContext) -> None:
     """Publish what this host has paid for and not published yet; what that would cost anything for is left."""
     if not planned.plan.paid:
         return
-    endpoint, seen = job.account.base_url, set[str]()
+    endpoint, seen = context.account.base_url, set[str]()
 
     def kept() -> Iterator[ImageRequest]:
         for row in planned.rows():
             if row.request is None or (fingerprint := row.request.fingerprint(endpoint)) in seen:
                 continue
-            if planned.found.get(fingerprint) is None and recover(row.request, endpoint, job.spool) is not None:
+            if planned.found.get(fingerprint) is None and recover(row.request, endpoint, context.spool) is not None:
                 seen.add(fingerprint)
                 yield row.request
 
     async def publish(request: ImageRequest) -> None:
-        production = await produce_image(request, job.bucket, job.account, run=run_inline)
+        production = await produce_image(request, context.bucket, context.account, run=run_inline)
         images = [outcome.image for outcome in production.images if outcome.image is not None]
         if len(images) == request.num_images:
             planned.found.add(production.fingerprint, images)

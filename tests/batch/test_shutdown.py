@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.states import Cancelled, Cancelling
 
-from flux_prefect.batch.shutdown import is_to_be_cancelled, run_with_grace, sigterm_as_cancellation
+from flux_prefect.batch.shutdown import is_cancelling, run_with_grace, sigterm_as_cancellation
 
 
 class Work:
@@ -194,7 +194,7 @@ class TestSignal:
 
 
 class TestCancelling:
-    """`is_to_be_cancelled`."""
+    """`is_cancelling`."""
 
     @pytest.mark.usefixtures("prefect_server")
     async def test_a_run_that_was_asked_to_end_is_to_be_cancelled(self) -> None:
@@ -206,10 +206,10 @@ class TestCancelling:
             assert context is not None
             assert context.flow_run is not None
             run = context.flow_run.id
-            told.append(await is_to_be_cancelled(str(run)))
+            told.append(await is_cancelling(str(run)))
             async with get_client() as client:
                 await client.set_flow_run_state(run, Cancelling())
-            told.append(await is_to_be_cancelled(str(run)))
+            told.append(await is_cancelling(str(run)))
             return Cancelled()
 
         told: list[bool] = []
@@ -220,4 +220,4 @@ class TestCancelling:
     @pytest.mark.usefixtures("prefect_server")
     async def test_a_run_that_nobody_knows_is_not(self) -> None:
         """A server that can't say never keeps a run from ending."""
-        assert not await is_to_be_cancelled(str(uuid4()))
+        assert not await is_cancelling(str(uuid4()))

@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from support.nursery import Nursery
 from support.waiting import wait_for
 
-from flux_prefect.batch.engine import MOST_IN_STEPS, choose_density
+from flux_prefect.batch.engine import MAX_ROWS_IN_STEPS, choose_density
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.flows.publish_batch import publish_batch
@@ -152,9 +152,9 @@ def test_a_killed_batch_is_finished_in_the_other_density(
     ("requests", "paid", "density"),
     [
         (0, 0, "steps"),
-        (MOST_IN_STEPS, 0, "steps"),
-        (MOST_IN_STEPS + 1, 0, "chunks"),
-        (1, MOST_IN_STEPS, "chunks"),
+        (MAX_ROWS_IN_STEPS, 0, "steps"),
+        (MAX_ROWS_IN_STEPS + 1, 0, "chunks"),
+        (1, MAX_ROWS_IN_STEPS, "chunks"),
     ],
 )
 def test_a_batch_chooses_by_what_is_to_be_done(requests: int, paid: int, density: Density) -> None:

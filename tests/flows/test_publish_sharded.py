@@ -30,7 +30,7 @@ from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.flows.publish_sharded import publish_sharded
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.sharding.shards import shard_of
+from flux_prefect.sharding.shards import assign_shard
 
 SHARD = "publish-shard/worker"
 LOST_AFTER = 8.0
@@ -243,7 +243,7 @@ async def test_a_cap_holds_over_all_shards_and_is_used_up(
     shards: tuple[list[dict[str, Any]], ...] = ([], [])
     for seed in range(1, 200):
         request = ImageRequest(prompt=f"{lot} {seed}.", seed=seed)
-        own = shards[shard_of(request.fingerprint(service.url), 2)]
+        own = shards[assign_shard(request.fingerprint(service.url), 2)]
         own.append({"prompt": request.prompt, "seed": seed})
     failing, others = shards[0][:6], shards[1][:10]
     for row in failing:

@@ -1,4 +1,4 @@
-"""Signs of life in a real bucket: given, missed, and written over by whoever takes a run for lost."""
+"""Heartbeats in a real bucket: sent, missed, and overwritten by the process that marks a run as lost."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ import pytest
 from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import BucketUnavailable, ShardSuperseded
-from flux_prefect.sharding.heartbeat import Sign, giving_signs, read_sign, sign_of, take_for_lost
+from flux_prefect.sharding.heartbeat import Heartbeat, heartbeat_object, mark_lost, parse_heartbeat, sending_heartbeats
 
-EVERY = 0.1
+INTERVAL = 0.1
 
 
 @pytest.fixture
-def place(bucket: ImageBucket) -> ConditionalObject:
-    """Where the signs of a run are."""
-    return sign_of(bucket, uuid4().hex)
+def target(bucket: ImageBucket) -> ConditionalObject:
+    """The object for the heartbeats of a run."""
+    return heartbeat_object(bucket, uuid4().hex)
 
 
-async def wait_for(place: ConditionalObject, condition: Callable[[Sign], bool]) -> Sign:
-    """Look until the sign is such."""
+async def wait_for(target: ConditionalObject, condition: Callable[[Heartbeat], bool]) -> Heartbeat:
+    """Read heartbeats until one meets the condition."""
     with anyio.fail_after(10):
-        while (sign := read_sign(await place.read())) is None or not condition(sign):  # noqa: ASYNC110 - it is read
+        while (heartbeat := parse_heartbeat(await target.read())) is None or not condition(heartbeat):  # noqa: ASYNC110 - an object has to be polled
             await asyncio.sleep(0.02)
-    return sign
+    return heartbeat
 
 
-def nobody(reason: str) -> None:
-    """For runs that nobody takes for lost."""
+def never_lost(reason: str) -> None:
+    """Fail the test if its run is marked as lost."""
     raise AssertionError(reason)
 
 
-async def test_a_run_shows_that_it_lives_and_at_last_that_it_has_ended(place: ConditionalObject) -> None:
-    """Each sign is another one, with what was done by then; the last one counts, also of work that failed."""
-    told: dict[str, Any] = {"done": 0}
-    seen: list[Sign] = []
+async def test_a_run_sends_heartbeats_while_it_works_and_a_final_one(target: ConditionalObject) -> None:
+    """Each one differs and has the current fields; the final one has the last sums, also if the work fails."""
+    fields: dict[str, Any] = {"done": 0}
+    read: list[Heartbeat] = []
 
     async def work() -> None:
-        async with giving_signs(place, lambda: told, every=EVERY, stop=nobody):
-            seen.append(await wait_for(place, lambda sign: not sign.done))
-            told["done"] = 5
-            seen.append(await wait_for(place, lambda sign: sign.done == 5))
-            told["credits_spent"] = 7.0
+        async with sending_heartbeats(target, lambda: fields, interval=INTERVAL, on_lost=never_lost):
+            read.append(await wait_for(target, lambda heartbeat: not heartbeat.done))
+            fields["done"] = 5
+            read.append(await wait_for(target, lambda heartbeat: heartbeat.done == 5))
+            fields["credits_spent"] = 7.0
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         await work()
-    first, second = seen
-    last = read_sign(await place.read())
+    first, second = read
+    last = parse_heartbeat(await target.read())
 
     assert first.number < second.number
     assert not second.ended
@@ -61,54 +61,54 @@ async def test_a_run_shows_that_it_lives_and_at_last_that_it_has_ended(place: Co
     assert (last.ended, last.credits_spent, last.lost) == (True, 7.0, False)
 
 
-async def test_who_is_taken_for_lost_is_told_so(place: ConditionalObject) -> None:
-    """At the next sign; and what was written over it stays."""
+async def test_a_run_that_is_marked_as_lost_is_stopped(target: ConditionalObject) -> None:
+    """At its next heartbeat; the mark stays in the bucket."""
     stopped = asyncio.Event()
-    async with giving_signs(place, dict, every=EVERY, stop=lambda reason: stopped.set()):  # noqa: ARG005 - one reason
-        while not await take_for_lost(place, await place.read()):
-            pass  # it has just given another one
+    async with sending_heartbeats(target, dict, interval=INTERVAL, on_lost=lambda reason: stopped.set()):  # noqa: ARG005 - one reason
+        while not await mark_lost(target, await target.read()):
+            pass  # it has just sent another one
         with anyio.fail_after(10):
             await stopped.wait()
-    last = read_sign(await place.read())
+    last = parse_heartbeat(await target.read())
 
     assert last is not None
     assert last.lost
     assert not last.ended
 
 
-async def test_who_has_given_another_sign_is_not_lost(place: ConditionalObject) -> None:
-    """Whoever judges by an old one is refused."""
-    async with giving_signs(place, dict, every=60, stop=nobody):
-        old = await place.read()
-    assert not await take_for_lost(place, old)
+async def test_a_run_with_a_newer_heartbeat_is_not_lost(target: ConditionalObject) -> None:
+    """Marking it by an older heartbeat is refused."""
+    async with sending_heartbeats(target, dict, interval=60, on_lost=never_lost):
+        old = await target.read()
+    assert not await mark_lost(target, old)
 
 
-async def test_a_run_that_comes_too_late_does_not_begin(place: ConditionalObject) -> None:
-    """It was taken for lost before its first sign; the same holds for a run that was begun before."""
-    assert await take_for_lost(place, None)
+async def test_a_run_that_was_replaced_does_not_start(target: ConditionalObject) -> None:
+    """It was marked as lost before its first heartbeat; the same holds for a run that was started before."""
+    assert await mark_lost(target, None)
     with pytest.raises(ShardSuperseded):
-        async with giving_signs(place, dict, every=60, stop=nobody):
-            raise AssertionError("it began")
+        async with sending_heartbeats(target, dict, interval=60, on_lost=never_lost):
+            raise AssertionError("it started")
 
 
-async def test_a_bucket_that_is_away_for_a_while_is_no_loss(bucket: ImageBucket) -> None:
-    """The run goes on giving signs once it answers again, also where it had taken one without an answer."""
+async def test_an_outage_of_the_bucket_is_no_loss(bucket: ImageBucket) -> None:
+    """The run continues its heartbeats after the outage, also if the bucket took one without answering."""
     run = uuid4().hex
-    place = _Forgetful(bucket, f"manifests/{run}/sign.json", patience=5)
-    async with giving_signs(place, dict, every=EVERY, stop=nobody):
-        place.forget = 2
-        sign = await wait_for(place, lambda sign: sign.number > 4)
-    assert sign.number > 4
+    target = _Forgetful(bucket, f"manifests/{run}/sign.json", patience=5)
+    async with sending_heartbeats(target, dict, interval=INTERVAL, on_lost=never_lost):
+        target.unanswered = 2
+        heartbeat = await wait_for(target, lambda heartbeat: heartbeat.number > 4)
+    assert heartbeat.number > 4
 
 
 class _Forgetful(ConditionalObject):
-    """One that writes, and then has no answer."""
+    """An object whose next writes succeed without an answer."""
 
-    forget = 0
+    unanswered = 0
 
     async def write(self, content: bytes, *, over: str | None) -> str | None:
         etag = await super().write(content, over=over)
-        if self.forget:
-            self.forget -= 1
+        if self.unanswered:
+            self.unanswered -= 1
             raise BucketUnavailable("no answer")
         return etag

@@ -22,13 +22,13 @@ from flux_prefect.pipeline import produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.sharding.shards import (
     Split,
-    adoption_of,
+    active_batch_object,
+    assign_shard,
     read_rows,
     settled_path,
-    shard_of,
     shard_path,
     split_batch,
-    write_attempt,
+    write_attempt_table,
 )
 from flux_prefect.tables.table import Table, open_table
 
@@ -41,11 +41,11 @@ def make_table(number: int, **more: Any) -> list[dict[str, Any]]:
     return [{"id": f"row-{n}", "prompt": f"{lot} {n}", "seed": n, **more} for n in range(1, number + 1)]
 
 
-async def split(rows: list[dict[str, Any]], job: BatchContext, *, rows_a_shard: int) -> Split:
+async def split(rows: list[dict[str, Any]], context: BatchContext, *, rows_a_shard: int) -> Split:
     """Plan a table and cut it."""
     run = uuid4().hex
-    planned = await make_plan(Table(rows), job.bucket, job.account.base_url, job.budget, run=run)
-    cut = await split_batch(planned, job, rows_a_shard=rows_a_shard)
+    planned = await make_plan(Table(rows), context.bucket, context.account.base_url, context.budget, run=run)
+    cut = await split_batch(planned, context, rows_a_shard=rows_a_shard)
     planned.found.close()
     return cut
 
@@ -58,7 +58,7 @@ async def read_shards(cut: Split, bucket: ImageBucket) -> list[list[ItemRecord]]
 @given(fingerprint=st.text("0123456789abcdef", min_size=32, max_size=32), shards=st.integers(1, 200))
 def test_a_request_has_one_shard(fingerprint: str, shards: int) -> None:
     """It depends on nothing but the request and their number."""
-    assert 0 <= shard_of(fingerprint, shards) == shard_of(fingerprint, shards) < shards
+    assert 0 <= assign_shard(fingerprint, shards) == assign_shard(fingerprint, shards) < shards
 
 
 async def test_every_row_is_in_one_shard_or_settled(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
@@ -66,8 +66,8 @@ async def test_every_row_is_in_one_shard_or_settled(bucket: ImageBucket, credent
     rows = make_table(40, sku="007")
     rows[3].pop("seed")
     rows += [{"id": "bad", "prompt": ""}, {**rows[7], "id": "again", "num_images": 1}, {**rows[7], "id": "once more"}]
-    async with open_context(bucket, credentials, max_credits=None, max_images=None) as job:
-        cut = await split(rows, job, rows_a_shard=10)
+    async with open_context(bucket, credentials, max_credits=None, max_images=None) as context:
+        cut = await split(rows, context, rows_a_shard=10)
         shards = await read_shards(cut, bucket)
         settled = list(await read_rows(bucket, settled_path(cut.run)))
 
@@ -86,10 +86,10 @@ async def test_every_row_is_in_one_shard_or_settled(bucket: ImageBucket, credent
 
 async def test_a_shard_is_a_table(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
     """A run reads it like any other, and so what a later attempt is to do."""
-    async with open_context(bucket, credentials, max_credits=None, max_images=None) as job:
-        cut = await split(make_table(5), job, rows_a_shard=100)
+    async with open_context(bucket, credentials, max_credits=None, max_images=None) as context:
+        cut = await split(make_table(5), context, rows_a_shard=100)
         (rows,) = await read_shards(cut, bucket)
-        again = await write_attempt(bucket, cut.run, 0, 3, rows[2:])
+        again = await write_attempt_table(bucket, cut.run, 0, 3, rows[2:])
         address = f"{bucket.uri}/{shard_path(cut.run, 0, 0)}"
         async with open_table(address, bucket=bucket) as first, open_table(again, bucket=bucket) as later:
             assert [(row.number, row.request) for row in first.rows()] == [(one.row, one.request) for one in rows]
@@ -107,8 +107,8 @@ async def test_what_this_host_has_paid_for_is_published_at_once(
     @flow(name="pay-elsewhere-and-split")
     async def pay_and_split() -> Split:
         await produce_image(request, elsewhere, credentials)
-        async with open_context(bucket, credentials, max_credits=None, max_images=None) as job:
-            return await split([*rows, {**rows[1], "id": "again"}], job, rows_a_shard=100)
+        async with open_context(bucket, credentials, max_credits=None, max_images=None) as context:
+            return await split([*rows, {**rows[1], "id": "again"}], context, rows_a_shard=100)
 
     cut = await pay_and_split()
     settled = list(await read_rows(bucket, settled_path(cut.run)))
@@ -124,7 +124,7 @@ async def test_a_table_is_known_again(bucket: ImageBucket) -> None:
 
     def key(rows: list[dict[str, Any]], **changes: Any) -> str:
         told = {"bucket": bucket, "source": "in/prompts.csv", "only": None, "endpoint": "https://a", **changes}
-        return adoption_of(
+        return active_batch_object(
             told["bucket"], told["source"], Table(rows), only=told["only"], endpoint=told["endpoint"]
         ).uri
 
