@@ -138,7 +138,7 @@ async def read_products(source: str, bucket: ImageBucket) -> Any:
             with fetched.open() as file:
                 return await anyio.to_thread.run_sync(parquet.read_table, file)
         except (pyarrow.ArrowException, OSError) as error:
-            raise TableError(f"{fetched.name} is no Parquet file, or a broken one ({error}).") from error
+            raise TableError(f"{fetched.name} is not a Parquet file, or is broken ({error}).") from error
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

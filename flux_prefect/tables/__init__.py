@@ -1,3 +1,3 @@
-"""Prompt tables: where requests come from, in which format, and how templates become prompts."""
+"""Prompt tables: their sources, their formats, and the templates that prompts are rendered from."""
 
 __all__: list[str] = []

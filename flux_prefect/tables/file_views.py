@@ -1,4 +1,4 @@
-"""Independent views of one open file, so that a file without a name can be read many times over."""
+"""Independent views of one open file, so that several readers can share a file that has no name."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class _View(io.RawIOBase):
 
 
 def open_view(file: BinaryIO, size: int) -> io.BufferedReader:
-    """A reader of the first `size` bytes of an open file, whatever others read of it or append to it meanwhile.
+    """Open a reader of the first `size` bytes of an open file, with a position of its own.
 
-    Closing it leaves the file open. It works as long as the file is open.
+    Other readers, and bytes appended later, do not affect it. Closing the view leaves the file open; the view can be
+    read for as long as the file stays open.
     """
     return io.BufferedReader(_View(file, size))

@@ -1,4 +1,4 @@
-"""From a table's bytes to its rows as they were written: CSV and JSON Lines."""
+"""Readers of prompt tables in CSV and JSON Lines, and the checks that all formats share."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ __all__ = [
 FIELDS = frozenset(ImageRequest.model_fields)
 OWN_COLUMNS = FIELDS | {"id"}
 
-_TYPO = 0.85  # difflib's similarity from which a column counts as a field misspelt
+_TYPO = 0.85  # difflib's similarity from which a column counts as a misspelt field
 
 
 @dataclass(frozen=True)
 class UnreadableRow:
-    """A row that could not be read, and why. The rows after it can."""
+    """A row that could not be read, and the reason. It does not affect the rows after it."""
 
     reason: str
 
 
 def read_csv(source: Source) -> Iterator[tuple[int, Any]]:
-    """The rows of a CSV file, numbered from 1: each a dict of texts, or `UnreadableRow`.
+    """Read the rows of a CSV file, numbered from 1: each a dict of strings, or `UnreadableRow`.
 
     Raises:
-        TableError: it is not UTF-8 text, its header is wrong, or its quoting is broken.
+        TableError: the file is not UTF-8 text, its header is wrong, or its quoting is broken.
     """
     with io.TextIOWrapper(source.open(), encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(_text_only(source, lines), strict=True)
@@ -60,7 +60,7 @@ def read_csv(source: Source) -> Iterator[tuple[int, Any]]:
                     yield (
                         number,
                         UnreadableRow(
-                            f"line {reader.line_num} has {len(cells)} cells where the header has {len(header)}: "
+                            f"line {reader.line_num} has {len(cells)} cells, but the header has {len(header)}: "
                             'put cells with commas, quotes or line breaks in "double quotes"'
                         ),
                     )
@@ -71,10 +71,12 @@ def read_csv(source: Source) -> Iterator[tuple[int, Any]]:
 
 
 def read_jsonl(source: Source) -> Iterator[tuple[int, Any]]:
-    """The values of a JSON Lines file, numbered from 1, blank lines passed over: any JSON, or `UnreadableRow`.
+    """Read the values of a JSON Lines file, numbered from 1: any JSON value, or `UnreadableRow`.
+
+    Blank lines are skipped.
 
     Raises:
-        TableError: it is not UTF-8 text.
+        TableError: the file is not UTF-8 text.
     """
     with io.TextIOWrapper(source.open(), encoding="utf-8-sig", newline="") as lines:
         number = 0
@@ -92,10 +94,10 @@ def check_header(source: Source, header: list[str]) -> None:
     """Check the names of a table's columns.
 
     Raises:
-        TableError: there are none, one stands twice or is a field misspelt, or `prompt` is missing.
+        TableError: there are no columns, a name occurs twice, a name is a misspelt field, or `prompt` is missing.
     """
     if not any(header):
-        raise TableError(f"{source.name} is empty: its first line must name the columns, prompt among them.")
+        raise TableError(f"{source.name} is empty: its first line must name the columns, including prompt.")
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise TableError(f"{source.name} has the column {repeated[0]!r} twice: rename one.")
@@ -107,22 +109,25 @@ def check_header(source: Source, header: list[str]) -> None:
 
 
 def describe_misspelling(column: str) -> str | None:
-    """What to say of a column that is probably one of our fields under a wrong name; None of any other."""
+    """Describe the problem with a column that is probably a misspelt field of a request; None for any other column."""
     if column in OWN_COLUMNS:
         return None
     plain = column.strip().lower().replace(" ", "_").replace("-", "_")
     likely = ["id"] if plain == "id" else difflib.get_close_matches(plain, FIELDS, 1, _TYPO)
     if not likely:
         return None
-    return f"unknown column {column!r}: if it is the field {likely[0]!r}, write it so; if not, give it another name"
+    return f"unknown column {column!r}: if it is the field {likely[0]!r}, spell it that way; if not, rename the column"
 
 
 def describe_unstorable(content: Any) -> str | None:
-    """Why a value can't be kept in a record, where that is so: half a character, 1e999, what JSON does not know."""
+    """Explain why a value can't be stored in a record; None where it can.
+
+    JSON can hold neither half a character (a lone surrogate), nor infinity or NaN, nor types of its own.
+    """
     try:
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, TypeError, RecursionError) as error:
-        return f"holds a value that can't be kept ({error})"
+        return f"holds a value that can't be stored ({error})"
     return None
 
 
@@ -132,7 +137,7 @@ def _read_line(number: int, line: str) -> Any:
     except json.JSONDecodeError as error:
         return UnreadableRow(f"line {number} is not JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:
-        return UnreadableRow(f"line {number} holds a value that can't be kept ({error})")
+        return UnreadableRow(f"line {number} holds a value that can't be stored ({error})")
     problem = describe_unstorable(content)
     return content if problem is None else UnreadableRow(f"line {number} {problem}")
 
@@ -140,7 +145,7 @@ def _read_line(number: int, line: str) -> Any:
 def _text_only(source: Source, lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         if "\0" in line:
-            raise TableError(f"{source.name} holds NUL bytes, as UTF-16 and binary files do: save it as UTF-8 text.")
+            raise TableError(f"{source.name} has NUL bytes, as UTF-16 and binary files do: save it as UTF-8 text.")
         yield line
 
 

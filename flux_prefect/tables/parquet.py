@@ -1,4 +1,4 @@
-"""Prompt tables in Parquet, read through pyarrow where it is installed."""
+"""Reader of prompt tables in Parquet. Needs pyarrow, which the extra `parquet` installs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flux_prefect.tables.sources import Source
 __all__ = ["MANIFEST_METADATA", "has_pyarrow", "load_pyarrow", "read_parquet"]
 
 MANIFEST_METADATA = b"flux_prefect.manifest"
-"""What a manifest's schema is marked with."""
+"""The metadata key that marks the schema of a manifest."""
 
 _ROWS_AT_ONCE = 512
 _BUFFER = 1024 * 1024
@@ -29,7 +29,7 @@ def has_pyarrow() -> bool:
 
 
 def load_pyarrow() -> tuple[Any, Any]:
-    """The modules `pyarrow` and `pyarrow.parquet`. The first time about 0.2 s and 50 MB; so only where it is needed.
+    """Import the modules `pyarrow` and `pyarrow.parquet`. The first call takes about 0.2 s and 50 MB of memory.
 
     Raises:
         TableError: they are not installed.
@@ -41,13 +41,13 @@ def load_pyarrow() -> tuple[Any, Any]:
 
 
 def read_parquet(source: Source) -> Iterator[tuple[int, Any]]:
-    """The rows of a Parquet file, numbered from 1: each a dict of plain values, or `UnreadableRow`.
+    """Read the rows of a Parquet file, numbered from 1: each a dict of plain values, or `UnreadableRow`.
 
-    NULL and NaN are None; times are ISO text, durations seconds, decimals and bytes text (base64 where bytes are no
-    UTF-8). Memory: 512 rows, and a page a column.
+    NULL and NaN become None, times ISO 8601 text, durations seconds, decimals text, and bytes text (base64 where they
+    are not UTF-8). Memory: 512 rows, and one page a column.
 
     Raises:
-        TableError: pyarrow is missing, the file is broken or no Parquet, its columns are wrong, or it is a manifest.
+        TableError: pyarrow is missing, the file is broken or not Parquet, its columns are wrong, or it is a manifest.
     """
     number = 0
     for rows in _read_batches(source):
@@ -69,20 +69,19 @@ def _read_batches(source: Source) -> Iterator[list[dict[str, Any]]]:
         except TableError:
             raise
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            raise TableError(f"{source.name} is no Parquet file, or a broken one ({error}).") from error
+            raise TableError(f"{source.name} is not a Parquet file, or is broken ({error}).") from error
 
 
 def _check_schema(source: Source, schema: Any) -> None:
     if MANIFEST_METADATA in (schema.metadata or {}):
         raise TableError(
-            f"{source.name} is a manifest in Parquet, which leaves no way back to the table: "
-            "give the .jsonl that stands beside it."
+            f"{source.name} is a manifest in Parquet, which can't be read as a table: use the .jsonl file beside it."
         )
     check_header(source, list(schema.names))
 
 
 def _in_microseconds(pyarrow: Any, column: Any) -> list[Any]:
-    """A column as Python's values, which know no nanoseconds: times that have some come as text."""
+    """A column's values as Python objects. Python has no nanoseconds: times that have some become text."""
     kind = column.type
     if getattr(kind, "unit", None) != "ns":
         values: list[Any] = column.to_pylist()
@@ -94,7 +93,7 @@ def _in_microseconds(pyarrow: Any, column: Any) -> list[Any]:
     return values
 
 
-def _plain(value: Any) -> Any:  # noqa: PLR0911 - a line a kind of value
+def _plain(value: Any) -> Any:  # noqa: PLR0911 - one line for each type of value
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):

@@ -1,7 +1,7 @@
-"""Prompt tables: where the requests of a batch come from.
+"""Prompt tables: the rows of a batch and their requests.
 
-A row has the fields of `ImageRequest` and an `id`; all other columns are carried through to the report untouched.
-The manifest of an earlier run is a table as well: its rows come again with the seeds that they had.
+A row has the fields of `ImageRequest` and an `id`; all other columns are copied to the report unchanged.
+The manifest of an earlier run is a table as well: its rows are read with the seeds that they had.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from flux_prefect.tables.sources import Source, local_source, open_source
 __all__ = ["Only", "Row", "Table", "explain_invalid", "open_table", "read_table"]
 
 Only = Literal["failed", "flagged", "skipped_budget", "unpublished"]
-"""Which rows of a manifest to take: those that ended so, or `unpublished`, which is failed and skipped_budget.
+"""The rows of a manifest to process: those with one status, or `unpublished`, which is failed and skipped_budget.
 
 Flagged rows are not among the unpublished: the same seed would be paid for and flagged again."""
 
@@ -49,13 +49,13 @@ InlineRows: TypeAlias = Sequence[ImageRequest | Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a request, or the reason why it is none.
+    """One row: a request, or the reason why the row is invalid.
 
     Attributes:
-        number: its place among the data rows, from 1. A manifest's rows keep those of their table.
+        number: its place among the data rows, from 1. A manifest's rows keep the numbers of their table.
         id: the row's own id, else its number.
-        request: the request, None for an invalid row.
-        carried: the columns that are not ours, as they were.
+        request: the request; None for an invalid row.
+        carried: the columns that are neither fields of a request nor the id, unchanged.
         error: why the row is invalid, with the column and the remedy.
     """
 
@@ -67,11 +67,11 @@ class Row:
 
 
 class Table:
-    """A table on this machine, to be read any number of times.
+    """A table on this machine. It can be read any number of times.
 
     Args:
         content: a fetched or local source, or the requests or rows themselves.
-        only: take these rows of a manifest alone.
+        only: read only these rows of a manifest.
     """
 
     def __init__(self, content: Source | InlineRows, only: Only | None = None) -> None:
@@ -79,14 +79,14 @@ class Table:
         self._only = only
 
     def rows(self) -> Iterator[Row]:
-        """Every row from the first, read as it is asked for.
+        """Read all rows from the first, one at a time.
 
-        A bad row becomes a `Row` with an error; the rows after it are read all the same. An empty cell means the
+        An invalid row becomes a `Row` with an error; the rows after it are read as usual. An empty cell stands for the
         field's default. A second row with the same id is invalid. Memory: the ids, about 150 bytes a row.
 
         Raises:
             TableError: the file is missing, not text, broken as a whole, or lacks the column `prompt`; or `only` is
-                given and it is no manifest. Some of that is known only at a later row.
+                set and the table is not a manifest. Some of these are found only at a later row.
         """
         return _check_ids(self._parse_all())
 
@@ -94,11 +94,11 @@ class Table:
         for number, content in self._read():
             if is_record(content):
                 if self._only is None or content["status"] in _STATUSES[self._only]:
-                    yield _revive(content)
+                    yield _restore(content)
             elif self._only is None:
                 yield _parse(number, content)
             else:
-                raise TableError(f"only={self._only!r} takes rows of an earlier run's manifest, and this is none.")
+                raise TableError(f"only={self._only!r} needs the manifest of an earlier run, and this is not one.")
 
     def _read(self) -> Iterator[tuple[int, Any]]:
         if not isinstance(self._content, Source):
@@ -120,16 +120,16 @@ class Table:
 async def open_table(
     source: str | Path | InlineRows, *, only: Only | None = None, bucket: ImageBucket | None = None
 ) -> AsyncIterator[Table]:
-    """A table from anywhere: what is elsewhere is fetched once, then read row by row any number of times.
+    """Open a table from any source. A remote table is fetched once, then read row by row any number of times.
 
     Args:
         source: a path, `s3://bucket/key` or `https://` address that ends in .csv, .jsonl, .ndjson or .parquet, or a
             list of requests or rows.
-        only: take these rows of a manifest alone.
+        only: read only these rows of a manifest.
         bucket: its keys and endpoint are used for a source in the same bucket.
 
     Raises:
-        TableError: the source can't be fetched, or its suffix is another.
+        TableError: the source can't be fetched, or its suffix is unknown.
 
     Example:
         ```python
@@ -149,10 +149,10 @@ async def open_table(
 def read_table(source: str | Path | InlineRows, *, only: Only | None = None) -> Iterator[Row]:
     """Read a file on this machine, or a list of requests or rows, once and row by row.
 
-    A file is opened when its first row is asked for. See `Table.rows`; addresses are for `open_table`.
+    A file is opened when its first row is read. See `Table.rows` for the rows, and `open_table` for addresses.
 
     Raises:
-        TableError: as `Table.rows`; at once where the suffix is none that can be read.
+        TableError: as for `Table.rows`; immediately where the suffix is unknown.
     """
     return Table(local_source(source) if isinstance(source, (str, Path)) else source, only).rows()
 
@@ -164,8 +164,8 @@ def _read_inline(contents: InlineRows) -> Iterator[tuple[int, Any]]:
         yield number, given if problem is None else UnreadableRow(f"it {problem}")
 
 
-def _revive(record: Mapping[str, Any]) -> Row:
-    """The row that a record of a manifest was written for."""
+def _restore(record: Mapping[str, Any]) -> Row:
+    """The row that a manifest record was written for."""
     number, row_id, carried = record["row"], record["id"], dict(record["carried"])
     if record["request"] is None:
         return Row(number, row_id, carried=carried, error=record.get("message") or f"row {number}: it was invalid")
@@ -192,7 +192,7 @@ def _parse(number: int, content: Any) -> Row:
             return Row(number, row_id, carried=carried, error=f"row {number}: {problem}")
     tolerance = given.get("safety_tolerance")
     if isinstance(tolerance, int) and not isinstance(tolerance, bool):
-        given["safety_tolerance"] = str(tolerance)  # the service's digits in quotes are nobody's way to write a table
+        given["safety_tolerance"] = str(tolerance)  # the service takes a string; tables usually hold a number
     try:
         request = ImageRequest.model_validate(given)
     except ValidationError as error:
@@ -201,7 +201,7 @@ def _parse(number: int, content: Any) -> Row:
 
 
 def explain_invalid(error: ValidationError) -> str:
-    """Each invalid field with its value and what is wrong with it, in one line."""
+    """List each invalid field with its value and the problem, in one line."""
     problems = []
     for detail in error.errors(include_url=False):
         column = ".".join(str(part) for part in detail["loc"])
@@ -209,7 +209,7 @@ def explain_invalid(error: ValidationError) -> str:
             problems.append(f"{column} is missing")
             continue
         shown = repr(detail["input"])
-        shown = shown if len(shown) <= 60 else f"{shown[:59]}…"  # noqa: PLR2004 - a line's worth
+        shown = shown if len(shown) <= 60 else f"{shown[:59]}…"  # noqa: PLR2004 - fits a line
         problems.append(f"{column} is {shown}: {detail['msg']}")
     return "; ".join(problems)
 
@@ -219,7 +219,7 @@ def _check_ids(rows: Iterable[Row]) -> Iterator[Row]:
     for row in rows:
         first = seen.setdefault(row.id, row.number)
         if first != row.number and row.error is None:
-            problem = f"row {row.number}: id {row.id!r} is the id of row {first} already: ids must differ"
+            problem = f"row {row.number}: id {row.id!r} is already the id of row {first}: ids must differ"
             yield Row(row.number, row.id, carried=row.carried, error=problem)
         else:
             yield row

@@ -1,8 +1,8 @@
-"""Prompts from templates: a table and a day in, the requests of that day out.
+"""Rendering of prompt templates: one day's requests from a table.
 
-A prompt is a Jinja2 template. Its variables are the row's columns, `row` (all of them, for names with spaces in them)
-and `day`, a date. Beside Jinja's own filters there are `day | weekday`, `day | month` and `day | season("south")`.
-The same row and day always give the same request, so nothing is in reach that knows the clock or draws lots.
+A prompt is a Jinja2 template. Its variables are the row's columns, `row` (all columns, for names with spaces)
+and `day`, a date. Besides Jinja's own filters there are `day | weekday`, `day | month` and `day | season("south")`.
+The same row and day always result in the same request, so templates can use neither the clock nor random values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from flux_prefect.tables.sources import Source, open_source
 __all__ = ["DEFAULT_IMAGE_SETTINGS", "ImageSettings", "RowRenderer", "render_table"]
 
 MAX_PROMPT = 4000
-"""The service's bound, in characters."""
+"""The service's limit, in characters."""
 
 _MAX_REPORTED = 20
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -50,7 +50,7 @@ _CLOCKS = {"today", "fromtimestamp"}
 
 
 class ImageSettings(BaseModel):
-    """What a row's request is filled up with where the row has no value of its own."""
+    """The fields of a request for rows that have no values of their own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -79,25 +79,25 @@ async def render_table(  # noqa: PLR0913 - keyword-only from the fourth on
     images: ImageSettings = DEFAULT_IMAGE_SETTINGS,
     bucket: ImageBucket | None = None,
 ) -> int:
-    """Write the day's requests as JSON Lines, a row for every row of the table; returns how many.
+    """Write the day's requests as JSON Lines, one line for each row of the table; returns the number of rows.
 
-    Every row is rendered before this returns, so that whoever pays afterwards pays for a table without gaps. A row's
-    request depends on the row, the day, the template and the settings alone. A row without a seed gets the one of
-    the day and its id; so rows without ids change their seeds where a row is put in before them.
+    All rows are rendered before this returns, so that nothing is paid for a table of which some rows can't be rendered.
+    A row's request depends only on the row, the day, the template and the settings. A row without a seed gets one from
+    the day and its id. A row without an id uses its number instead, so inserting a row before it changes its seed.
 
     Takes half a millisecond a row, in a thread. Memory does not grow with the table.
 
     Args:
-        source: as `batch.table.open_table` has it; no manifest. A file needs the column `prompt`, which may be empty.
-        day: what `day` is in templates.
+        source: as for `open_table`, but not a manifest. A file needs the column `prompt`, which may be empty.
+        day: the value of `day` in templates.
         target: the file to write.
         template: the prompt of rows whose own is empty.
-        images: the other fields of the request where a row's own are empty.
+        images: the other fields of the request, for rows where they are empty.
         bucket: its keys and endpoint are used for a source in the same bucket.
 
     Raises:
         TableError: the table can't be read as a whole.
-        TemplateFailed: rows can't be read or rendered: with their numbers.
+        TemplateFailed: rows can't be read or rendered. The message has their numbers.
     """
     renderer = RowRenderer(day, template, images)
     if isinstance(source, (str, Path)):
@@ -107,12 +107,12 @@ async def render_table(  # noqa: PLR0913 - keyword-only from the fourth on
 
 
 class RowRenderer:
-    """Makes rows of one day into requests.
+    """Renders the rows of one day to requests.
 
     Args:
         day: the day.
         template: the prompt of rows whose own is empty.
-        images: the other fields where a row's own are empty.
+        images: the other fields, for rows where they are empty.
 
     Raises:
         TemplateFailed: the template is broken.
@@ -128,17 +128,17 @@ class RowRenderer:
             raise TemplateFailed([f"template: {_explain(error)}"], 1) from error
 
     def render(self, number: int, content: Any) -> dict[str, Any]:
-        """The row with its prompt rendered, all fields filled in, and the day in the column `day`.
+        """Render a row: its prompt rendered, all fields filled in, and the day in the column `day`.
 
-        Columns of other names come along. Values of fields are not checked; that is the table's reader's part.
+        Other columns are copied. Values of fields are not checked; the table's reader does that.
 
         Raises:
-            ValueError: with what is wrong with it.
+            ValueError: the row can't be rendered. The message has the reason.
         """
         if isinstance(content, UnreadableRow):
-            raise ValueError(content.reason)  # noqa: TRY004 - a row's reasons are all of one kind
+            raise ValueError(content.reason)  # noqa: TRY004 - one exception type for every invalid row
         if is_record(content):
-            raise ValueError("it is a record of a manifest: publish_batch takes those")
+            raise ValueError("it is a manifest record: publish manifests with publish_batch")
         if not isinstance(content, Mapping):
             raise ValueError("it is not an object with columns")  # noqa: TRY004 - as above
         content = dict(content)
@@ -163,17 +163,17 @@ class RowRenderer:
         try:
             template = self._template if _is_blank(own) else self._environment.from_string(str(own))
             prompt = None if template is None else _join(template.generate(variables)).strip()
-        except Exception as error:  # a template can raise whatever its expressions do
+        except Exception as error:  # a template's expressions can raise anything
             raise ValueError(_explain(error)) from error
         if prompt is None:
-            raise ValueError("it has no prompt, and there is no template for all rows")
+            raise ValueError("it has no prompt, and no template is set for all rows")
         if not prompt:
-            raise ValueError("its prompt is blank when rendered")
+            raise ValueError("its rendered prompt is blank")
         return prompt
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Keeps templates from the machine, and from the clock."""
+    """A Jinja2 sandbox that also blocks the clock."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in _CLOCKS and super().is_safe_attribute(obj, attr, value)
@@ -188,18 +188,18 @@ def _make_environment() -> _Sandbox:
         lstrip_blocks=True,
     )
     environment.filters |= {"weekday": _weekday, "month": _month, "season": _season}
-    del environment.filters["random"], environment.globals["lipsum"]  # they draw lots
+    del environment.filters["random"], environment.globals["lipsum"]  # their results are random
     return environment
 
 
 def _printable(value: Any) -> Any:
-    """What an expression prints: an empty cell nothing, whatever the table's format says for it."""
+    """The printed value of an expression. An empty cell prints nothing, in whichever format the table is."""
     if value is None:
         return ""
     if isinstance(value, (str, int, float, date, jinja2.Undefined)):
         return value
-    # Some print their place in memory, which is another one tomorrow.
-    raise TypeError(f"a {type(value).__name__} can't be printed: choose a part of it, or join it with | join(', ')")
+    # Some objects print their memory address, which changes from run to run.
+    raise TypeError(f"a {type(value).__name__} can't be printed: select a part of it, or use | join(', ')")
 
 
 def _weekday(day: date) -> str:
@@ -211,7 +211,7 @@ def _month(day: date) -> str:
 
 
 def _season(day: date, hemisphere: Literal["north", "south"] = "north") -> str:
-    """The season by whole months, as meteorologists have it: March to May is spring in the north."""
+    """The meteorological season, in whole months: March to May is spring in the north."""
     if hemisphere not in {"north", "south"}:
         raise ValueError(f"season({hemisphere!r}): write season('north') or season('south')")
     return _SEASONS[(day.month % 12 // 3 + (2 if hemisphere == "south" else 0)) % 4]
@@ -222,7 +222,7 @@ def _join(pieces: Iterator[str]) -> str:
     for piece in pieces:
         prompt += piece
         if len(prompt) > MAX_PROMPT:
-            raise ValueError(f"its prompt has more than {MAX_PROMPT:,} characters when rendered")
+            raise ValueError(f"its rendered prompt has more than {MAX_PROMPT:,} characters")
     return prompt
 
 
@@ -230,7 +230,7 @@ def _explain(error: Exception) -> str:
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"line {error.lineno} of its template is broken ({error.message})"
     if isinstance(error, jinja2.UndefinedError):
-        return f"its template asks for what the row has not: {error.message}"
+        return f"its template uses a column that the row does not have: {error.message}"
     return str(error) or repr(error)
 
 

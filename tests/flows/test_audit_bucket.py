@@ -156,7 +156,7 @@ async def test_a_table_is_no_manifest(bucket: ImageBucket, tmp_path: Path) -> No
     """It is told so."""
     table = tmp_path / "prompts.jsonl"
     table.write_text(json.dumps({"prompt": "a fox"}) + "\n", encoding="utf-8")
-    with pytest.raises(TableError, match="no record of a manifest"):
+    with pytest.raises(TableError, match="is not a manifest record"):
         await audit_bucket(str(table), bucket)
 
 

@@ -76,7 +76,9 @@ class TestFromPython:
         state = await publish_daily([*products, bad], bucket, day=SUNDAY, credentials=credentials, return_state=True)
 
         assert state.is_failed()
-        assert "row 3: its template asks for what the row has not: 'colour' is undefined" in str(state.message)
+        assert "row 3: its template uses a column that the row does not have: 'colour' is undefined" in str(
+            state.message
+        )
         with pytest.raises(TemplateFailed):
             await state.aresult()
         assert sandbox.control.summary().calls == 0

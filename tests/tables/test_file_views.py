@@ -5,8 +5,8 @@ from pathlib import Path
 from flux_prefect.tables.file_views import open_view
 
 
-def test_what_is_appended_later_stays_out(tmp_path: Path) -> None:
-    """A view ends where it was told to, so that a growing file can be uploaded as it stood."""
+def test_a_view_excludes_bytes_appended_later(tmp_path: Path) -> None:
+    """A view ends at its size, so that a consistent part of a growing file can be uploaded."""
     with (tmp_path / "growing").open("w+b", buffering=0) as file:
         file.write(b"one\ntwo\n")
         with open_view(file, 8) as view:

@@ -1,4 +1,4 @@
-"""Where tables come from: real files, a real S3 server, real HTTP over loopback."""
+"""Sources of tables: real files, a real S3 server, real HTTP over loopback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIGNED = "https://user:pass-word@files.example/prompts.csv?X-Amz-Signature=5ecre
 
 
 class _Site(BaseHTTPRequestHandler):
-    """A small web site with tables and everything that can be wrong with them."""
+    """A small web site with tables and every kind of failure."""
 
     def do_GET(self) -> None:
         """Answer by path."""
@@ -53,7 +53,7 @@ class _Site(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it so
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -90,29 +90,29 @@ class TestFiles:
         ("name", "form"),
         [("a.csv", "csv"), ("a.JSONL", "jsonl"), ("a.ndjson", "jsonl"), ("a.b.parquet", "parquet")],
     )
-    async def test_the_suffix_decides(self, tmp_path: Path, name: str, form: str) -> None:
-        """Capitals make no difference; the file is read where it is."""
+    async def test_the_suffix_selects_the_format(self, tmp_path: Path, name: str, form: str) -> None:
+        """In upper or lower case; the file is read in place."""
         (tmp_path / name).write_bytes(TABLE)
         async with open_source(tmp_path / name) as source:
             assert (source.format, source.name) == (form, str(tmp_path / name))
             assert _read(source) == _read(source) == TABLE
 
     async def test_a_missing_file_is_named(self) -> None:
-        """With the reason."""
+        """The error names the file and the reason."""
         with pytest.raises(TableError, match=r"source '/nowhere/a\.csv' can't be read: No such file"):
             _read(local_source("/nowhere/a.csv"))
 
     @pytest.mark.parametrize("address", ["ftp://host/a.csv", "gs://team/a.csv", "file:///tmp/a.csv"])
     async def test_other_schemes_are_refused(self, address: str) -> None:
-        """With those that can be read."""
-        with pytest.raises(TableError, match="give a path, an s3:// or an https:// address"):
+        """The error names those that can be read."""
+        with pytest.raises(TableError, match="use a path, an s3:// or an https:// address"):
             await _fetch(address)
 
     @pytest.mark.parametrize(
         "address", ["s3://team/a.xlsx", "https://host/a", "https://host/a?name=b.csv", "https://host", "s3://team"]
     )
     async def test_an_address_needs_a_suffix(self, address: str) -> None:
-        """It is refused before anything is sent; a query is no part of the name."""
+        """It is refused before anything is sent; a query is not part of the name."""
         with pytest.raises(TableError, match=r"neither \.csv nor \.jsonl nor \.parquet"):
             await _fetch(address)
 
@@ -122,7 +122,7 @@ class TestS3:
 
     @pytest.mark.parametrize("key", ["prompts.csv", "deep/er/a b+c.csv", "odd?#%20é.csv"])
     async def test_an_object_is_fetched(self, sandbox: RunningSandbox, bucket: ImageBucket, key: str) -> None:
-        """Through boto3's own chain of credentials; a key is taken as it is written."""
+        """Through boto3's own chain of credentials; a key is used exactly as written."""
         assert sandbox.environment["AWS_ENDPOINT_URL_S3"]
         await bucket.write_path(key, TABLE)
         assert await _fetch(f"{bucket.uri}/{key}") == TABLE
@@ -131,7 +131,7 @@ class TestS3:
     async def test_the_blocks_keys_open_its_own_bucket(
         self, bucket: ImageBucket, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A table beside the images needs no keys in the environment, and is found outside the prefix too."""
+        """A table in the images' bucket needs no keys in the environment, and may be outside the prefix."""
         await bucket.write_path("prompts.csv", TABLE)
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -141,34 +141,34 @@ class TestS3:
         assert await _fetch(f"{bucket.uri}/prompts.csv", bucket=elsewhere) == TABLE
 
     async def test_a_missing_object_is_named(self, bucket: ImageBucket) -> None:
-        """With its address and what to check."""
+        """The error has its address and what to check."""
         with pytest.raises(TableError, match=f"source '{bucket.uri}/a.csv' can't be read: check bucket and key"):
             await _fetch(f"{bucket.uri}/a.csv", bucket=bucket)
 
     @pytest.mark.parametrize("address", ["s3://nowhere/a.csv", "s3:///a.csv", "s3://images//a.csv"])
     async def test_an_impossible_address_is_refused(self, sandbox: RunningSandbox, address: str) -> None:
-        """A bucket that is not there, or a key that no table has."""
+        """A bucket that does not exist, or a key that no table can have."""
         assert sandbox.url
-        with pytest.raises(TableError, match=f"source '{address}' (can't be read|is no object's address)"):
+        with pytest.raises(TableError, match=f"source '{address}' (can't be read|is not the address of an object)"):
             await _fetch(address)
 
-    async def test_wrong_keys_are_told(self, sandbox: RunningSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With what they must allow."""
+    async def test_wrong_keys_are_reported(self, sandbox: RunningSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The error has the permissions that they need."""
         assert sandbox.url
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         with pytest.raises(TableError, match="check the keys, and that they allow"):
             await _fetch("s3://images/a.csv")
 
-    async def test_an_unreachable_server_is_told(self, bucket: ImageBucket) -> None:
-        """With the settings to check."""
+    async def test_an_unreachable_server_is_reported(self, bucket: ImageBucket) -> None:
+        """The error names the settings to check."""
         lost = ImageBucket(**(bucket.model_dump(include={"bucket_name"}) | {"endpoint_url": "http://127.0.0.1:9"}))
         with pytest.raises(TableError, match=r"can't be reached: .*Check endpoint_url"):
             await _fetch("s3://images/a.csv", bucket=lost)
 
-    async def test_a_large_object_is_refused_before_it_comes(self, bucket: ImageBucket) -> None:
-        """With the most that is fetched, and a way out."""
+    async def test_a_large_object_is_refused_before_it_is_fetched(self, bucket: ImageBucket) -> None:
+        """The error has the maximum size and the remedy."""
         await bucket.write_path("a.csv", TABLE)
-        with pytest.raises(TableError, match=rf"^source '{bucket.uri}/a\.csv' is larger than 10 bytes.*copy it here"):
+        with pytest.raises(TableError, match=rf"^source '{bucket.uri}/a\.csv' is larger than 10 bytes.*copy it to"):
             await _fetch(f"{bucket.uri}/a.csv", bucket=bucket, max_bytes=10)
         assert await _fetch(f"{bucket.uri}/a.csv", bucket=bucket, max_bytes=len(TABLE)) == TABLE
 
@@ -186,64 +186,64 @@ class TestWeb:
         [
             ("/status/404/a.csv", r"does not exist \(HTTP 404\)"),
             ("/status/410/a.csv", r"does not exist \(HTTP 410\)"),
-            ("/status/401/a.csv", r"may not be read \(HTTP 401\): .*login"),
-            ("/status/403/a.csv", r"may not be read \(HTTP 403\): .*Sign it anew"),
-            ("/status/500/a.csv", "answered with HTTP 500: try again later"),
-            ("/status/204/a.csv", "answered with HTTP 204"),
+            ("/status/401/a.csv", r"was denied \(HTTP 401\): .*login"),
+            ("/status/403/a.csv", r"was denied \(HTTP 403\): .*Sign the address again"),
+            ("/status/500/a.csv", "returned HTTP 500: try again later"),
+            ("/status/204/a.csv", "returned HTTP 204"),
             ("/round/a.csv", "redirects more than 5 times"),
             ("/page/a.csv", "is a web page, not a table"),
             ("/cut/a.csv", r"can't be fetched \(.*\): check the address and the network"),
         ],
     )
-    async def test_what_is_wrong_is_told(self, site: str, path: str, complaint: str) -> None:
-        """With the address and what to do."""
+    async def test_each_failure_has_its_own_message(self, site: str, path: str, complaint: str) -> None:
+        """With the address and the remedy."""
         with pytest.raises(TableError, match=complaint) as refusal:
             await _fetch(site + path)
         assert f"source '{site}{path}'" in str(refusal.value)
 
-    async def test_a_silent_server_is_refused(self) -> None:
-        """Nobody listens there."""
+    async def test_a_refused_connection_is_a_table_error(self) -> None:
+        """No server listens on the port."""
         with pytest.raises(TableError, match="can't be fetched"):
             await _fetch("http://127.0.0.1:9/a.csv")
 
     @pytest.mark.parametrize("address", ["https://[bad/a.csv", "https:///a.csv", "https://host:port/a.csv"])
-    async def test_a_broken_address_is_refused(self, address: str) -> None:
-        """Nothing is raised but a TableError."""
+    async def test_a_malformed_address_is_refused(self, address: str) -> None:
+        """With a TableError and no other exception."""
         with pytest.raises(TableError, match="can't be fetched"):
             await _fetch(address)
 
     @pytest.mark.parametrize("path", ["/prompts.csv", "/packed/a.csv"])
     async def test_a_large_table_is_refused(self, site: str, path: str) -> None:
-        """Counted as it is unpacked: a small answer may hold a large table."""
-        with pytest.raises(TableError, match="is larger than 8 bytes, the most that is fetched"):
+        """The decompressed size counts: a small response may hold a large table."""
+        with pytest.raises(TableError, match="is larger than 8 bytes, the maximum for a fetched table"):
             await _fetch(site + path, max_bytes=8)
         if path.startswith("/packed"):
             with pytest.raises(TableError, match="is larger than 50,000 bytes"):
                 await _fetch(site + path, max_bytes=50_000)
 
-    async def test_plain_http_is_for_this_machine_alone(self) -> None:
-        """It is refused before anything is sent."""
+    async def test_plain_http_is_only_for_this_machine(self) -> None:
+        """Other addresses are refused before anything is sent."""
         with pytest.raises(TableError, match=r"leads to http://example\.com: only https is fetched"):
             await _fetch("http://example.com/a.csv")
 
     @pytest.mark.parametrize("target", ["http://example.com/a.csv", "http://127.0.0.1/a.csv"])
     async def test_a_redirect_never_leaves_https(self, target: str) -> None:
-        """Nor into this machine, from outside."""
+        """An outside server can't redirect to plain http, on this machine or elsewhere."""
         transport = httpx.MockTransport(lambda _: httpx.Response(302, headers={"Location": target}))
         with pytest.raises(TableError, match=r"leads to http://.*: only https is fetched"):
             await _fetch("https://files.example/a.csv", transport=transport)
 
-    async def test_a_stalled_answer_is_told(self) -> None:
-        """As a time-out, with a way out."""
+    async def test_a_stalled_response_is_reported(self) -> None:
+        """As a time-out, with the remedy."""
 
         def stall(request: httpx.Request) -> httpx.Response:
             raise httpx.ReadTimeout("", request=request)
 
-        with pytest.raises(TableError, match="timed out: try again, or copy it here"):
+        with pytest.raises(TableError, match="timed out: try again, or copy it to this machine"):
             await _fetch("https://files.example/a.csv", transport=httpx.MockTransport(stall))
 
-    async def test_what_opens_an_address_is_not_told(self) -> None:
-        """Neither a password nor a signature gets into the error; both are sent."""
+    async def test_secrets_of_an_address_are_not_in_the_error(self) -> None:
+        """Neither its password nor its signature; both are sent to the server."""
         seen: list[httpx.Request] = []
 
         def refuse(request: httpx.Request) -> httpx.Response:
@@ -252,23 +252,23 @@ class TestWeb:
 
         with pytest.raises(TableError) as refusal:
             await _fetch(SIGNED, transport=httpx.MockTransport(refuse))
-        assert "source 'https://files.example/prompts.csv' may not be read" in str(refusal.value)
+        assert "access to source 'https://files.example/prompts.csv' was denied" in str(refusal.value)
         assert seen[0].url.query == b"X-Amz-Signature=5ecret"
         assert "Authorization" in seen[0].headers
 
 
 class TestFetched:
-    """What is fetched."""
+    """Fetched tables."""
 
     async def test_it_leaves_no_file(self, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It has no name at any time, so nothing is left however the process ends."""
+        """The file never has a name, so nothing is left however the process ends."""
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         async with open_source(f"{site}/a.csv") as source:
             assert _read(source) == TABLE
             assert list(tmp_path.iterdir()) == []
 
-    async def test_readers_do_not_disturb_each_other(self, site: str) -> None:
-        """Each has a place of its own, and can go back."""
+    async def test_readers_are_independent(self, site: str) -> None:
+        """Each has its own position, and can seek back."""
         async with open_source(f"{site}/a.csv") as source, open_source(f"{site}/a.csv") as other:
             with source.open() as first, source.open() as second, other.open() as third:
                 assert (first.read(6), second.read(8), third.read()) == (TABLE[:6], TABLE[:8], TABLE)
@@ -277,18 +277,18 @@ class TestFetched:
                 assert first.read() == TABLE[-2:]
 
     async def test_a_table_is_fetched_once_and_read_twice(self, bucket: ImageBucket) -> None:
-        """Once the block is entered the object may go."""
+        """The object may be replaced once the block is entered."""
         await bucket.write_path("a.csv", TABLE)
         async with open_table(f"{bucket.uri}/a.csv", bucket=bucket) as table:
-            await bucket.write_path("a.csv", b"gone")
+            await bucket.write_path("a.csv", b"replaced")
             assert len(list(table.rows())) == len(list(table.rows())) == 2
 
-    async def test_a_full_disk_is_told(self, site: str) -> None:
-        """With the setting to change."""
+    async def test_a_full_disk_is_reported(self, site: str) -> None:
+        """The error names the setting to change."""
         kept = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4, kept[1]))
         try:
-            with pytest.raises(TableError, match=r"temporary folder \(.*\): make room, or set TMPDIR"):
+            with pytest.raises(TableError, match=r"temporary folder \(.*\): free space, or set TMPDIR"):
                 await _fetch(f"{site}/a.csv")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, kept)

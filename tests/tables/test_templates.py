@@ -1,4 +1,4 @@
-"""Rows of templates and a day in, requests out."""
+"""Rendering of prompt templates to the requests of a day."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def render(prompt: str | None, template: str | None = None, **columns: Any) -> d
 
 
 class TestPrompts:
-    """What a template can say."""
+    """The prompts of rows."""
 
     @pytest.mark.parametrize(
         ("prompt", "rendered"),
@@ -43,8 +43,8 @@ class TestPrompts:
             ("{{ looks_like_one }}", "{{ colour }}"),
         ],
     )
-    def test_columns_and_the_day_are_its_variables(self, prompt: str, rendered: str) -> None:
-        """Text comes out as it is, and what a column holds is never a template itself."""
+    def test_columns_and_the_day_are_variables(self, prompt: str, rendered: str) -> None:
+        """Text is not escaped, and a column's value is never itself rendered as a template."""
         columns: dict[str, Any] = {
             "colour": "red",
             "name": "fox",
@@ -56,33 +56,33 @@ class TestPrompts:
         }
         assert render(prompt, **columns)["prompt"] == rendered
 
-    def test_a_rows_own_prompt_goes_before_the_template(self) -> None:
-        """The template is for rows without one."""
+    def test_a_rows_own_prompt_overrides_the_template(self) -> None:
+        """The template is for rows without a prompt."""
         assert render("own", "all: {{ name }}", name="fox")["prompt"] == "own"
         assert render("", "all: {{ name }}", name="fox")["prompt"] == "all: fox"
         assert render(None, "all: {{ name }}", name="fox")["prompt"] == "all: fox"
 
     @pytest.mark.parametrize(
-        ("prompt", "told"),
+        ("prompt", "reason"),
         [
             ("{{ color }}", "'color' is undefined"),
             ("{% if color %}x{% endif %}", "'color' is undefined"),
             ("{{ row.color }}", "no attribute 'color'"),
             ("{{ colour", "line 1 of its template is broken"),
             ("{{ colour | shout }}", "No filter named 'shout'"),
-            ("{{ '' }} ", "blank when rendered"),
-            (None, "no prompt, and there is no template"),
+            ("{{ '' }} ", "its rendered prompt is blank"),
+            (None, "no prompt, and no template is set"),
             ("{{ 1 // 0 }}", "zero"),
         ],
     )
-    def test_what_it_does_not_know_is_an_error(self, prompt: str | None, told: str) -> None:
-        """The reason names the variable."""
-        with pytest.raises(ValueError, match=told):
+    def test_a_template_that_can_not_be_rendered_is_an_error(self, prompt: str | None, reason: str) -> None:
+        """An unknown variable or filter is named in the message."""
+        with pytest.raises(ValueError, match=reason):
             render(prompt, colour="red")
 
     @pytest.mark.parametrize("length", [4000, 4001])
-    def test_a_prompt_is_as_long_as_the_service_takes(self, length: int) -> None:
-        """One character more is an error, found while it grows."""
+    def test_a_prompt_has_at_most_the_services_4000_characters(self, length: int) -> None:
+        """One more is an error, found during rendering."""
         prompt = f"{{% for n in range({length}) %}}x{{% endfor %}}"
         if length == 4000:
             assert ImageRequest(prompt=render(prompt)["prompt"]).prompt == "x" * 4000
@@ -102,16 +102,16 @@ class TestPrompts:
             "{{ tags.append('x') }}",
         ],
     )
-    def test_no_clock_no_lots_and_no_way_out(self, prompt: str) -> None:
-        """What would make another prompt tomorrow, or leave the sandbox, is refused."""
+    def test_clock_randomness_and_internals_are_blocked(self, prompt: str) -> None:
+        """An expression that could change the prompt from run to run, or leave the sandbox, is refused."""
         with pytest.raises(ValueError, match=r"unsafe|undefined|No filter|can't be printed"):
             render(prompt, name="fox", tags=["wild"])
 
 
 class TestRequests:
-    """The fields beside the prompt."""
+    """The fields other than the prompt."""
 
-    def test_the_seed_follows_from_day_and_id(self) -> None:
+    def test_the_seed_depends_on_day_and_id(self) -> None:
         """Neither the row's place nor its prompt changes it."""
         renderer = RowRenderer(DAY, None, DEFAULT_IMAGE_SETTINGS)
         seed = renderer.render(1, {"id": " fox ", "prompt": "a"})["seed"]
@@ -130,8 +130,8 @@ class TestRequests:
         assert draw_day_seed(DAY, "fox") == 721487408
         assert all(1 <= draw_day_seed(DAY, str(place)) <= MAX_SEED for place in range(100))
 
-    def test_a_row_goes_before_the_settings(self) -> None:
-        """A column named as a field fills it; an empty one leaves it to the settings."""
+    def test_a_row_overrides_the_settings(self) -> None:
+        """A column with a field's name sets it; where the cell is empty, the settings do."""
         images = ImageSettings(aspect_ratio="1:1", output_format="png")
         row = {"prompt": "x", "seed": "7", "aspect_ratio": "21:9", "output_format": "", "shelf": "A3"}
         rendered = RowRenderer(DAY, None, images).render(4, row)
@@ -139,8 +139,8 @@ class TestRequests:
         assert (rendered["seed"], rendered["aspect_ratio"], rendered["output_format"]) == ("7", "21:9", "png")
         assert (rendered["id"], rendered["shelf"], rendered["day"]) == ("4", "A3", "2026-03-01")
 
-    def test_the_settings_are_those_of_a_request(self) -> None:
-        """No field is missing, and none has another default or another bound."""
+    def test_the_settings_match_the_fields_of_a_request(self) -> None:
+        """No field is missing, and all have the same defaults and bounds."""
         ours, theirs = ImageSettings.model_fields, ImageRequest.model_fields
 
         assert set(ours) == set(theirs) - {"prompt", "seed"}
@@ -152,8 +152,8 @@ class TestRequests:
 class TestTables:
     """Whole tables."""
 
-    async def test_every_row_becomes_one_that_can_be_read(self, tmp_path: Path) -> None:
-        """The example that comes along, from a file to requests."""
+    async def test_every_rendered_row_can_be_read(self, tmp_path: Path) -> None:
+        """The example table, from the file to requests."""
         target = tmp_path / "day.jsonl"
         count = await render_table(
             ROOT / "flows/examples/products.csv", DAY, target, template="a {{ colour }} {{ name }} {{ scene }}"
@@ -167,8 +167,8 @@ class TestTables:
         assert prompts[3] == "a cream enamel kettle steaming on a Sunday morning in March"
         assert rows[0].carried["day"] == "2026-03-01"
 
-    async def test_the_same_day_is_the_same_to_the_byte(self, tmp_path: Path) -> None:
-        """Another day is not."""
+    async def test_the_same_day_is_identical_to_the_byte(self, tmp_path: Path) -> None:
+        """Another day differs."""
         rows = [{"id": "fox", "prompt": "a fox"}]
         for name, day in {"one": DAY, "again": DAY, "next": date(2026, 3, 2)}.items():
             await render_table(rows, day, tmp_path / name)
@@ -176,37 +176,37 @@ class TestTables:
         assert (tmp_path / "one").read_bytes() == (tmp_path / "again").read_bytes()
         assert (tmp_path / "one").read_bytes() != (tmp_path / "next").read_bytes()
 
-    async def test_all_bad_rows_are_told_at_once(self, tmp_path: Path) -> None:
-        """With their numbers; of many the first, and how many there are."""
+    async def test_all_invalid_rows_are_reported_at_once(self, tmp_path: Path) -> None:
+        """With their numbers; of many, the first twenty and the count."""
         table = tmp_path / "rows.jsonl"
         good, bad = json.dumps({"prompt": "x"}), json.dumps({"prompt": "{{ hue }}"})
         table.write_text("\n".join([good, bad, "{broken", '"text"', '{"prompt": "x", "day": 1}', *[bad] * 30]))
         with pytest.raises(TemplateFailed) as caught:
             await render_table(table, DAY, tmp_path / "day.jsonl")
 
-        told = str(caught.value)
-        assert "row 1:" not in told
-        assert "row 2: its template asks for what the row has not: 'hue' is undefined" in told
-        assert "row 3: line 3 is not JSON" in told
-        assert "row 4: it is not an object" in told
-        assert "row 5: its column 'day' would hide" in told
+        message = str(caught.value)
+        assert "row 1:" not in message
+        assert "row 2: its template uses a column that the row does not have: 'hue' is undefined" in message
+        assert "row 3: line 3 is not JSON" in message
+        assert "row 4: it is not an object" in message
+        assert "row 5: its column 'day' would hide" in message
         assert caught.value.count == 34
-        assert "… and 14 more" in told
-        assert str(pickle.loads(pickle.dumps(caught.value))) == told  # noqa: S301 - as Prefect keeps it
+        assert "… and 14 more" in message
+        assert str(pickle.loads(pickle.dumps(caught.value))) == message  # noqa: S301 - as Prefect stores it
 
-    async def test_a_broken_template_is_told_once(self, tmp_path: Path) -> None:
-        """Not a row at a time."""
+    async def test_a_broken_template_is_reported_once(self, tmp_path: Path) -> None:
+        """Not once for each row."""
         with pytest.raises(TemplateFailed, match="template: line 1") as caught:
             await render_table([{"id": 1}, {"id": 2}], DAY, tmp_path / "day.jsonl", template="{{ name")
         assert caught.value.count == 1
 
-    async def test_a_manifest_is_no_table_of_templates(self, tmp_path: Path) -> None:
-        """Its prompts are rendered already."""
+    async def test_a_manifest_is_not_a_template_table(self, tmp_path: Path) -> None:
+        """Its prompts are already rendered."""
         record = {"manifest": 1, "row": 1, "id": "a", "status": "failed", "carried": {}, "request": None}
-        with pytest.raises(TemplateFailed, match="record of a manifest"):
+        with pytest.raises(TemplateFailed, match="it is a manifest record"):
             await render_table([record], DAY, tmp_path / "day.jsonl")
 
-    async def test_a_table_that_is_not_there_is_told_as_everywhere(self, tmp_path: Path) -> None:
-        """With its name."""
+    async def test_a_missing_table_is_a_table_error(self, tmp_path: Path) -> None:
+        """The error has its name."""
         with pytest.raises(TableError, match=r"nowhere\.csv"):
             await render_table("nowhere.csv", DAY, tmp_path / "day.jsonl")
