@@ -1,3 +1,3 @@
-"""Many requests as one run: the table they come from, the work, and the report."""
+"""One batch: its plan, its engine and its final state."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""What a batch has in hand before it plans: where to publish, who pays, and how much."""
+"""The resources of a batch: bucket, account, client, spool and budget."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["BatchContext", "open_context"]
 
 @dataclass(frozen=True)
 class BatchContext:
-    """What a batch works with, all of it proved to be usable.
+    """The resources of a batch, all of them verified.
 
     Attributes:
-        bucket: where images are published.
-        account: who pays, and how many calls at once.
-        client: of the account, shared by all that runs inside `open_context`.
-        spool: this host's.
-        experience: what this host has learnt of the endpoint in earlier batches.
-        budget: the caps.
+        bucket: the bucket to publish to.
+        account: the account that pays, with its limit of calls at once.
+        client: the account's client, shared by everything inside `open_context`.
+        spool: this host's spool.
+        experience: prices, pace and in-flight limit that earlier batches of this host observed at the endpoint.
+        budget: the caps of the batch and what it has spent.
     """
 
     bucket: ImageBucket
@@ -47,14 +47,14 @@ async def open_context(
     max_images: int | None,
     prices: Mapping[str, float] | None = None,
 ) -> AsyncIterator[BatchContext]:
-    """Prove that bucket, account, spool and locks can be used, and hold the client open for the block.
+    """Verify that bucket, account, spool and locks can be used, and keep the client open for the block.
 
     Args:
-        bucket: where to publish.
-        credentials: who pays.
-        max_credits: the cap, in credits; None for none.
-        max_images: the cap, in images that are paid for; None for none.
-        prices: the most credits that an image of a model costs, where somebody knows better than this host.
+        bucket: the bucket to publish to.
+        credentials: the account that pays.
+        max_credits: the cap in credits, or None.
+        max_images: the cap in paid images, or None.
+        prices: the most credits that an image costs, by model; overrides the prices that this host observed.
 
     Raises:
         BucketError: the bucket or its keys are wrong.

@@ -1,4 +1,4 @@
-"""How a batch tells the plan that it begins with, and the state that it ends in."""
+"""Report the plan and build the flow run's final state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["announce_plan", "batch_state", "cancelled_state", "finish_dry_run"]
 
 
 async def announce_plan(plan: Plan, source: str | Sequence[Any], logger: Logger) -> None:
-    """Tell of a plan in the log, in the artifact `flux-plan`, and in the enclosing flow run's name.
+    """Report a plan in the log, in the artifact `flux-plan` and in the enclosing flow run's name.
 
     Raises:
         Exception: Prefect's server did not take the artifact.
@@ -29,7 +29,7 @@ async def announce_plan(plan: Plan, source: str | Sequence[Any], logger: Logger)
 
 
 async def finish_dry_run(plan: Plan, source: str | Sequence[Any], logger: Logger) -> State[Any]:
-    """Tell of a plan as `announce_plan` does, and end with it.
+    """Report a plan as `announce_plan` does, and return the final state of a dry run.
 
     Raises:
         Exception: Prefect's server did not take the artifact.
@@ -40,22 +40,21 @@ async def finish_dry_run(plan: Plan, source: str | Sequence[Any], logger: Logger
 
 
 def batch_state(report: BatchReport, max_failed: int) -> State[Any]:
-    """The run's final state, so that its page shows the summary; whoever calls the flow gets what is inside.
+    """Build a run's final state. Its message is the summary on the run's page; its data is what the flow returns.
 
     Returns:
-        Completed with the report, or Failed with a `BatchFailed` where more than `max_failed` items are without their
-        images.
+        Completed with the report, or Failed with a `BatchFailed` if more than `max_failed` items have no image.
     """
     if report.unsuccessful > max_failed:
-        told = f"{report.unsuccessful} of {report.rows} items without their images (max_failed {max_failed})"
-        message = f"{told}: {report.summary()}"
+        failed = f"{report.unsuccessful} of {report.rows} items without their images (max_failed {max_failed})"
+        message = f"{failed}: {report.summary()}"
         return Failed(message=message, data=BatchFailed(message, report))
     return Completed(message=report.summary(), data=report)
 
 
 def cancelled_state(manifest: str) -> State[Any]:
-    """The final state of a run that somebody has cancelled, and that has ended in order."""
-    return Cancelled(message=f"What was paid for is published. What became of every row: {manifest}")
+    """Build the final state of a cancelled run that has ended in order."""
+    return Cancelled(message=f"What was paid for is published. The record of every row: {manifest}")
 
 
 async def _show_plan(plan: Plan, logger: Logger) -> None:

@@ -1,4 +1,4 @@
-"""What a batch is going to do and what it can cost, before anything is paid for."""
+"""The plan of a batch: what it will do and what it can cost, before anything is paid for."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from flux_prefect.tables.table import Row, Table
 
 __all__ = ["PlannedBatch", "add_estimates", "check_balance", "make_plan", "tabulate_plan"]
 
-_LOOKS_AT_ONCE = 32
-_LISTED = 3000  # keys; a thousand are listed in the time of some fifteen looks
+_LOOKUPS_AT_ONCE = 32
+_MAX_LISTED_KEYS = 3000  # a thousand keys are listed in the time of about fifteen lookups
 
 
 @dataclass
 class PlannedBatch:
-    """A plan, the table that it was made for, and what was found in the bucket on the way.
+    """A plan, its table and the published images that were found for it.
 
     Attributes:
-        run: what the plan was made for.
-        found: the images of requests that are whole in the bucket.
+        plan: the sums.
+        run: id of the run; seeds of rows without one are drawn from it.
+        found: the published images of complete requests.
+        table: the table.
     """
 
     plan: Plan
@@ -44,10 +46,10 @@ class PlannedBatch:
     table: Table
 
     def rows(self) -> Iterator[Row]:
-        """Every row of the table, read anew; a request without a seed gets the one that the plan gave it.
+        """Read every row of the table again, each request with the seed that the plan assigned.
 
         Raises:
-            TableError: the table has changed and can't be read to its end any more.
+            TableError: the table has changed and can't be read completely any more.
         """
         return _seeded(self.table, self.run)
 
@@ -60,27 +62,27 @@ async def make_plan(
     *,
     run: str,
 ) -> PlannedBatch:
-    """Look through the whole table and the bucket; nothing is paid for.
+    """Plan a batch by reading the whole table and the bucket. Nothing is paid for.
 
-    One HEAD an image, 32 at once. A bucket that holds little beside the table is listed first, and images that
-    are not in the list are not looked for. Memory: some 300 bytes a row.
+    One HEAD an image, 32 at once. A bucket with few keys is listed first, and images that are not in the list are not
+    looked up. Memory: some 300 bytes a row.
 
     Args:
         table: the table.
-        bucket: where images would be published.
+        bucket: the bucket to publish to.
         endpoint: the root URL of the service.
         budget: the prices and caps.
-        run: what seeds are drawn from for rows without one.
+        run: id of the run; seeds of rows without one are drawn from it.
 
     Raises:
-        TableError: the table can't be read to its end.
+        TableError: the table can't be read completely.
     """
     spool, found, wanted = Spool(), PublishedIndex(), set[str]()
     keys = await _list_keys(bucket)
     rows = invalid = repeats = paid = requests = images = 0
     most_credits = 0.0
 
-    def unique() -> Iterator[tuple[str, ImageRequest]]:
+    def unique_requests() -> Iterator[tuple[str, ImageRequest]]:
         nonlocal rows, invalid, repeats
         for row in _seeded(table, run):
             rows += 1
@@ -94,17 +96,17 @@ async def make_plan(
             wanted.add(fingerprint)
             yield fingerprint, row.request
 
-    def may_be_there(request: ImageRequest, fingerprint: str) -> bool:
+    def may_be_published(request: ImageRequest, fingerprint: str) -> bool:
         if keys is None:
             return True
         return all(bucket.key_of(request, fingerprint, index) in keys for index in range(request.num_images))
 
-    async def look(item: tuple[str, ImageRequest]) -> None:
+    async def look_up(item: tuple[str, ImageRequest]) -> None:
         nonlocal paid, requests, images, most_credits
         fingerprint, request = item
-        there = await _find_all(request, fingerprint, bucket) if may_be_there(request, fingerprint) else None
-        if there is not None:
-            found.add(fingerprint, there)
+        images_found = await _find_all(request, fingerprint, bucket) if may_be_published(request, fingerprint) else None
+        if images_found is not None:
+            found.add(fingerprint, images_found)
         elif recover(request, endpoint, spool) is not None:
             paid += 1
         else:
@@ -112,7 +114,7 @@ async def make_plan(
             images += request.num_images
             most_credits += budget.price_of(request).credits
 
-    await for_each(unique(), look, at_once=_LOOKS_AT_ONCE)
+    await for_each(unique_requests(), look_up, at_once=_LOOKUPS_AT_ONCE)
     plan = Plan(
         rows=rows,
         invalid=invalid,
@@ -129,27 +131,27 @@ async def make_plan(
 
 
 async def add_estimates(plan: Plan, client: AimlApiClient, pace: float | None, max_in_flight: int) -> Plan:
-    """The plan with the account's balance, where the service tells it, and the time it takes, where the pace is known.
+    """Return the plan with the account's balance, if the service reports it, and the duration, if the pace is known.
 
     Args:
-        plan: the sums.
-        client: asks for the balance; one free call.
-        pace: seconds that a generation takes.
-        max_in_flight: paid calls at once.
+        plan: the plan.
+        client: a client of the account; one free request for the balance.
+        pace: seconds that a generation takes, or None.
+        max_in_flight: the most paid calls at once.
     """
     try:
         balance = (await client.balance()).credits
     except ServiceError:
-        balance = None  # not every endpoint tells; the cap holds all the same
+        balance = None  # not every endpoint reports it; the cap applies anyway
     seconds = None if pace is None else math.ceil(plan.requests / max_in_flight) * pace
     return plan.model_copy(update={"balance": balance, "seconds": seconds})
 
 
 def check_balance(plan: Plan) -> None:
-    """Refuse a batch that the account can't pay for.
+    """Verify that the account can pay for a batch.
 
     Raises:
-        BalanceTooLow: with both sums.
+        BalanceTooLow: it can't; the message has both sums.
     """
     if plan.balance is not None and plan.balance < plan.spendable:
         raise BalanceTooLow(
@@ -159,7 +161,7 @@ def check_balance(plan: Plan) -> None:
 
 
 def tabulate_plan(plan: Plan) -> Grid:
-    """The plan as a table for a terminal."""
+    """Format a plan as a table for the terminal."""
     table = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("plan")
     table.add_column("", justify="right")
@@ -176,16 +178,16 @@ def _seeded(table: Table, run: str) -> Iterator[Row]:
 
 async def _list_keys(bucket: ImageBucket) -> frozenset[str] | None:
     try:
-        return await bucket.list_keys(most=_LISTED)
+        return await bucket.list_keys(most=_MAX_LISTED_KEYS)
     except FluxError:
-        return None  # looking for each image needs fewer permissions
+        return None  # looking up each image needs fewer permissions
 
 
 async def _find_all(request: ImageRequest, fingerprint: str, bucket: ImageBucket) -> list[PublishedImage] | None:
-    """The images of a request where all of them are there."""
+    """Return the images of a request if all of them are published."""
     try:
         images = [await bucket.find(request, fingerprint, index) for index in range(request.num_images)]
     except FluxError:
-        return None  # the row's own work meets it again, before paying, and records it
+        return None  # the row meets the same error before paying, and records it
     found = [image for image in images if image is not None]
     return found if len(found) == len(images) else None

@@ -1,4 +1,4 @@
-"""What a plan found in the bucket, kept until the row's turn comes."""
+"""Index of the published images that a plan found in the bucket."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _IMAGES = TypeAdapter(tuple[PublishedImage, ...])
 
 
 class PublishedIndex:
-    """The images of requests that are whole in the bucket, by fingerprint.
+    """Published images of complete requests, by fingerprint.
 
-    On the disk, in a database without a name that is gone with this object or its process: about 1 kB a request there,
-    2 MB of memory for any number. For one thread.
+    Stored in an unnamed temporary database that disappears with this object or its process: about 1 kB of disk a
+    request and 2 MB of memory for any number of requests. For use in one thread.
     """
 
     def __init__(self) -> None:
@@ -31,15 +31,15 @@ class PublishedIndex:
         return int(number)
 
     def add(self, fingerprint: str, images: Sequence[PublishedImage]) -> None:
-        """Keep a request's images."""
+        """Add a request's images."""
         content = _IMAGES.dump_json(tuple(images))
         self._database.execute("INSERT OR REPLACE INTO finds VALUES (?, ?)", (fingerprint, content))
 
     def get(self, fingerprint: str) -> tuple[PublishedImage, ...] | None:
-        """A request's images, None where they were not all there."""
+        """Return a request's images, or None if they were not all found."""
         row = self._database.execute("SELECT images FROM finds WHERE fingerprint = ?", (fingerprint,)).fetchone()
         return None if row is None else _IMAGES.validate_json(row[0])
 
     def close(self) -> None:
-        """Remove it all."""
+        """Delete the index."""
         self._database.close()

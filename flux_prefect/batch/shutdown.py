@@ -1,4 +1,4 @@
-"""Ending a batch early without losing what is being paid for at that moment."""
+"""Orderly shutdown of a batch without losing paid calls in flight."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from prefect.exceptions import PrefectException
 __all__ = ["is_cancelling", "run_with_grace", "sigterm_as_cancellation"]
 
 _Result = TypeVar("_Result")
-_ASK_SECONDS = 2.0  # Prefect kills a cancelled run after 30, and most of them are the calls'
+_REQUEST_SECONDS = 2.0  # Prefect kills a cancelled run after 30 s, most of which calls in flight need
 
 
 async def run_with_grace(
     work: Coroutine[Any, Any, _Result], stop: Callable[[str], None], *, grace_seconds: float
 ) -> _Result:
-    """Await the work. Where this is cancelled meanwhile, `stop` is called and the work gets time to end by itself.
+    """Await the work. On cancellation, call `stop` and give the work time to end by itself.
 
     After `grace_seconds`, or a second cancellation, the work is cancelled. The cancellation is raised in any case.
     """
@@ -44,11 +44,11 @@ async def run_with_grace(
 
 @contextmanager
 def sigterm_as_cancellation() -> Iterator[None]:
-    """Inside the block a SIGTERM cancels the current task; at the end it is given to whoever handled it before.
+    """Cancel the current task on SIGTERM inside the block, and pass the signal to its previous handler at the end.
 
-    So work that minds being cancelled ends in order, and Prefect, whose cancellations come as a SIGTERM, still gets it.
-    A second one is handled as before at once. For the event loop of the main thread; elsewhere, where no signal can be
-    handled, it does nothing.
+    Work that handles cancellation so ends in order, and Prefect, which cancels runs by SIGTERM, still receives it. A
+    second SIGTERM goes to the previous handler at once. Works in the event loop of the main thread; does nothing in
+    other threads, which can't handle signals.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     before = signal.getsignal(signal.SIGTERM)
@@ -57,13 +57,13 @@ def sigterm_as_cancellation() -> Iterator[None]:
     def receive() -> None:
         nonlocal received
         if received or task is None:
-            give_back()
+            restore()
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             received = True
             task.cancel()
 
-    def give_back() -> None:
+    def restore() -> None:
         if loop.remove_signal_handler(signal.SIGTERM):
             signal.signal(signal.SIGTERM, before)
 
@@ -75,18 +75,18 @@ def sigterm_as_cancellation() -> Iterator[None]:
     try:
         yield
     finally:
-        give_back()
+        restore()
         if received:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def is_cancelling(flow_run_id: str) -> bool:
-    """Whether somebody has asked Prefect to cancel a flow run, so that Cancelled is the state for it to end in.
+    """Whether Prefect is cancelling a flow run, so that Cancelled is its right final state.
 
-    A run that ends by the SIGTERM itself is Crashed until its runner corrects it, and whoever watches for crashes is
-    called. False where Prefect's server can't be asked within two seconds.
+    A run that ends by the SIGTERM itself is Crashed until its runner corrects it, which triggers alerts on crashes.
+    Returns False if Prefect's server does not answer within two seconds.
     """
-    with anyio.move_on_after(_ASK_SECONDS):
+    with anyio.move_on_after(_REQUEST_SECONDS):
         try:
             async with get_client() as client:
                 state = (await client.read_flow_run(UUID(flow_run_id))).state

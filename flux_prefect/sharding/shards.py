@@ -1,9 +1,9 @@
-"""A planned batch cut into shards: the table of each in the bucket, and what tells that all of them are there.
+"""Split a planned batch into shards, and store their tables in the bucket.
 
-<prefix>/manifests/<run>/shards/<shard>.jsonl            the rows of a shard, as a manifest of rows yet to be done
-<prefix>/manifests/<run>/shards/<shard>-<attempt>.jsonl  those of them that a later attempt is to do
-<prefix>/manifests/<run>/shards/settled.jsonl            the records of rows that the plan has settled
-<prefix>/manifests/sharded/<digest>.json                 while the batch is at work: its run, and its shards
+<prefix>/manifests/<run>/shards/<shard>.jsonl            rows of a shard, as a manifest of pending rows
+<prefix>/manifests/<run>/shards/<shard>-<attempt>.jsonl  those of them that a later attempt processes
+<prefix>/manifests/<run>/shards/settled.jsonl            records of rows that the plan has settled
+<prefix>/manifests/sharded/<digest>.json                 while the batch is active: its run and its shards
 """
 
 from __future__ import annotations
@@ -60,44 +60,44 @@ _JSONL = "application/x-ndjson"
 
 
 class Shard(BaseModel):
-    """The sums of one shard."""
+    """The size and cost of one shard."""
 
     model_config = ConfigDict(frozen=True)
 
-    number: int = Field(description="Its place among the shards, from 0.")
-    rows: int = Field(description="Its rows.")
-    images: int = Field(description="Images that they ask for.")
-    credits: float = Field(description="What they cost at most, in credits.")
+    number: int = Field(description="Number of the shard, from 0.")
+    rows: int = Field(description="Number of rows.")
+    images: int = Field(description="Images that the rows request.")
+    credits: float = Field(description="The most that the rows cost, in credits.")
     dearest: tuple[float, int] = Field(description="Credits and images of the dearest row.")
     cheapest: tuple[float, int] = Field(description="Credits and images of the cheapest row.")
 
     @property
     def cost(self) -> ShardCost:
-        """What its rows can cost."""
+        """The most that its rows can cost."""
         return ShardCost(Amount(self.credits, self.images), Amount(*self.dearest), Amount(*self.cheapest))
 
 
 class Split(BaseModel):
-    """A batch that was cut into shards, all of whose tables are in the bucket."""
+    """A batch split into shards, whose tables are all stored in the bucket."""
 
     model_config = ConfigDict(frozen=True)
 
-    version: int = Field(default=1, description="The form of this record.")
-    run: str = Field(description="What names the batch: the flow run that planned it. Seeds are drawn from it.")
-    shards: tuple[Shard, ...] = Field(description="The shards, by their numbers.")
-    settled: int = Field(description="Rows that needed no shard.")
-    plan: Plan = Field(description="The plan that it was made by.")
+    version: int = Field(default=1, description="Version of this record's format.")
+    run: str = Field(description="Id of the batch: of the flow run that planned it. Seeds are drawn from it.")
+    shards: tuple[Shard, ...] = Field(description="The shards, ordered by number.")
+    settled: int = Field(description="Rows that need no shard.")
+    plan: Plan = Field(description="The plan of the batch.")
 
 
 def active_batch_object(
     bucket: ImageBucket, source: str | Sequence[Any], table: Table, *, only: Only | None, endpoint: str
 ) -> ConditionalObject:
-    """Where a batch over this very table shows that it is at work. Reads the table once.
+    """The object in the bucket that marks a batch over this table as active. Reads the table once.
 
-    The same for the same rows under the same file name, the same `only`, bucket and endpoint; on any machine.
+    It is the same object on every machine for the same rows, file name, `only`, bucket and endpoint.
 
     Raises:
-        TableError: the table can't be read to its end.
+        TableError: the table can't be read completely.
     """
     name = name_source(source) if isinstance(source, str) else ""
     server = bucket.get_client().meta.endpoint_url
@@ -110,34 +110,34 @@ def active_batch_object(
 
 
 def shard_path(run: str, shard: int, attempt: int) -> str:
-    """Where the rows for an attempt at a shard are, below the prefix."""
+    """Path of the rows for an attempt at a shard, below the prefix."""
     return f"manifests/{run}/shards/{shard}{f'-{attempt}' if attempt else ''}.jsonl"
 
 
 def settled_path(run: str) -> str:
-    """Where the records of rows that needed no shard are, below the prefix."""
+    """Path of the records of rows that need no shard, below the prefix."""
     return f"manifests/{run}/shards/settled.jsonl"
 
 
 def assign_shard(fingerprint: str, shards: int) -> int:
-    """The shard of a request. Rows that ask for the same are in one shard, so that one run pays for them once."""
+    """Return the shard of a request. Equal requests are in the same shard, so that one run pays for them once."""
     return int(fingerprint[:8], 16) % shards
 
 
 async def split_batch(planned: PlannedBatch, context: BatchContext, *, rows_a_shard: int) -> Split:
-    """Write the table of every shard into the bucket, and the records of rows that need none.
+    """Write the table of every shard to the bucket, and the records of rows that need no shard.
 
-    What this host has paid for already is published here and now: no other machine has its record. Again is harmless.
-    One PUT a shard. Memory: some 10 bytes a row.
+    Images that this host has paid for already are published first, as no other machine has their record. Repeating the
+    call is harmless. One PUT a shard. Memory: about 10 bytes a row.
 
     Args:
         planned: the table and its plan.
-        context: what the batch works with.
-        rows_a_shard: about how many rows a shard gets; requests are spread by their fingerprints.
+        context: bucket, account, spool and budget of the batch.
+        rows_a_shard: the approximate number of rows of a shard; requests are spread by their fingerprints.
 
     Raises:
-        TableError: the table has changed and can't be read to its end any more.
-        BucketError: the bucket did not take the tables.
+        TableError: the table has changed and can't be read completely any more.
+        BucketError: the tables can't be written to the bucket.
     """
     await _publish_spooled(planned, context)
     plan = planned.plan
@@ -156,7 +156,7 @@ async def split_batch(planned: PlannedBatch, context: BatchContext, *, rows_a_sh
             if found := planned.found.get(fingerprint):
                 done.write(record_line(_record_found(row, found), planned.run))
                 settled += 1
-                if any(image.created for image in found):  # for the first row that asks for it
+                if any(image.created for image in found):  # created counts for the first row that requests it
                     planned.found.add(fingerprint, [image.model_copy(update={"created": False}) for image in found])
                 continue
             sums[assign_shard(fingerprint, shards)].add(waiting.tell(), context.budget.price_of(row.request))
@@ -167,24 +167,24 @@ async def split_batch(planned: PlannedBatch, context: BatchContext, *, rows_a_sh
 
         async def put(item: tuple[int, _ShardTotals]) -> None:
             with tempfile.TemporaryFile() as lines, open_view(waiting, size) as written:
-                for place in item[1].offsets:
-                    written.seek(place)
+                for offset in item[1].offsets:
+                    written.seek(offset)
                     lines.write(written.readline())
                 await _put(context.bucket, shard_path(planned.run, item[0], 0), lines)
 
         await for_each(enumerate(sums), put, at_once=_AT_ONCE)
         await _put(context.bucket, settled_path(planned.run), done)
-    cut = tuple(own.build(number) for number, own in enumerate(sums))
+    cut = tuple(totals.build(number) for number, totals in enumerate(sums))
     return Split(run=planned.run, shards=cut, settled=settled, plan=plan)
 
 
 async def write_attempt_table(
     bucket: ImageBucket, run: str, shard: int, attempt: int, rows: Iterable[ItemRecord]
 ) -> str:
-    """Write the rows that a later attempt at a shard is to do; their address.
+    """Write the rows for a later attempt at a shard, and return their address.
 
     Raises:
-        BucketError: the bucket did not take them.
+        BucketError: the rows can't be written to the bucket.
     """
     path = shard_path(run, shard, attempt)
     await _put(bucket, path, io.BytesIO(b"".join(record_line(record, run) for record in rows)))
@@ -192,11 +192,11 @@ async def write_attempt_table(
 
 
 async def read_rows(bucket: ImageBucket, path: str) -> Iterator[ItemRecord]:
-    """The records of a small manifest below the prefix, in the table's order; none where there is no such object.
+    """Read the records of a small manifest below the prefix, in the table's order. Empty if there is no such object.
 
     Raises:
-        BucketError: it can't be read.
-        TableError: it is no manifest.
+        BucketError: the manifest can't be read.
+        TableError: the object is not a manifest.
     """
     try:
         content = await bucket.read_path(path)
@@ -206,10 +206,10 @@ async def read_rows(bucket: ImageBucket, path: str) -> Iterator[ItemRecord]:
 
 
 def plan_shard(table: Table, context: BatchContext) -> Plan:
-    """The sums of a shard, whose rows were all looked for when the batch was planned. Asks nobody.
+    """Plan a shard from its table alone: its rows were looked up when the batch was planned.
 
     Raises:
-        TableError: the table can't be read to its end.
+        TableError: the table can't be read completely.
     """
     rows, invalid, most = 0, 0, Amount(0.0, 0)
     for row in table.rows():
@@ -233,15 +233,15 @@ def plan_shard(table: Table, context: BatchContext) -> Plan:
 
 
 class _ShardTotals:
-    """A shard while it fills: where its rows are, and what they cost."""
+    """Offsets of a shard's rows in the temporary file, and their costs."""
 
     def __init__(self) -> None:
         self.offsets = array("Q")
         self._most = Amount(0.0, 0)
         self._prices: set[tuple[float, int]] = set()
 
-    def add(self, place: int, price: Amount) -> None:
-        self.offsets.append(place)
+    def add(self, offset: int, price: Amount) -> None:
+        self.offsets.append(offset)
         self._most += price
         self._prices.add((price.credits, int(price.images)))
 
@@ -262,12 +262,12 @@ def _record_found(row: Row, images: Sequence[PublishedImage]) -> ItemRecord:
 
 
 async def _publish_spooled(planned: PlannedBatch, context: BatchContext) -> None:
-    """Publish what this host has paid for and not published yet; what that would cost anything for is left."""
+    """Publish images that this host has paid for and not published yet. Nothing is paid here."""
     if not planned.plan.paid:
         return
     endpoint, seen = context.account.base_url, set[str]()
 
-    def kept() -> Iterator[ImageRequest]:
+    def paid_requests() -> Iterator[ImageRequest]:
         for row in planned.rows():
             if row.request is None or (fingerprint := row.request.fingerprint(endpoint)) in seen:
                 continue
@@ -282,7 +282,7 @@ async def _publish_spooled(planned: PlannedBatch, context: BatchContext) -> None
             planned.found.add(production.fingerprint, images)
 
     with spending_from(Budget(default_price=0.0, max_images=0)):
-        await for_each(kept(), publish, at_once=_AT_ONCE)
+        await for_each(paid_requests(), publish, at_once=_AT_ONCE)
 
 
 async def _put(bucket: ImageBucket, path: str, file: BinaryIO) -> None:
