@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         SafetyTolerance,
         TextToImageModel,
     )
+    from flux_prefect.api.pacing import Pacer, shared_pacer
     from flux_prefect.bucket.image_bucket import ImageBucket
     from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
     from flux_prefect.cache_policies import PromptSeedCachePolicy
@@ -87,6 +88,7 @@ __all__ = [
     "ItemStatus",
     "LogEntry",
     "OutputFormat",
+    "Pacer",
     "PaidCall",
     "Plan",
     "Production",
@@ -122,6 +124,7 @@ __all__ = [
     "read_table",
     "run_as_task",
     "run_inline",
+    "shared_pacer",
     "spending_from",
     "start_sandbox",
     "sweep_seeds",
@@ -146,6 +149,7 @@ _OWNERS = {
         "SafetyTolerance",
         "TextToImageModel",
     ),
+    "api.pacing": ("Pacer", "shared_pacer"),
     "bucket.image_bucket": ("ImageBucket",),
     "bucket.published_image": ("PublishedImage", "PublishingRun"),
     "cache_policies": ("PromptSeedCachePolicy",),

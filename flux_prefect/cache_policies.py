@@ -33,6 +33,14 @@ class PromptSeedCachePolicy(CachePolicy):
 
     Args:
         step: what the task makes of the request. Two tasks with different results need different steps.
+
+    Example:
+        ```python
+        from prefect import task
+
+        @task(cache_policy=PromptSeedCachePolicy(step="mean colour"), persist_result=True)
+        async def measure_colour(generation: Generation, index: int = 0) -> str: ...
+        ```
     """
 
     step: str = "generation"

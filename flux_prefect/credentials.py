@@ -43,16 +43,13 @@ class AimlApiCredentials(CredentialsBlock):
     """An account at the AI/ML API: the key, where the service is, and how patient to be with it.
 
     Example:
-        Load stored credentials and generate one image:
+        Load stored credentials and generate an image in a sync flow:
         ```python
-        from flux_prefect.api.models import ImageRequest
-        from flux_prefect.credentials import AimlApiCredentials
+        from flux_prefect import AimlApiCredentials, ImageRequest, generate_image
 
         credentials = AimlApiCredentials.load("BLOCK_NAME")
-
-        async def generate_one():
-            async with credentials.get_client() as client:
-                return await client.generate(ImageRequest(prompt="a lighthouse at dusk", seed=7))
+        request = ImageRequest(prompt="a lighthouse at dusk", seed=7)
+        generation = generate_image.submit(request, credentials).result()
         ```
     """
 

@@ -136,6 +136,14 @@ class FluxError(Exception):
         retry_after: Delay requested by the server, in seconds, or None.
         billed: Whether the call that failed was paid for.
         fatal: The next item would fail for the same reason, so a batch stops sending.
+
+    Example:
+        ```python
+        try:
+            await generate_image(request, credentials)
+        except FluxError as error:
+            print(error.billed.value, error.retryable, error.message)
+        ```
     """
 
     retryable: bool = False

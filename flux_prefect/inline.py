@@ -72,6 +72,17 @@ async def run_inline(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **
     Locks are held for an attempt, and freed when it is cancelled. A result that can't be kept is logged and returned.
 
     Costs about a millisecond with a cache policy, and next to nothing without.
+
+    Example:
+        ```python
+        from prefect import flow
+
+        @flow
+        async def publish_without_task_runs() -> None:
+            await produce_image(request, bucket, credentials, run=run_inline)
+
+        await publish_without_task_runs()
+        ```
     """
     step = StepRun(refresh=bool(task.refresh_cache), news=logging.DEBUG)
     parameters = _bind(task.fn, args, kwargs)

@@ -150,6 +150,11 @@ async def check_ready(bucket: ImageBucket) -> None:
     Raises:
         SpoolUnwritable, PermissionError: the spool or the lock folder can't be used.
         BucketError: the bucket or its keys are wrong.
+
+    Example:
+        ```python
+        await check_ready(bucket)
+        ```
     """
     spool = Spool()
     spool.prepare()
@@ -169,7 +174,13 @@ class StepRunner(Protocol):
 
 
 async def run_as_task(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-    """Run a step as a task run of its own."""
+    """Run a step as a task run of its own.
+
+    Example:
+        ```python
+        generation = await run_as_task(generate_image, request, credentials)
+        ```
+    """
     # Prefect looks for futures in every field of every argument, four times a task run. A block has none.
     quoted: Any = (quote(argument) if isinstance(argument, Block) else argument for argument in args)
     return await task(*quoted, **kwargs)
@@ -199,6 +210,13 @@ async def produce_image(
 
     Raises:
         ValueError: the request has no seed (`seeds.with_seed` draws one).
+
+    Example:
+        ```python
+        production = await produce_image(request, bucket, credentials)
+        for outcome in production.images:
+            print(outcome.status.value, outcome.error or outcome.image.uri)
+        ```
     """
     production = Production(request, request.fingerprint(credentials.base_url))
     with metered() as production.calls:

@@ -105,6 +105,11 @@ def current_settings() -> FluxSettings:
 
     Raises:
         InvalidSettings: a value can't be used.
+
+    Example:
+        ```python
+        print(current_settings().spool)
+        ```
     """
     return _read(tuple(map(os.environ.get, _VARIABLES)), get_current_settings().home)
 

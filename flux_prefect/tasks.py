@@ -68,6 +68,12 @@ async def find_published(
     Raises:
         ValueError: the request has no seed.
         BucketError: the bucket can't say, or holds something else under the image's key.
+
+    Example:
+        ```python
+        published = await find_published(request, bucket, credentials)
+        print("not published yet" if published is None else published.uri)
+        ```
     """
     return await bucket.find(request, request.fingerprint(credentials.base_url), index)
 
@@ -93,6 +99,12 @@ async def generate_image(request: ImageRequest, credentials: AimlApiCredentials)
     Raises:
         ServiceError: its `billed` says what it means for money.
         SpoolUnwritable: nothing was sent.
+
+    Example:
+        ```python
+        generation = await generate_image(ImageRequest(prompt="a lighthouse at dusk", seed=7), credentials)
+        print(generation.images[0].url, generation.credits_used)
+        ```
     """
     logger = get_run_logger()
     spool = Spool()
@@ -133,6 +145,12 @@ async def download_image(generation: Generation, credentials: AimlApiCredentials
         ContentFlagged: the service flagged it or delivered it black.
         ImageGone: its URL is dead. Generating with `refresh_cache=True` pays for it anew.
         DownloadError: it could not be fetched or is not the image asked for.
+
+    Example:
+        ```python
+        file = await download_image(await generate_image(request, credentials), credentials)
+        print(file.path, file.width, file.height)
+        ```
     """
     async with credentials.open_client() as client:
         return await steps.download(generation, index, client, Spool())
@@ -154,6 +172,13 @@ async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
     Raises:
         ImageChanged: the file's bytes are no longer those that were checked.
         BucketError: the bucket did not take it; the image stays in the spool.
+
+    Example:
+        ```python
+        file = await download_image(await generate_image(request, credentials), credentials)
+        published = await upload_to_s3(file, bucket)
+        print(published.uri, published.created)
+        ```
     """
     run = PublishingRun(flow_run_id=flow_run.id, flow_run_name=flow_run.name)
     published = await bucket.publish(file, run)

@@ -111,9 +111,7 @@ class AimlApiClient:
         ```python
         async with AimlApiClient(api_key=key, base_url=url, pacer=shared_pacer(url, 16)) as client:
             generation = await client.generate(ImageRequest(prompt="a lighthouse at dusk", seed=7))
-            image = await client.download(
-                generation.images[0].url, Path("lighthouse.jpeg"), expected="jpeg"
-            )
+            print(generation.images[0].url, await client.balance())
         ```
 
     Args:

@@ -140,6 +140,11 @@ class ImageRequest(BaseModel):
 
         Raises:
             ValueError: the request has no seed, so the service promises nothing.
+
+        Example:
+            ```python
+            ImageRequest(prompt="a lighthouse at dusk", seed=7).fingerprint("https://api.aimlapi.com")
+            ```
         """
         if self.seed is None:
             raise ValueError("seed is missing: only a request with a seed can be recognised again")

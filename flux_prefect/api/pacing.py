@@ -158,14 +158,11 @@ class Pacer:
 
     Example:
         ```python
+        pacer = Pacer(max_in_flight=8)
         turn = pacer.turn(max_wait=600)
-        while True:
-            async with pacer.slot(turn):
-                answer = await send()
-                if answer.status_code != 429:
-                    pacer.accepted(turn)
-                    break
-                pacer.refused(turn, pause=5)
+        async with pacer.slot(turn):
+            ...  # send the call
+            pacer.accepted(turn)  # or, on a 429, pacer.refused(turn, pause=5)
         ```
     """
 
@@ -379,6 +376,12 @@ def shared_pacer(endpoint: str, max_in_flight: int) -> Pacer:
     `max_in_flight` holds for all of them: a worker that lives for weeks follows a changed setting without
     a restart. Where it is lowered, calls in flight are let finish; where it is raised, a limit that
     was halved still grows one by one.
+
+    Example:
+        ```python
+        async with AimlApiClient(api_key=key, base_url=url, pacer=shared_pacer(url, 16)) as client:
+            await client.balance()
+        ```
     """
     with _SHARING:
         pacer = _pacer(normalize_endpoint(endpoint))

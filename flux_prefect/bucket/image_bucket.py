@@ -63,11 +63,13 @@ class ImageBucket(WritableFileSystem):
     are obeyed where `endpoint_url` and `region_name` are empty.
 
     Example:
-        Load a stored bucket and look for an image:
+        Load a stored bucket and look for an image in it:
         ```python
-        from flux_prefect.bucket.image_bucket import ImageBucket
+        from flux_prefect import ImageBucket, ImageRequest, find_published
 
         bucket = ImageBucket.load("BLOCK_NAME")
+        request = ImageRequest(prompt="a lighthouse at dusk", seed=7)
+        published = find_published.submit(request, bucket, credentials).result()
         ```
     """
 

@@ -148,6 +148,12 @@ async def audit_bucket(
         TableError: the manifest can't be read, or is none.
         BucketError: the bucket or its keys are wrong.
         AuditFailed: images are still missing or wrong. Its `report` is the whole report.
+
+    Example:
+        ```python
+        batch = await publish_batch("prompts.csv", "s3://images/catalogue")
+        report = await audit_bucket(batch.manifest, "s3://images/catalogue", deep=True)
+        ```
     """
     if regenerate and max_credits is None and max_images is None:
         raise ValueError("regenerate pays for every missing image: set max_credits or max_images as its cap")

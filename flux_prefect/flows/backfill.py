@@ -117,6 +117,14 @@ async def backfill(
     Raises:
         ValueError: end lies before start, or there are more than max_days.
         BackfillFailed: days failed. Its `report` is the whole report.
+
+    Example:
+        ```python
+        from datetime import date
+
+        rows = [{"id": "fox", "prompt": "a fox on a {{ day | weekday }}"}]
+        report = await backfill(rows, "s3://images/daily", start=date(2026, 11, 1), end=date(2026, 11, 2))
+        ```
     """
     days = _list_days(start, end, max_days, order)
     account = await AimlApiCredentials.resolve(credentials)

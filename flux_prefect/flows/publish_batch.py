@@ -100,6 +100,12 @@ async def publish_batch(
         SpoolUnwritable, PermissionError: the spool or the lock folder can't be used.
         BalanceTooLow: the account can't pay for what the plan may cost.
         BatchFailed: more than max_failed items failed, were flagged or were invalid. Its `report` is the whole report.
+
+    Example:
+        ```python
+        report = await publish_batch("prompts.csv", "s3://images/catalogue", max_credits=2_000_000)
+        print(report.summary())
+        ```
     """
     logger = get_run_logger()
     destination = await ImageBucket.resolve(bucket)

@@ -102,6 +102,12 @@ async def publish_daily(
         TableError: the table can't be read as a whole.
         TemplateFailed: rows can't be rendered: each with its number and the variable that it lacks.
         BatchFailed: more than max_failed items ended without their images. Its `report` is the whole report.
+
+    Example:
+        ```python
+        rows = [{"id": "fox", "prompt": "a fox in {{ day | season }}"}]
+        report = await publish_daily(rows, "s3://images/daily", timezone="Europe/Berlin")
+        ```
     """
     chosen = day or scheduled_day(timezone)
     with tempfile.TemporaryDirectory(prefix="flux-daily-") as folder:

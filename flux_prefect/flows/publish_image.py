@@ -48,6 +48,12 @@ async def publish_image(
 
     Raises:
         FluxError: an image failed. The others of the request are published all the same.
+
+    Example:
+        ```python
+        images = await publish_image(ImageRequest(prompt="a lighthouse at dusk", seed=7), "s3://images/covers")
+        print(images[0].uri)
+        ```
     """
     logger = get_run_logger()
     destination = await ImageBucket.resolve(bucket)

@@ -104,6 +104,12 @@ async def publish_sharded(
         BalanceTooLow: the account can't pay for what the plan may cost.
         LeaseLost: this run was out of reach for too long, and another one may have gone on with the batch.
         BatchFailed: more than max_failed items failed, were flagged or were invalid. Its `report` is the whole report.
+
+    Example:
+        ```python
+        report = await publish_sharded("prompts.csv", "s3://images/catalogue", rows_a_shard=200, dry_run=True)
+        print(report.plan)
+        ```
     """
     logger = get_run_logger()
     shared: dict[str, Any] = {"bucket": _name_bucket(bucket), "credentials": _name_credentials(credentials)}

@@ -106,6 +106,11 @@ async def sweep_seeds(
     Raises:
         TooManyCombinations: there are more than max_combinations: with their number and what they would cost.
         BatchFailed: images failed. Its `report` is the whole report; the sheets are there all the same.
+
+    Example:
+        ```python
+        report = await sweep_seeds(["a lighthouse at dusk"], "s3://images/sweeps", seeds=[1, 2, 3])
+        ```
     """
     guidances: list[float | None] = [*guidance_scales] or [None]
     requests = [

@@ -42,6 +42,12 @@ class HostLockManager(LockManager):
 
     Raises:
         PermissionError: from every method that looks at a lock, where the folder can't be used.
+
+    Example:
+        ```python
+        async with HostLockManager().hold("catalogue"):
+            ...  # one process of this host at a time
+        ```
     """
 
     def __init__(self, directory: Path | None = None) -> None:

@@ -80,6 +80,12 @@ class Spool:
     Every write is atomic: a crash leaves the old file or the new one. Records of answers outlive a power cut as well;
     one that comes while such a record is written leaves the call noted as perhaps paid for.
     Nothing secret is in it: no key, no header.
+
+    Example:
+        ```python
+        for call in Spool().open_calls():
+            print(call.client_request_id, call.sent_at)
+        ```
     """
 
     def __init__(self, root: Path | None = None) -> None:

@@ -81,6 +81,13 @@ class BatchReport(BaseModel):
 
         Raises:
             TableError: the file is gone.
+
+        Example:
+            ```python
+            report = await publish_batch("prompts.csv", bucket)
+            for item in report.read("failed", "flagged"):
+                print(item.id, item.message)
+            ```
         """
         if self.records is None:
             return

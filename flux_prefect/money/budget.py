@@ -35,6 +35,14 @@ class Budget:
         cap: both caps together, infinite where there is none.
         spent: what calls of this run cost, or may have cost.
         observed: the most credits that an image of each model did cost in this run.
+
+    Example:
+        ```python
+        budget = Budget(default_price=200_000, max_credits=1_000_000)
+        with spending_from(budget):
+            await generate_image(request, credentials)
+        print(budget.spent)
+        ```
     """
 
     def __init__(
@@ -160,7 +168,14 @@ _budget: ContextVar[Budget | None] = ContextVar("budget", default=None)
 
 @contextmanager
 def spending_from(budget: Budget) -> Iterator[None]:
-    """Let every paid call inside the block, in this context, be reserved under the budget first."""
+    """Let every paid call inside the block, in this context, be reserved under the budget first.
+
+    Example:
+        ```python
+        with spending_from(Budget(default_price=200_000, max_images=1)):
+            await generate_image(request, credentials)
+        ```
+    """
     token = _budget.set(budget)
     try:
         yield

@@ -25,6 +25,14 @@ class SandboxControl:
         sandbox.inject("rate_limited", times=3, retry_after=1)
         ...
         print(sandbox.summary().billed_images)
+
+    Example:
+        ```python
+        with SandboxControl(url) as control:
+            control.inject("rate_limited", times=2, retry_after=0.1)
+            await generate_image(request, credentials)
+            print(control.summary().billed_calls)
+        ```
     """
 
     def __init__(self, url: str) -> None:

@@ -85,6 +85,14 @@ def start_sandbox(  # noqa: PLR0913 - options, each with its name
 
     Raises:
         SandboxFailed: it did not start.
+
+    Example:
+        ```python
+        from pathlib import Path
+
+        with start_sandbox(Path("sandbox"), s3=False) as sandbox:
+            print(sandbox.environment)
+        ```
     """
     data.mkdir(parents=True, exist_ok=True)
     environment_path, log_path = data / "sandbox.env", data / "sandbox.log"

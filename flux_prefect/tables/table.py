@@ -133,7 +133,7 @@ async def open_table(
 
     Example:
         ```python
-        async with open_table("s3://team/prompts.csv") as table:
+        async with open_table("s3://images/prompts.csv") as table:
             count = sum(1 for _ in table.rows())
             for row in table.rows():
                 ...
@@ -153,6 +153,12 @@ def read_table(source: str | Path | InlineRows, *, only: Only | None = None) -> 
 
     Raises:
         TableError: as for `Table.rows`; immediately where the suffix is unknown.
+
+    Example:
+        ```python
+        for row in read_table("prompts.csv"):
+            print(row.number, row.id, row.error or row.request.label)
+        ```
     """
     return Table(local_source(source) if isinstance(source, (str, Path)) else source, only).rows()
 
