@@ -1,3 +1,3 @@
-"""What may be spent, what was spent, and what the service charged."""
+"""Budget, allocation to shards, and reconciliation with the service's log."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""A hard cap on what a run spends."""
+"""Hard cap on the spending of a run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ __all__ = ["Amount", "Budget", "Reservation", "current_budget", "describe_credit
 
 
 class Budget:
-    """What may be spent, what is spent, and what calls in flight may still cost.
+    """The caps of a run, what it has spent, and what its calls in flight may still cost.
 
-    Guarantee: as long as no image costs more than its price here, the calls admitted never cost more than the caps
-    together, whatever becomes of them. A call that may have been billed counts as billed. An image that costs more
-    than its price raises it for all calls after; nothing lowers it.
+    Guarantee: as long as no image costs more than its price here, all admitted calls together never cost more than the
+    caps, however they end. A call that may have been billed counts as billed. An image that costs more than its price
+    raises the price for all later calls; nothing lowers it.
 
     For one event loop.
 
     Args:
-        prices: the most credits that an image of a model costs.
-        default_price: of a model that `prices` does not name.
-        max_credits: the cap, in credits; None for none.
-        max_images: the cap, in images that are paid for; None for none.
+        prices: the most credits that an image costs, by model.
+        default_price: the price of an image of any other model, in credits.
+        max_credits: the cap in credits, or None.
+        max_images: the cap in paid images, or None.
 
     Attributes:
-        cap: both caps together, infinite where there is none.
+        cap: both caps together; infinite if there is none.
         spent: what calls of this run cost, or may have cost.
-        observed: the most credits that an image of each model did cost in this run.
+        observed: the most credits that an image cost in this run, by model.
 
     Example:
         ```python
@@ -67,7 +67,7 @@ class Budget:
         self._settled = anyio.Event()
 
     def price_of(self, request: ImageRequest) -> Amount:
-        """The most that a request's images cost."""
+        """Return the most that a request's images cost."""
         price = max(self._prices.get(request.model, self._default_price), self.observed.get(request.model, 0.0))
         return Amount(price * request.num_images, request.num_images)
 
@@ -76,12 +76,12 @@ class Budget:
         return (self.spent + self.price_of(request)).fits(self.cap)
 
     def close(self, reason: str) -> None:
-        """Admit no call any more; who is waiting to be admitted is told so. Calls in flight are settled as ever."""
+        """Refuse all further calls, including those that wait to be admitted. Calls in flight are settled as usual."""
         self._closed = reason
         self._wake()
 
     def check_open(self) -> None:
-        """For the last moment before a call goes out.
+        """Verify that calls may still be sent. Call it directly before sending one.
 
         Raises:
             RunStopped: the budget was closed.
@@ -90,10 +90,10 @@ class Budget:
             raise RunStopped(f"Not sent: {self._closed}. Run again: what is published by then costs nothing.")
 
     async def reserve(self, request: ImageRequest) -> Reservation:
-        """Set the request's price aside, waiting for calls in flight while their money may come back.
+        """Reserve the request's price. Waits while calls in flight may still release enough.
 
         Raises:
-            BudgetExhausted: it does not fit beside what is spent for certain.
+            BudgetExhausted: the price does not fit beside what is spent for certain.
             RunStopped: the budget was closed.
         """
         while True:
@@ -101,10 +101,10 @@ class Budget:
             price = self.price_of(request)
             if not (self.spent + price).fits(self.cap):
                 raise BudgetExhausted(
-                    f"Not sent: {price} would pass the cap of {self.cap}, as {self.spent} are spent. "
+                    f"Not sent: {price} would exceed the cap of {self.cap}, as {self.spent} are spent. "
                     "Raise max_credits or max_images, or run again later: what is published by then costs nothing."
                 )
-            # Added up anew each time: a rounding error that stayed would make somebody wait for ever.
+            # Summed from scratch each time: an accumulated rounding error could make a call wait for ever.
             reserved = sum((other.price for other in self._open), Amount(0.0, 0))
             if not self._open or (self.spent + reserved + price).fits(self.cap):
                 reservation = Reservation(self, request, price)
@@ -130,7 +130,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Amount:
-    """Money and images, added up together."""
+    """An amount of credits and images."""
 
     credits: float
     images: float
@@ -146,21 +146,21 @@ class Amount:
         return " and ".join(parts)
 
     def fits(self, cap: Amount) -> bool:
-        """Whether neither is over the cap."""
+        """Whether neither exceeds the cap."""
         return self.credits <= cap.credits and self.images <= cap.images
 
 
 @dataclass(frozen=True, eq=False)
 class Reservation:
-    """The money set aside for one call."""
+    """The amount reserved for one call."""
 
     budget: Budget
     request: ImageRequest
     price: Amount
 
     def settle(self, billed: Billed, credits_used: float | None) -> None:
-        """Book how the call ended. To be called once."""
-        self.budget._settle(self, billed, credits_used)  # noqa: SLF001 - the two halves of one thing
+        """Settle the reservation by the call's outcome. Call it once."""
+        self.budget._settle(self, billed, credits_used)  # noqa: SLF001 - a reservation belongs to its budget
 
 
 _budget: ContextVar[Budget | None] = ContextVar("budget", default=None)
@@ -168,7 +168,7 @@ _budget: ContextVar[Budget | None] = ContextVar("budget", default=None)
 
 @contextmanager
 def spending_from(budget: Budget) -> Iterator[None]:
-    """Let every paid call inside the block, in this context, be reserved under the budget first.
+    """Reserve every paid call of this context under the budget inside the block.
 
     Example:
         ```python
@@ -184,10 +184,10 @@ def spending_from(budget: Budget) -> Iterator[None]:
 
 
 def current_budget() -> Budget | None:
-    """The budget of the enclosing `spending_from`, if any."""
+    """Return the budget of the enclosing `spending_from`, or None."""
     return _budget.get()
 
 
 def describe_credits(credits_used: float) -> str:
-    """Credits with their worth in US dollars, for people."""
+    """Format credits with their value in US dollars."""
     return f"{credits_used:,.0f} credits (${credits_used / CREDITS_PER_USD:,.2f})"

@@ -1,4 +1,4 @@
-"""Asking the service's own log what became of calls whose answers were lost."""
+"""Reconciliation of calls whose answers were lost with the service's log."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from flux_prefect.money.budget import describe_credits
 __all__ = ["MAX_PAGES", "Reconciliation", "reconcile"]
 
 MAX_PAGES = 50
-"""Pages of the log that one `reconcile` reads, 5,000 rows: a quarter of what the service allows in a minute."""
+"""The most pages that one `reconcile` reads, 5,000 rows: a quarter of what the service allows in a minute."""
 
 _MARGIN = timedelta(minutes=15)
-"""Around `sent_at`: clocks that differ, the waits between sends, and logs that note when a call was over instead."""
+"""Time around `sent_at`: covers clock differences, waits between sends, and logs that note when a call ended."""
 
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """What the log said of calls of unknown outcome, by our ids of the calls.
+    """Findings of the log about calls of unknown outcome, by the ids that we sent with the calls.
 
     Attributes:
-        billed: paid for, with the answer lost: the credits that each cost, None where the log doesn't name them.
-        not_billed: known to have failed, which costs nothing.
-        kept: paid for, and the answer is in the spool after all: its process died before it closed the call.
-        unknown: not in what was read of the log, or not decided there yet.
-        reason: why the log was not read to its end, where calls stay unknown for it.
+        billed: paid, with the answer lost: the credits of each call, or None if the log doesn't name them.
+        not_billed: failed, which costs nothing.
+        kept: paid, and the answer is in the spool: the process died before it closed the call.
+        unknown: not in the pages that were read, or not decided in the log yet.
+        reason: why the log was not read completely, if calls stay unknown because of that; else None.
     """
 
     billed: dict[str, float | None] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Reconciliation:
     reason: str | None = None
 
     def summary(self) -> str:
-        """All of it in one line for a log."""
+        """Summarize the findings in one line for a log."""
         spent = describe_credits(sum(cost for cost in self.billed.values() if cost is not None))
         parts = [
             f"{count} {what}"
@@ -60,39 +60,38 @@ class Reconciliation:
 
 
 async def reconcile(client: AimlApiClient, spool: Spool, *, calls: Iterable[PaidCall]) -> Reconciliation:
-    """Settle calls of unknown outcome by the service's log, as far as it proves anything.
+    """Settle calls of unknown outcome by the service's log, as far as its rows are proof.
 
-    - A row with a cost, or a success: billed. The call stays in the spool as billed for certain, with its credits.
-    - As many failed rows as the call was sent: not billed, as the service charges no failed request. The call is
+    - A row with a cost, or a success: billed. The call stays in the spool as billed, with its credits.
+    - A failed row for every time the call was sent: not billed, as the service charges no failed request. The call is
       closed.
     - Anything else stays unknown. The service logs and charges after it has answered, so neither a missing row nor a
-      success without a cost proves anything; ask again later. The log is that of the API key: of calls sent with
-      another one it says nothing.
+      success without a cost proves anything; reconcile again later. The log covers the calls of one API key only.
 
-    Asking again repeats nothing that is settled. Costs no money, and one request for each 100 rows that the log has of
-    the 15 minutes around each call, at most `MAX_PAGES`. Never raises for a log that can't be read: what was read of it
-    counts, and `reason` tells the rest.
+    Repeating it is harmless: settled calls are skipped. Costs no credits, and one request per 100 log rows in the 15
+    minutes around each call, at most `MAX_PAGES` requests. A log that can't be read raises nothing: the pages that were
+    read count, and `reason` has the cause.
 
     Args:
-        client: of the endpoint and the API key that sent the calls. Calls of other endpoints are passed over.
-        spool: where the calls are noted.
-        calls: which ones to ask for, as `Spool.open_calls` gave them. None of them may be in flight still: the caller
-            knows. Those that are known to be billed are passed over.
+        client: a client with the endpoint and the API key of the calls. Calls of other endpoints are skipped.
+        spool: the spool that holds the calls.
+        calls: the calls to settle, from `Spool.open_calls`. None of them may still be in flight, which the caller must
+            ensure. Calls that are known to be billed are skipped.
     """
-    asked = {
+    candidates = {
         call.client_request_id: call
         for call in calls
         if call.billed is Billed.UNKNOWN and call.endpoint == client.base_url
     }
-    kept = [name for name, call in asked.items() if await _is_kept(call, spool)]
-    rows, reason = await _look_up([call for name, call in asked.items() if name not in kept], client)
+    kept = [name for name, call in candidates.items() if await _is_kept(call, spool)]
+    rows, reason = await _look_up([call for name, call in candidates.items() if name not in kept], client)
 
-    # Read anew: what somebody else has settled meanwhile must not come back.
-    noted = {call.client_request_id for call in spool.open_calls() if call.billed is Billed.UNKNOWN}
+    # Read again: a call that another process has settled meanwhile must not be written back.
+    still_open = {call.client_request_id for call in spool.open_calls() if call.billed is Billed.UNKNOWN}
     billed: dict[str, float | None] = {}
     not_billed, unknown = [], []
-    for name, call in asked.items():
-        if name not in noted:
+    for name, call in candidates.items():
+        if name not in still_open:
             continue
         if name in kept:
             spool.close_call(call)
@@ -109,7 +108,7 @@ async def reconcile(client: AimlApiClient, spool: Spool, *, calls: Iterable[Paid
     return Reconciliation(
         billed=billed,
         not_billed=tuple(not_billed),
-        kept=tuple(name for name in kept if name in noted),
+        kept=tuple(name for name in kept if name in still_open),
         unknown=tuple(unknown),
         reason=reason if unknown else None,
     )
@@ -118,7 +117,7 @@ async def reconcile(client: AimlApiClient, spool: Spool, *, calls: Iterable[Paid
 async def _is_kept(call: PaidCall, spool: Spool) -> bool:
     if call.error is not None:
         return False
-    # In a thread, as a record can hold a whole image.
+    # In a thread, as a record can contain a whole image.
     try:
         record = await anyio.to_thread.run_sync(spool.find_generation, call.fingerprint)
     except SpoolUnreadable:
@@ -129,7 +128,7 @@ async def _is_kept(call: PaidCall, spool: Spool) -> bool:
 async def _look_up(
     calls: Sequence[PaidCall], client: AimlApiClient
 ) -> tuple[defaultdict[str, list[LogEntry]], str | None]:
-    """The log's rows of each call, and why it was not read to its end, if so."""
+    """Read the log's rows of each call. The second value is why it was not read completely, or None."""
     rows: defaultdict[str, list[LogEntry]] = defaultdict(list)
     wanted = {call.client_request_id for call in calls}
     pages = 0
@@ -148,7 +147,7 @@ async def _look_up(
 
 
 def _windows(calls: Sequence[PaidCall]) -> list[tuple[datetime, datetime]]:
-    """The stretches of time that hold the calls, the newest first: days between two calls are not read through."""
+    """Periods that contain the calls, the newest first. The time between distant calls is skipped."""
     windows: list[tuple[datetime, datetime]] = []
     for sent_at in sorted((call.sent_at for call in calls), reverse=True):
         start, end = sent_at - _MARGIN, sent_at + _MARGIN
@@ -163,8 +162,8 @@ def _judge(call: PaidCall, rows: Sequence[LogEntry]) -> Billed:
     outcomes = [row.billed for row in rows]
     if Billed.YES in outcomes:
         return Billed.YES
-    # A call that was refused as one too many has a failed row for it under the same id, which says nothing of the
-    # send whose answer was lost.
+    # A call that was refused by the rate limit has a failed row under the same id, which proves nothing about the
+    # later send whose answer was lost.
     return Billed.NO if outcomes.count(Billed.NO) >= call.sends and Billed.UNKNOWN not in outcomes else Billed.UNKNOWN
 
 

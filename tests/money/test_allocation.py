@@ -1,4 +1,4 @@
-"""A cap among shards: never passed, whatever they do, and used up as far as rows can use it."""
+"""Allocation of a cap to shards: never exceeded, and used up as far as rows can use it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PRICE = 100.0
 
 
 def cost(rows: int, *, images: int = 1) -> ShardCost:
-    """Of rows that are all alike."""
+    """The cost of a shard whose rows all cost the same."""
     each = Amount(PRICE * images, images)
     return ShardCost(Amount(rows * each.credits, rows * each.images), each, each)
 
@@ -26,8 +26,8 @@ caps = st.builds(
 
 
 @given(sizes=shards, cap=caps, data=st.data())
-def test_shares_together_never_pass_the_cap(sizes: list[int], cap: Amount, data: st.DataObject) -> None:
-    """Whichever shards tell of their ends, and whichever are lost and started again."""
+def test_allowances_together_never_exceed_the_cap(sizes: list[int], cap: Amount, data: st.DataObject) -> None:
+    """Whichever shards report their spending, and whichever are lost and started again."""
     allocation = Allocation(cap)
     spent = Amount(0.0, 0)
     for attempt in range(3):
@@ -38,7 +38,7 @@ def test_shares_together_never_pass_the_cap(sizes: list[int], cap: Amount, data:
             allocation.reserve((shard, attempt), allowance)
             used = data.draw(st.integers(0, int(min(rows, allowance.images, allowance.credits // PRICE))))
             spent += Amount(used * PRICE, used)
-            if data.draw(st.booleans()):  # else it never tells, and may spend all of it
+            if data.draw(st.booleans()):  # else it never reports, and may spend all of it
                 allocation.settle((shard, attempt), Amount(used * PRICE, used))
         assert spent.fits(cap)
         assert sum(allocation.reserved.values(), Amount(0.0, 0)).fits(
@@ -48,45 +48,45 @@ def test_shares_together_never_pass_the_cap(sizes: list[int], cap: Amount, data:
 
 @given(sizes=shards, cap=st.integers(0, 100))
 def test_a_cap_is_used_up(sizes: list[int], cap: int) -> None:
-    """In rounds, as the batch goes through them, as many rows are paid for as one run alone would pay for."""
+    """Over the rounds of a batch, as many rows are paid for as a single run would pay for."""
     allocation = Allocation(Amount(cap * PRICE, cap))
     left = list(sizes)
     for attempt in range(100):
         waiting = [shard for shard, rows in enumerate(left) if rows]
-        given_out = 0
+        spent_in_round = 0
         for place, shard in enumerate(waiting):
             allowance = allocation.allowance(cost(sizes[shard]), len(waiting) - place)
             if allowance is None:
                 continue
             used = int(min(left[shard], allowance.images, allowance.credits // PRICE))
             left[shard] -= used
-            given_out += used
+            spent_in_round += used
             allocation.reserve((shard, attempt), allowance)
             allocation.settle((shard, attempt), Amount(used * PRICE, used))
-        if not given_out:
+        if not spent_in_round:
             break
     assert sum(sizes) - sum(left) == min(cap, sum(sizes))
 
 
-def test_a_shard_gets_no_cap_where_the_batch_has_none() -> None:
-    """Not even what its rows cost: a lost answer may be repeated."""
+def test_without_a_cap_the_allowance_is_infinite() -> None:
+    """Not limited to the cost of the rows: a call whose answer was lost may be repeated."""
     allowance = Allocation(Amount(math.inf, math.inf)).allowance(cost(10), 2)
     assert allowance == Amount(math.inf, math.inf)
 
 
-def test_a_share_that_pays_for_nothing_is_none() -> None:
-    """A run would only find that out."""
+def test_an_allowance_for_less_than_one_row_is_none() -> None:
+    """A run would end without an image."""
     assert Allocation(Amount(PRICE - 1, math.inf)).allowance(cost(10), 1) is None
     assert Allocation(Amount(math.inf, 0)).allowance(cost(10), 1) is None
 
 
-def test_an_even_part_is_at_least_the_dearest_row() -> None:
-    """Else four shards would each get a quarter of an image, and make none."""
+def test_an_allowance_covers_at_least_the_dearest_row() -> None:
+    """Otherwise four shards could each get a quarter of an image's price, and generate none."""
     assert Allocation(Amount(2 * PRICE, math.inf)).allowance(cost(10), 4) == Amount(PRICE, math.inf)
 
 
-def test_what_nobody_has_told_of_stays_given() -> None:
-    """A lost run may have spent all of its allowance."""
+def test_unreported_allowances_stay_reserved() -> None:
+    """A lost run may have spent its whole allowance."""
     allocation = Allocation(Amount(10 * PRICE, math.inf))
     allocation.reserve("lost", Amount(4 * PRICE, math.inf))
     assert allocation.available == Amount(6 * PRICE, math.inf)

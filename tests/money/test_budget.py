@@ -1,4 +1,4 @@
-"""The hard cap: whatever calls cost and however they end, it is never passed."""
+"""The hard cap is never exceeded, whatever calls cost and however they end."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from flux_prefect.money.budget import Amount, Budget, Reservation
 PRICE = 200_000
 
 
-def ask(images: int = 1) -> ImageRequest:
-    """A request for some images."""
+def make_request(images: int = 1) -> ImageRequest:
+    """Make a request for a number of images."""
     return ImageRequest(prompt="a lighthouse", seed=1, num_images=images)
 
 
@@ -31,10 +31,10 @@ def ask(images: int = 1) -> ImageRequest:
     ),
     seed=st.integers(0, 2**32),
 )
-def test_the_billed_total_never_passes_the_cap(
+def test_the_billed_total_never_exceeds_the_cap(
     cap: int, max_images: int | None, calls: list[tuple[int, Billed, int | None]], seed: int
 ) -> None:
-    """Random prices, failures and orders of ending, many calls at once; unknown outcomes were all billed in full."""
+    """With random prices, failures and orders of completion, many calls at once, and all unknown outcomes billed."""
     chance = random.Random(seed)  # noqa: S311 - makes an order
     budget = Budget(default_price=PRICE, max_credits=cap, max_images=max_images)
     truly_billed = Amount(0, 0)
@@ -42,7 +42,7 @@ def test_the_billed_total_never_passes_the_cap(
     async def call(images: int, billed: Billed, each: int | None) -> None:
         nonlocal truly_billed
         try:
-            reservation = await budget.reserve(ask(images))
+            reservation = await budget.reserve(make_request(images))
         except BudgetExhausted:
             return
         for _ in range(chance.randrange(4)):
@@ -60,11 +60,11 @@ def test_the_billed_total_never_passes_the_cap(
     assert budget.spent.credits >= truly_billed.credits
 
 
-async def test_money_that_comes_back_is_spent_by_who_waits() -> None:
-    """A call in flight that was not billed makes room; nobody is turned away too early."""
+async def test_a_waiting_call_uses_what_is_released() -> None:
+    """A call in flight that is not billed makes room; the next call waits instead of failing."""
     budget = Budget(default_price=PRICE, max_credits=PRICE)
-    first = await budget.reserve(ask())
-    second = asyncio.create_task(budget.reserve(ask()))
+    first = await budget.reserve(make_request())
+    second = asyncio.create_task(budget.reserve(make_request()))
     await asyncio.sleep(0)
     assert not second.done()
 
@@ -72,46 +72,46 @@ async def test_money_that_comes_back_is_spent_by_who_waits() -> None:
     assert isinstance(await second, Reservation)
 
 
-async def test_what_cannot_fit_any_more_is_told() -> None:
-    """With the sums and the settings."""
+async def test_a_call_that_exceeds_the_cap_is_refused() -> None:
+    """The message has the sums and the caps."""
     budget = Budget(default_price=PRICE, max_credits=300_000, max_images=5)
-    (await budget.reserve(ask())).settle(Billed.YES, 168_000)
+    (await budget.reserve(make_request())).settle(Billed.YES, 168_000)
 
     with pytest.raises(BudgetExhausted) as caught:
-        await budget.reserve(ask())
-    assert "200,000 credits and 1 image would pass the cap of 300,000 credits and 5 images" in str(caught.value)
+        await budget.reserve(make_request())
+    assert "200,000 credits and 1 image would exceed the cap of 300,000 credits and 5 images" in str(caught.value)
     assert "168,000 credits and 1 image are spent" in str(caught.value)
-    assert not budget.has_room(ask())
+    assert not budget.has_room(make_request())
 
 
-async def test_a_higher_price_than_expected_holds_for_all_calls_after() -> None:
-    """The cap may be passed by that one call alone; a lower price changes nothing."""
+async def test_a_higher_price_than_expected_applies_to_later_calls() -> None:
+    """Only that one call may exceed the cap."""
     budget = Budget(default_price=100, max_credits=1_000)
-    (await budget.reserve(ask())).settle(Billed.YES, 700)
+    (await budget.reserve(make_request())).settle(Billed.YES, 700)
 
-    assert budget.price_of(ask(2)) == Amount(1_400, 2)
-    assert budget.observed == {ask().model: 700}
+    assert budget.price_of(make_request(2)) == Amount(1_400, 2)
+    assert budget.observed == {make_request().model: 700}
     with pytest.raises(BudgetExhausted):
-        await budget.reserve(ask())
+        await budget.reserve(make_request())
 
 
 async def test_without_caps_everything_fits() -> None:
-    """The default."""
+    """Without caps, every request is admitted."""
     budget = Budget(default_price=PRICE)
     for _ in range(100):
-        await budget.reserve(ask(4))
+        await budget.reserve(make_request(4))
 
 
 async def test_a_closed_budget_admits_no_call() -> None:
-    """With the reason; who waits to be admitted is told so, and a call at the last moment too."""
+    """Waiting calls, new calls and the check directly before sending all raise with the reason."""
     budget = Budget(default_price=PRICE, max_credits=PRICE)
     budget.check_open()
-    first = await budget.reserve(ask())
-    waiting = asyncio.create_task(budget.reserve(ask()))
+    first = await budget.reserve(make_request())
+    waiting = asyncio.create_task(budget.reserve(make_request()))
     await asyncio.sleep(0)
     budget.close("the run was cancelled")
 
-    for admission in (waiting, budget.reserve(ask())):
+    for admission in (waiting, budget.reserve(make_request())):
         with pytest.raises(RunStopped, match="Not sent: the run was cancelled"):
             await asyncio.wait_for(admission, timeout=5)
     with pytest.raises(RunStopped):
