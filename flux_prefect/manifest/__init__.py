@@ -1,3 +1,3 @@
-"""The record of a batch: one record a row, written as the batch goes on, and the sums over them."""
+"""Manifests and reports: one record for each row of a batch, written while it runs, and their sums."""
 
 __all__: list[str] = []

@@ -1,6 +1,6 @@
-"""A manifest against its bucket: what is there as it was written down, and how what is not comes back.
+"""Comparison of a manifest with its bucket, and the first steps of restoring what is missing or wrong.
 
-Only what the manifest says is looked for; objects that it does not name are left alone.
+Only objects that the manifest names are read or changed.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ Finding = Literal["ok", "missing", "wrong_checksum", "missing_sidecar", "unreada
 
 
 class Inspection(BaseModel):
-    """What stands under one image's key."""
+    """The state of one image in its bucket."""
 
     model_config = ConfigDict(frozen=True)
 
     finding: Finding = Field(
         description=(
-            "ok, missing, wrong_checksum where other bytes or something else stands there, missing_sidecar where the "
-            "image is there without its record, unreadable where the bucket does not say."
+            "ok; missing; wrong_checksum: the key holds other bytes, or an object that is not an image of this "
+            "package; missing_sidecar: the image exists without its record; unreadable: the bucket returned an error."
         )
     )
-    message: str = Field(default="", description="What differs.")
+    message: str = Field(default="", description="The difference, or the bucket's error.")
 
 
 async def inspect_published(bucket: ImageBucket, image: PublishedImage, *, deep: bool) -> Inspection:
-    """Compare an image and its record in the bucket with what a manifest says of them.
+    """Compare an image and its record in the bucket with their entry in a manifest.
 
-    Two HEADs: the size, the digest that was stored with the image, and the one that the server keeps, where it
-    gives it. Takes a thread. Never raises for what the bucket answers.
+    Sends two HEAD requests and compares the size, the digest stored with the image, and the server's own digest where
+    there is one. Runs in a thread. Never raises an error of the bucket.
 
     Args:
-        bucket: whose keys are used; the image's own key is looked at, wherever the block would put it now.
-        image: as the manifest has it.
-        deep: read the image's bytes as well, once, in memory of a megabyte. The traffic may cost.
+        bucket: the bucket and its credentials. The key is the image's own, even if the block would now use another.
+        image: the image as recorded in the manifest.
+        deep: also read the image's bytes, once, in a megabyte of memory. The traffic may be charged.
     """
     if image.bucket != bucket.bucket_name:
-        return Inspection(finding="unreadable", message=f"it is in the bucket {image.bucket!r}, which was not given")
+        return Inspection(finding="unreadable", message=f"it is in another bucket, {image.bucket!r}")
     return await anyio.to_thread.run_sync(_inspect, bucket, image, deep)
 
 
 async def find_in_spool(bucket: ImageBucket, image: PublishedImage) -> ImageFile:
-    """The image's very bytes from this host's spool, read and checked, ready to be published under its key.
+    """Find the image's exact bytes in this host's spool, verified and ready to be published under its key.
 
     Raises:
-        RepairImpossible: there are none that fit.
+        RepairImpossible: the spool does not have them, or the block would publish the image under another key.
     """
     spool = Spool()
     try:
@@ -76,33 +76,33 @@ async def find_in_spool(bucket: ImageBucket, image: PublishedImage) -> ImageFile
     if found is None:
         raise RepairImpossible("its file is not in this host's spool")
     if found.sha256 != image.sha256:
-        raise RepairImpossible("this host's spool has other bytes of it")
+        raise RepairImpossible("this host's spool has different bytes of it")
     return ImageFile(**found.model_dump(), index=image.index, generation=generation)
 
 
 def check_key(bucket: ImageBucket, request: ImageRequest, image: PublishedImage) -> None:
-    """Prove that the block would publish an image to the very key that the manifest has.
+    """Verify that the block would publish an image under the key in the manifest.
 
     Raises:
-        RepairImpossible: it would go elsewhere.
+        RepairImpossible: it would use another key.
     """
     if bucket.key_of(request, image.fingerprint, image.index) != image.key:
-        raise RepairImpossible("prefix or key_template of the bucket are not those that it was published with")
+        raise RepairImpossible("prefix or key_template of the bucket differ from those that it was published with")
 
 
 async def set_aside(bucket: ImageBucket, image: PublishedImage) -> str:
-    """Free an image's key: copy what stands there to `replaced/` below the prefix, then remove it.
+    """Free an image's key: copy the object there to `replaced/` below the prefix, then remove it.
 
     Returns:
         The copy's key.
 
     Raises:
-        BucketError: the bucket did not do it. Unless the copy is whole, the object stays where it is.
+        BucketError: the bucket refused. Without a complete copy, the object is not removed.
     """
     return await anyio.to_thread.run_sync(_set_aside, bucket, image)
 
 
-def _inspect(bucket: ImageBucket, image: PublishedImage, deep: bool) -> Inspection:  # noqa: FBT001 - run_sync's way
+def _inspect(bucket: ImageBucket, image: PublishedImage, deep: bool) -> Inspection:  # noqa: FBT001 - run_sync passes positional arguments
     try:
         found = bucket.objects.head_with_checksum(image.key)
         if found is None:
@@ -124,15 +124,15 @@ def _inspect(bucket: ImageBucket, image: PublishedImage, deep: bool) -> Inspecti
 def _compare(found: HeadObjectOutputTypeDef, image: PublishedImage) -> str | None:
     stored = found["Metadata"].get("flux-sha256")
     if stored is None:
-        return "something that was not published as an image stands under its key"
+        return "its key holds an object that was not published as an image"
     if stored != image.sha256:
         return f"it was published with the SHA-256 {stored[:16]}…, not {image.sha256[:16]}…"
     if found["ContentLength"] != image.size:
         return f"it has {found['ContentLength']:,} bytes, not {image.size:,}"
-    kept = found.get("ChecksumSHA256", "")
-    # One with a hyphen is of an object put in parts, and no digest of its bytes.
-    if kept and "-" not in kept and base64.b64decode(kept).hex() != image.sha256:
-        return "the server's own SHA-256 of it is another"
+    checksum = found.get("ChecksumSHA256", "")
+    # A checksum with a hyphen belongs to a multipart upload, and is not a digest of the object's bytes.
+    if checksum and "-" not in checksum and base64.b64decode(checksum).hex() != image.sha256:
+        return "the server's own SHA-256 of it differs"
     return None
 
 
@@ -144,8 +144,8 @@ def _compare_bytes(bucket: ImageBucket, image: PublishedImage) -> str | None:
             digest.update(piece)
 
     if not bucket.objects.stream(image.key, receive):
-        return "it was deleted at this moment"
-    return None if digest.hexdigest() == image.sha256 else "its bytes have another SHA-256"
+        return "it was deleted during the audit"
+    return None if digest.hexdigest() == image.sha256 else "the SHA-256 of its bytes differs"
 
 
 def _set_aside(bucket: ImageBucket, image: PublishedImage) -> str:
@@ -156,7 +156,7 @@ def _set_aside(bucket: ImageBucket, image: PublishedImage) -> str:
         bucket.objects.delete(image.key)
     except BucketError as error:
         raise BucketError(
-            f"{image.uri} can't be set aside: {error.message} The keys must allow s3:GetObject, s3:PutObject and "
-            "s3:DeleteObject."
+            f"{image.uri} can't be moved to replaced/: {error.message} The keys must allow s3:GetObject, s3:PutObject "
+            "and s3:DeleteObject."
         ) from error
     return copy

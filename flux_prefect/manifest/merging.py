@@ -1,4 +1,4 @@
-"""One record a row out of what several attempts at a shard have told of it."""
+"""Merging the records of several attempts at a shard into one record for each row."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["attribute_images", "fold", "is_pending", "mark_failed", "merge_attem
 
 
 def is_pending(record: ItemRecord) -> bool:
-    """Whether a row is still to be done: a cap left it out, or the run was told to end before it."""
+    """Check whether a row remains to be done: a cap left it out, or the run was stopped before it."""
     stopped = record.status == "failed" and record.error == RunStopped.__name__
     return stopped or record.status == "skipped_budget"
 
 
 def fold(records: Sequence[ItemRecord]) -> ItemRecord:
-    """What all attempts together made of a row.
+    """Merge the records that all attempts wrote for a row.
 
-    Published once is published, although a later attempt found it there; else the last attempt has the word. Calls and
-    costs are added up.
+    A row that one attempt published counts as published, even if a later attempt found it unchanged; otherwise the last
+    attempt's status counts. Calls and costs are added up.
 
     Args:
         records: of one row, in the order of the attempts; at least one.
@@ -44,43 +44,43 @@ def fold(records: Sequence[ItemRecord]) -> ItemRecord:
 
 
 def mark_failed(record: ItemRecord, error: FluxError) -> ItemRecord:
-    """The record of a row that nobody will do, with what was spent on it so far."""
+    """Make the failed record of a row that will not be tried again, with its costs so far."""
     return record.model_copy(
         update={"status": "failed", "images": (), "error": type(error).__name__, "message": error.message}
     )
 
 
 def merge_attempts(table: Iterable[ItemRecord], attempts: Sequence[Iterable[ItemRecord]]) -> dict[int, ItemRecord]:
-    """The folded record of every row of a shard, in the table's order; of a row that no attempt told of, the table's.
+    """Merge the records of a shard: one for each row, in the table's order.
 
-    Memory: all of them.
+    A row that no attempt recorded keeps its record from the table. All records are in memory.
 
     Args:
-        table: the shard's rows, as records of rows yet to be done.
-        attempts: the records of each, in their order.
+        table: the shard's rows, as records of rows that remain to be done.
+        attempts: the records of each attempt, in the order of the attempts.
     """
-    told: dict[int, list[ItemRecord]] = {}
+    recorded: dict[int, list[ItemRecord]] = {}
     for attempt in attempts:
         for record in attempt:
-            told.setdefault(record.row, []).append(record)
-    return {waiting.row: fold(told.get(waiting.row, [waiting])) for waiting in table}
+            recorded.setdefault(record.row, []).append(record)
+    return {pending.row: fold(recorded.get(pending.row, [pending])) for pending in table}
 
 
 async def attribute_images(
     records: Iterable[ItemRecord], bucket: ImageBucket, runs: Collection[str]
 ) -> dict[int, ItemRecord]:
-    """Count images for this batch that a run of it has published, and was killed before it could tell.
+    """Count images for this batch that one of its runs published before it was killed, and did not record.
 
-    A later attempt found them there. The record beside an image names the run that published it, and what it cost.
-    One GET for every row that was found so, and none where all runs ended in order.
+    A later attempt found them in the bucket. The sidecar of each image has the run that published it, and its cost.
+    Costs one GET for each row that was found unchanged, and none where all runs ended normally.
 
     Args:
-        records: the folded ones of a shard.
+        records: the merged records of a shard.
         bucket: where the images are.
         runs: the flow runs of this batch.
 
     Raises:
-        BucketError: a record can't be read.
+        BucketError: a sidecar can't be read.
     """
     merged = {record.row: record for record in records}
     counted = {
@@ -111,7 +111,7 @@ async def _read_sidecar(bucket: ImageBucket, image: PublishedImage) -> Mapping[s
     path = image.sidecar_key.removeprefix(f"{bucket.prefix}/")
     try:
         record = json.loads(await bucket.read_path(path))
-    except ValueError:  # gone, or not written by this package
+    except ValueError:  # missing, or not written by this package
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -1,7 +1,7 @@
-"""A manifest as a Parquet file, for those who join and sum.
+"""Writing a manifest as a Parquet file, for analysis.
 
-A column for every field of a record, of its request and of its first image, with the same name and type in every
-run; then the table's other columns under their own names, or with `input_` before them where those are taken.
+There is a column for every field of a record, of its request and of its first image, with the same name and type in
+every run; then the table's other columns under their own names, prefixed with `input_` where those are taken.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from flux_prefect.tables.parquet import MANIFEST_METADATA, load_pyarrow
 __all__ = ["IMAGE_COLUMNS", "write_parquet"]
 
 IMAGE_COLUMNS = ("sha256", "width", "height", "key", "uri", "url")
-"""The fields of a record's first image that have columns of their own; all images are JSON under `images`."""
+"""The fields of a record's first image that have columns of their own; `images` has all images as JSON."""
 
 _ROWS_AT_ONCE = 200
-_BATCHES_A_GROUP = 5  # readers like large groups, but a group is in memory until it is written, some 5 kB a row
+_BATCHES_A_GROUP = 5  # large groups read faster, but a group is in memory until it is written, about 5 kB a row
 _Item = TypeVar("_Item")
 _INT64 = 2**63
 _EXACT_IN_FLOAT = 2**53
 
 
 def write_parquet(records: Callable[[], Iterable[dict[str, Any]]], file: BinaryIO) -> None:
-    """Write records as Parquet. Reads them twice; memory: 200 rows, and 1,000 in Arrow's form.
+    """Write records as Parquet. Reads them twice. Memory: 200 rows, and 1,000 in Arrow's format.
 
     Raises:
         TableError: pyarrow is missing.
@@ -65,7 +65,7 @@ def _to_batch(pyarrow: Any, schema: Any, kinds: dict[str, str], rows: list[dict[
 
 
 def _own_columns() -> dict[str, str]:
-    """The columns that every manifest has, and the kind of each: from the models, so that they never differ."""
+    """The columns of every manifest with the kind of each, derived from the models."""
     images = _fields(PublishedImage)
     columns = {"run": "string"}
     for name, kind in _fields(ItemRecord).items():
@@ -92,7 +92,7 @@ def _kind(schema: dict[str, Any]) -> str:
 
 
 def _find_carried(records: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """The carried columns in the order of their first appearance, and the kind that holds all values of each."""
+    """The carried columns in the order of their first appearance, each with a kind that fits all its values."""
     seen: dict[str, set[str]] = {}
     for record in records:
         for name, value in record["carried"].items():
@@ -122,9 +122,9 @@ def _common_kind(kinds: set[str]) -> str:
 
 
 def _name_carried(kinds: dict[str, str], taken: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A column name and the kind for every carried name.
+    """The Parquet column's name and kind for each carried column.
 
-    Names are compared without their case, as most query engines do it.
+    Names are compared case-insensitively, as most query engines do.
     """
     used = {name.lower() for name in taken}
     own_names = {name.lower() for name in kinds}

@@ -1,4 +1,4 @@
-"""The sums of a plan: what a batch is going to do and what it can cost at most."""
+"""The plan of a batch in numbers: its work, and the most that it can cost."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ __all__ = ["Plan", "describe_plan"]
 
 
 class Plan(BaseModel):
-    """The sums of a plan."""
+    """The planned work of a batch in numbers, and the most that it can cost."""
 
     model_config = ConfigDict(frozen=True)
 
     rows: int = Field(description="Rows of the table.")
-    invalid: int = Field(description="Rows that are no requests.")
-    published: int = Field(description="Rows whose images are all in the bucket: they cost nothing.")
-    repeats: int = Field(description="Rows that ask for what an earlier row asks for: paid for once.")
-    paid: int = Field(description="Rows whose images were paid for by this host and only need publishing.")
-    requests: int = Field(description="Calls to be paid for, at most.")
-    images: int = Field(description="Images to be paid for, at most.")
-    most_credits: float = Field(description="What those calls cost at most, in credits, unless prices have risen.")
+    invalid: int = Field(description="Rows that are not valid requests.")
+    published: int = Field(description="Rows whose images are all in the bucket; they cost nothing.")
+    repeats: int = Field(description="Rows with the same request as an earlier row; each request is paid for once.")
+    paid: int = Field(description="Rows whose images this host has paid for and only need publishing.")
+    requests: int = Field(description="Calls to pay for, at most.")
+    images: int = Field(description="Images to pay for, at most.")
+    most_credits: float = Field(description="The most that those calls cost, in credits, at known prices.")
     max_credits: float | None = Field(description="The cap, in credits.")
     max_images: int | None = Field(description="The cap, in images paid for.")
     balance: float | None = Field(
-        default=None, description="What the account has, in credits, where the service tells."
+        default=None, description="The account's balance, in credits; None where the service does not report it."
     )
     seconds: float | None = Field(
-        default=None, description="How long it takes at the pace of the last batch; None for the first."
+        default=None, description="The estimated duration at the pace of the last batch; None for the first batch."
     )
 
     @property
@@ -37,22 +37,22 @@ class Plan(BaseModel):
         return self.most_credits if self.max_credits is None else min(self.most_credits, self.max_credits)
 
     def summary(self) -> str:
-        """One line: what there is to do and what it costs."""
+        """Summarize the work and its cost in one line."""
         known = {
             "already there": self.published,
             "paid for and to be published": self.paid,
             "repeated in the table": self.repeats,
             "invalid": self.invalid,
         }
-        told = "".join(f", {number} {name}" for name, number in known.items() if number)
-        line = f"{self.rows} rows: {self.requests} to generate{told}; at most {describe_credits(self.most_credits)}"
+        others = "".join(f", {number} {name}" for name, number in known.items() if number)
+        line = f"{self.rows} rows: {self.requests} to generate{others}; at most {describe_credits(self.most_credits)}"
         if self.spendable < self.most_credits:
             line += f", capped at {describe_credits(self.spendable)}"
         return line
 
 
 def describe_plan(plan: Plan) -> dict[str, str]:
-    """The plan's sums with their names, for people."""
+    """Format the plan's numbers as text, each under its label."""
     described = {
         "rows": f"{plan.rows:,}",
         "invalid rows": f"{plan.invalid:,}",

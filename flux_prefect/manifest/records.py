@@ -1,4 +1,4 @@
-"""What became of each row of a batch: one record a row."""
+"""Records of a batch: the outcome of each row."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = [
 ItemStatus = Literal["published", "unchanged", "flagged", "skipped_budget", "failed", "invalid"]
 
 UNSUCCESSFUL: tuple[ItemStatus, ...] = ("failed", "flagged", "invalid")
-"""The ends without images in the bucket that are nobody's choice."""
+"""The statuses of rows without their images in the bucket, except rows that a cap left out."""
 
 _WORST_FIRST = (Status.FAILED, Status.FLAGGED, Status.SKIPPED_BUDGET, Status.PUBLISHED, Status.UNCHANGED)
 
 
 class ItemRecord(BaseModel):
-    """What became of one row."""
+    """The outcome of one row."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,34 +42,34 @@ class ItemRecord(BaseModel):
     id: str = Field(description="The row's id.")
     status: ItemStatus = Field(
         description=(
-            "published by this run, unchanged since before, flagged by the service, skipped_budget as it did not fit "
-            "under the cap, failed, or an invalid row."
+            "published by this run; unchanged: already in the bucket; flagged by the service; skipped_budget: not sent "
+            "because of the cap; failed; or invalid, which is not a valid request."
         )
     )
     request: ImageRequest | None = Field(description="The request with its seed; None for an invalid row.")
     images: tuple[PublishedImage, ...] = Field(default=(), description="The images in the bucket.")
     error: str | None = Field(default=None, description="The class of the first error.")
-    message: str | None = Field(default=None, description="What happened and what to do.")
-    calls: int = Field(default=0, description="Calls sent by this run, unbilled ones among them.")
+    message: str | None = Field(default=None, description="The error and its remedy.")
+    calls: int = Field(default=0, description="Calls sent by this run, including unbilled ones.")
     billed_calls: int = Field(default=0, description="Calls of this run that were billed for certain.")
     unbilled_calls: int = Field(default=0, description="Calls of this run that cost nothing for certain.")
-    unpriced_calls: int = Field(default=0, description="Billed calls whose cost the service did not say.")
-    credits_used: float = Field(default=0, description="What the service said that they cost, in credits.")
-    regenerated: bool = Field(default=False, description="Paid for anew because a cached answer's URL had died.")
-    refetched: int = Field(default=0, description="Images fetched anew because the cached file was gone.")
+    unpriced_calls: int = Field(default=0, description="Billed calls whose cost the service did not report.")
+    credits_used: float = Field(default=0, description="The cost of the calls as the service reported it, in credits.")
+    regenerated: bool = Field(default=False, description="Paid for again because a cached answer's URL had expired.")
+    refetched: int = Field(default=0, description="Images downloaded again because the cached file was missing.")
     billed_and_lost: tuple[str, ...] = Field(
-        default=(), description="Request ids of calls that were billed and brought nothing."
+        default=(), description="Request ids of calls that were billed and returned no image."
     )
     possibly_billed: tuple[str, ...] = Field(
         default=(),
         description="Request ids of calls whose answer was lost, in this run or an earlier one of this host.",
     )
     carried: dict[str, Any] = Field(default_factory=dict, description="The row's other columns.")
-    run: str | None = Field(default=None, description="Prefect's id of the flow run.")
+    run: str | None = Field(default=None, description="The id of the flow run.")
 
 
 def record_invalid(row: Row) -> ItemRecord:
-    """The record of a row that is no request."""
+    """Make the record of an invalid row."""
     return ItemRecord(
         row=row.number,
         id=row.id,
@@ -82,14 +82,14 @@ def record_invalid(row: Row) -> ItemRecord:
 
 
 def record_unchanged(row: Row, images: Sequence[PublishedImage]) -> ItemRecord:
-    """The record of a row whose images were all there when the batch was planned."""
+    """Make the record of a row whose images were all in the bucket when the batch was planned."""
     return ItemRecord(
         row=row.number, id=row.id, status="unchanged", request=row.request, images=tuple(images), carried=row.carried
     )
 
 
 def record_skipped(row: Row) -> ItemRecord:
-    """The record of a row that did not fit under the cap any more."""
+    """Make the record of a row that was not sent because the cap was reached."""
     return ItemRecord(
         row=row.number,
         id=row.id,
@@ -102,7 +102,7 @@ def record_skipped(row: Row) -> ItemRecord:
 
 
 def record_stopped(row: Row, reason: FluxError) -> ItemRecord:
-    """The record of a row that was not tried: the run was told to end, or an earlier row failed for all of them."""
+    """Make the record of a row that was not tried: the run was stopped, or an earlier error applies to all rows."""
     return ItemRecord(
         row=row.number,
         id=row.id,
@@ -119,7 +119,7 @@ def record_stopped(row: Row, reason: FluxError) -> ItemRecord:
 
 
 def record_failed(row: Row, request: ImageRequest, error: Exception) -> ItemRecord:
-    """The record of a row whose work ended with an exception."""
+    """Make the record of a row whose work raised an exception."""
     return ItemRecord(
         row=row.number,
         id=row.id,
@@ -132,7 +132,7 @@ def record_failed(row: Row, request: ImageRequest, error: Exception) -> ItemReco
 
 
 def record_production(row: Row, production: Production) -> ItemRecord:
-    """The record of a row whose request was carried through, to whatever end."""
+    """Make the record of a row from the outcome of its request, whether it succeeded or failed."""
     error = production.error
     return ItemRecord(
         row=row.number,

@@ -1,4 +1,4 @@
-"""What a batch tells of itself: a record an item, and their sums."""
+"""The report of a batch: its counts and costs, and access to its records."""
 
 from __future__ import annotations
 
@@ -24,49 +24,50 @@ _MOST_SHOWN = 100
 
 
 class BatchReport(BaseModel):
-    """What became of a batch: counts and costs, and where the record of every row is.
+    """The outcome of a batch: its counts and costs, and the address of its records.
 
     Every call of the run is in one of three sums: billed, not billed, or with an unknown outcome.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    counts: dict[ItemStatus, int] = Field(default_factory=dict, description="How many items ended so.")
+    counts: dict[ItemStatus, int] = Field(default_factory=dict, description="The number of rows by status.")
     calls: int = Field(default=0, description="Calls sent by this run.")
     billed_calls: int = Field(default=0, description="Calls of this run that were billed for certain.")
     unbilled_calls: int = Field(default=0, description="Calls of this run that cost nothing for certain.")
-    unpriced_calls: int = Field(default=0, description="Billed calls whose cost the service did not say.")
-    credits_used: float = Field(default=0, description="What the service said that this run cost, in credits.")
+    unpriced_calls: int = Field(default=0, description="Billed calls whose cost the service did not report.")
+    credits_used: float = Field(default=0, description="The cost of this run as the service reported it, in credits.")
     billed_and_lost: tuple[str, ...] = Field(
-        default=(), description="Request ids of calls that were billed and brought nothing."
+        default=(), description="Request ids of calls that were billed and returned no image."
     )
     possibly_billed: tuple[str, ...] = Field(
         default=(),
         description=(
             "Request ids of calls whose answer was lost, in this run or an earlier one of this host, and whose cost "
-            "is not known."
+            "is unknown."
         ),
     )
     reconciled: str | None = Field(
-        default=None, description="What the service's log said of calls whose answers were lost; None where none were."
+        default=None,
+        description="The entries in the service's log for calls whose answers were lost; None where none were lost.",
     )
-    seconds: float = Field(default=0, description="From the first row to the last.")
-    plan: Plan | None = Field(default=None, description="What was known before the first call.")
+    seconds: float = Field(default=0, description="The duration from the first row to the last.")
+    plan: Plan | None = Field(default=None, description="The plan made before the first call.")
     manifest: str | None = Field(default=None, description="The s3:// address of all records as JSON Lines.")
     records: Path | None = Field(default=None, description="The file with all records on the host of the run.")
 
     def count(self, *statuses: ItemStatus) -> int:
-        """How many items ended in one of these ways."""
+        """Count the rows with one of these statuses."""
         return sum(self.counts.get(status, 0) for status in statuses)
 
     @property
     def rows(self) -> int:
-        """How many items there are."""
+        """The number of rows."""
         return sum(self.counts.values())
 
     @property
     def unsuccessful(self) -> int:
-        """How many items are without their images in the bucket: failed, flagged or invalid."""
+        """The number of rows that failed, were flagged or are invalid."""
         return self.count(*UNSUCCESSFUL)
 
     @property
@@ -75,12 +76,12 @@ class BatchReport(BaseModel):
         return self.calls - self.billed_calls - self.unbilled_calls
 
     def read(self, *statuses: ItemStatus) -> Iterator[ItemRecord]:
-        """The records in the table's order, or those that ended so; one at a time in memory.
+        """Read the records in the table's order, all or those with one of the statuses; one at a time in memory.
 
-        For the host of the run. Elsewhere, and later, read the manifest.
+        Works on the host of the run. On other hosts, or later, read the manifest.
 
         Raises:
-            TableError: the file is gone.
+            TableError: the file is missing.
 
         Example:
             ```python
@@ -97,13 +98,13 @@ class BatchReport(BaseModel):
 
     @property
     def items(self) -> list[ItemRecord]:
-        """All records, read anew: for batches of some hundreds. See `read`."""
+        """All records in memory, read again on each access: for batches of some hundreds of rows. See `read`."""
         return list(self.read())
 
     def settle(self, found: Reconciliation) -> BatchReport:
-        """The report with the calls of unknown outcome told as the service's log has them.
+        """Return a copy of the report in which calls of unknown outcome are resolved by the service's log.
 
-        The records in the manifest stay as they were written.
+        The records in the manifest are not changed.
         """
         known = {*found.billed, *found.not_billed, *found.kept}
         return self.model_copy(
@@ -115,7 +116,7 @@ class BatchReport(BaseModel):
         )
 
     def summary(self) -> str:
-        """One line: what was published, what was not, what it cost. Of a dry run: the plan."""
+        """Summarize the outcome and the cost in one line; for a dry run, the plan."""
         if self.plan is not None and not self.counts:
             return f"dry run: {self.plan.summary()}"
         names: dict[ItemStatus, str] = {
@@ -126,15 +127,15 @@ class BatchReport(BaseModel):
             "failed": "failed",
             "invalid": "invalid",
         }
-        told = ", ".join(
+        outcome = ", ".join(
             f"{self.count(status)} {name}"
             for status, name in names.items()
             if self.count(status) or status == "published"
         )
         billed = f"{self.billed_calls} {'call' if self.billed_calls == 1 else 'calls'} billed"
-        line = f"{told}; {billed}, {describe_credits(self.credits_used)}"
+        line = f"{outcome}; {billed}, {describe_credits(self.credits_used)}"
         if self.unpriced_calls:
-            line += f" and {self.unpriced_calls} whose cost the service did not say"
+            line += f" and {self.unpriced_calls} whose cost the service did not report"
         if self.unbilled_calls:
             line += f"; {self.unbilled_calls} sent and not billed"
         if self.billed_and_lost:
@@ -145,7 +146,7 @@ class BatchReport(BaseModel):
 
 
 class Tally:
-    """Adds up a batch's records as they come, and keeps none of them."""
+    """The sums over a batch's records, which are added one at a time and not stored."""
 
     def __init__(self) -> None:
         self._counts: Counter[ItemStatus] = Counter()
@@ -164,7 +165,7 @@ class Tally:
         self._unknown |= dict.fromkeys(record.possibly_billed)
 
     def report(self, *, seconds: float = 0.0, plan: Plan | None = None) -> BatchReport:
-        """What was added up so far."""
+        """Make the report of all records added so far."""
         return BatchReport(
             counts=dict(self._counts),
             **self._sums,
@@ -177,16 +178,16 @@ class Tally:
 
 
 def tabulate(report: BatchReport) -> Table:
-    """The report as a table for a terminal: an item a line, sums at the foot.
+    """Format the report as a table for a terminal: one line for each row, and the sums in the footer.
 
-    Of a large batch only the items without their images, and of those the first hundred.
+    A batch of more than a hundred rows shows only rows without their images, at most a hundred of them.
     """
     shown = report.read() if report.rows <= _MOST_SHOWN else report.read(*UNSUCCESSFUL)
     table = Table(show_footer=True, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("id", footer=f"{report.rows:,} items", overflow="fold")
+    table.add_column("id", footer=f"{report.rows:,} rows", overflow="fold")
     table.add_column("status", footer=f"in {report.seconds:.1f} s")
     table.add_column("seed", justify="right")
-    table.add_column("where, or why not", overflow="fold", footer=_count_hidden(report))
+    table.add_column("image or error", overflow="fold", footer=_count_hidden(report))
     for item in itertools.islice(shown, _MOST_SHOWN):
         table.add_row(
             Text(item.id),

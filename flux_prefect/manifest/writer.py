@@ -1,8 +1,8 @@
-"""The manifest of a run: a record for every row, in the bucket beside the images.
+"""Writing the manifest of a run: a record for every row, in the bucket beside the images.
 
-<prefix>/manifests/<run>/manifest.jsonl     while the run goes on, and whole at its end
-<prefix>/manifests/<run>/manifest.parquet   at its end, where pyarrow is installed
-<prefix>/manifests/latest.jsonl, .parquet   copies of those of the run that ended last
+<prefix>/manifests/<run>/manifest.jsonl     partial during the run, complete at its end
+<prefix>/manifests/<run>/manifest.parquet   at the end, where pyarrow is installed
+<prefix>/manifests/latest.jsonl, .parquet   copies of the manifest of the run that ended last
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ __all__ = ["ManifestWriter", "record_line"]
 logger = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 30.0
-"""The shortest time between two uploads of a growing manifest."""
+"""The shortest time between two uploads of a growing manifest, in seconds."""
 
 _JSONL, _PARQUET = "application/x-ndjson", "application/vnd.apache.parquet"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class ManifestWriter:
-    """Writes a run's manifest as the run goes on. Use it as `async with`; one writer a run at a time.
+    """Writer of a run's manifest. Use it with `async with`, and only one at a time for each run.
 
-    A record is in the local file, whole, when `append` returns: it outlives a kill of the process. The file goes to the
-    bucket in the background while it grows, and in the table's order at the end. A writer that is opened again for
-    the same run goes on with its file; of a row that is recorded again the last record counts.
+    When `append` returns, the record is complete in the local file and survives a kill of the process. The growing file
+    is uploaded to the bucket in the background, and in the table's order at the end. A writer that is opened again for
+    the same run appends to its file; of several records of a row the last one counts.
 
     Args:
         bucket: where the images are.
         run: the flow run's id; part of the key.
-        folder: where the local file is; made where it is missing. The file stays.
+        folder: the folder of the local file, created where it is missing. The file is never removed.
         upload_every: seconds between two uploads of a growing manifest.
-        copies: the name of the copies that show the run that ended last; None for a run that is part of another one.
+        copies: the name of the copies for the run that ended last; None for a run that is part of another one.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ManifestWriter:
         copies: str | None = "latest",
     ) -> None:
         if not _PLAIN_NAME.fullmatch(run):
-            raise ValueError(f"run {run!r} can't be part of a key: use letters, digits, points, hyphens, underscores")
+            raise ValueError(f"run {run!r} can't be part of a key: use letters, digits, dots, hyphens, underscores")
         self.path = folder / f"{run}.jsonl"
         self._bucket = bucket
         self._run = run
@@ -82,7 +82,7 @@ class ManifestWriter:
 
     @property
     def uri(self) -> str:
-        """Where the JSON Lines will be: `s3://bucket/prefix/manifests/run/manifest.jsonl`."""
+        """The address of the JSON Lines: `s3://bucket/prefix/manifests/run/manifest.jsonl`."""
         return f"{self._bucket.uri}/manifests/{self._run}/manifest.jsonl"
 
     async def __aenter__(self) -> Self:
@@ -104,49 +104,51 @@ class ManifestWriter:
             except (BucketError, ManifestUnwritable) as failure:
                 if error is None:
                     raise
-                logger.error("%s", failure.message)  # noqa: TRY400 - the run's own error is the one to show
+                logger.error("%s", failure.message)  # noqa: TRY400 - the run's own error is raised instead
 
     def append(self, record: ItemRecord) -> None:
-        """Write a record: some 50 microseconds, no waiting for the disk or the bucket.
+        """Write a record. Takes about 50 microseconds, and does not wait for the disk or the bucket.
 
         Raises:
-            ManifestUnwritable: with the folder and the reason. The file ends with the record before.
+            ManifestUnwritable: the local file can't be written. It still ends with a complete record.
         """
         line = record_line(record, self._run)
         try:
             written = self._file.write(line)
         except OSError as error:
             raise self._unwritable(error) from error
-        if written < len(line):  # how a disk says that it is full
+        if written < len(line):  # a write to a full disk is partial
             self._file.truncate(self._size)
             raise self._unwritable(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         self._size += len(line)
 
     async def verify_upload(self) -> None:
-        """Bring what there is into the bucket, empty as it may be: before anything is paid for what it would not take.
+        """Upload the manifest now, even if it is empty, to verify that the bucket accepts it.
+
+        Called before anything is paid for.
 
         Raises:
-            BucketError: the bucket did not take it.
+            BucketError: the upload failed.
         """
         async with self._uploading:
             await self._upload()
 
     async def flush(self) -> None:
-        """Bring what is not in the bucket yet there now, in the order of the rows' ends.
+        """Upload the manifest now if it has grown since the last upload, in the order in which rows ended.
 
         Raises:
-            BucketError: the bucket did not take it. The local file has it.
+            BucketError: the upload failed. The local file has all records.
         """
         async with self._uploading:
             if self._size > self._uploaded:
                 await self._upload()
 
     async def close(self) -> None:
-        """Bring the whole manifest into the bucket, in the table's order, in every form. Again is harmless.
+        """Upload the complete manifest in the table's order and in every format. A second call does nothing.
 
         Raises:
-            BucketError: the bucket did not take all of it. The local file has it.
-            ManifestUnwritable: there is no room for a copy of it.
+            BucketError: an upload failed. The local file has all records.
+            ManifestUnwritable: there is no space for a sorted copy of it.
         """
         if self._file.closed:
             return
@@ -156,12 +158,12 @@ class ManifestWriter:
         try:
             await self._finish()
         except BucketError as error:
-            raise type(error)(f"{error.message} The whole manifest is in {self.path}.") from error
+            raise type(error)(f"{error.message} The complete manifest is in {self.path}.") from error
         except OSError as error:
             raise self._unwritable(error) from error
 
     async def _upload_while_open(self) -> None:
-        # Now, while the first answers are awaited: it takes time.
+        # Importing pyarrow takes time: do it while the first calls are waiting for their answers.
         self._with_parquet = await anyio.to_thread.run_sync(_can_write_parquet)
         while not self._closing.is_set():
             with anyio.move_on_after(self._upload_every):
@@ -170,7 +172,7 @@ class ManifestWriter:
             try:
                 await self.flush()
             except BucketError as error:
-                logger.warning("The manifest is not uploaded for now, and will be later. %s", error.message)
+                logger.warning("The manifest could not be uploaded; the upload will be retried. %s", error.message)
 
     async def _upload(self) -> None:
         size = self._size
@@ -192,7 +194,7 @@ class ManifestWriter:
                 await self._put(lines, f"{self._copies}.jsonl", _JSONL)
 
     async def _put(self, file: BinaryIO, name: str, content_type: str) -> None:
-        """Put all that is in a file now under a name; what is appended meanwhile stays out."""
+        """Upload a file's present content under a name, without bytes that are appended meanwhile."""
         file.flush()
         size = os.fstat(file.fileno()).st_size
         with open_view(file, size) as content:
@@ -202,29 +204,31 @@ class ManifestWriter:
 
     def _unwritable(self, error: OSError) -> ManifestUnwritable:
         return ManifestUnwritable(
-            f"The manifest {self.path} can't be written ({error.strerror or error}): make room in its folder, or "
-            "choose another, then run again."
+            f"The manifest {self.path} can't be written ({error.strerror or error}): free space in its folder, or "
+            "use another folder, then run again."
         )
 
 
 def record_line(record: ItemRecord, run: str) -> bytes:
-    """The line of a manifest for a record."""
+    """Encode a record as a line of the manifest."""
     content: dict[str, Any] = {"manifest": VERSION, **record.model_dump(mode="json"), "run": run}
     image = content["images"][0] if content["images"] else {}
     content |= {name: image.get(name) for name in IMAGE_COLUMNS}
     content["seed"] = None if record.request is None else record.request.seed
-    # A service's message can hold half a character, which no file can.
+    # A message of the service can contain a lone surrogate, which UTF-8 can't encode.
     return json.dumps(content, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 def _can_write_parquet() -> bool:
-    """Whether there is to be a Parquet file. Never an error: what was paid for is in the JSON Lines."""
+    """Check whether the Parquet file can be written. Never raises: the JSON Lines have all that was paid for."""
     if not has_pyarrow():
         return False
     try:
         load_pyarrow()
     except TableError as error:
-        logger.warning("The manifest will be in JSON Lines alone: pyarrow is installed and can't be loaded. %s", error)
+        logger.warning(
+            "The manifest is written only as JSON Lines: pyarrow is installed but can't be loaded. %s", error
+        )
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""What several attempts at a shard tell of its rows becomes one record a row."""
+"""Merging the records of several attempts at a shard."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUMS = ("calls", "billed_calls", "unbilled_calls", "unpriced_calls", "credits_us
 
 
 def image(row: int, *, created: bool, prefix: str = "") -> PublishedImage:
-    """The image of a row."""
+    """A published image of a row."""
     return PublishedImage.model_validate(
         {
             "bucket": "images",
@@ -64,9 +64,9 @@ attempts_at_a_row = st.lists(st.tuples(statuses, calls), min_size=1, max_size=5)
 
 
 @given(attempts_at_a_row)
-def test_nothing_that_was_spent_is_lost_or_told_twice(attempts: Sequence[tuple[ItemStatus, dict[str, Any]]]) -> None:
-    """Calls and costs are added up; an id that two attempts tell of is one."""
-    records = [record(1, status, **told) for status, told in attempts]
+def test_costs_are_added_up_and_counted_once(attempts: Sequence[tuple[ItemStatus, dict[str, Any]]]) -> None:
+    """Calls and costs are sums; an id that two attempts recorded is listed once."""
+    records = [record(1, status, **costs) for status, costs in attempts]
     folded = fold(records)
 
     for name in SUMS:
@@ -78,27 +78,27 @@ def test_nothing_that_was_spent_is_lost_or_told_twice(attempts: Sequence[tuple[I
 
 @given(attempts_at_a_row)
 def test_published_once_is_published(attempts: Sequence[tuple[ItemStatus, dict[str, Any]]]) -> None:
-    """Whatever later attempts made of it; else the last has the word."""
-    records = [record(1, status, **told) for status, told in attempts]
-    told = [one.status for one in records]
+    """Whatever later attempts recorded; without a published image the last status counts."""
+    records = [record(1, status, **costs) for status, costs in attempts]
+    recorded = [one.status for one in records]
 
-    assert fold(records).status == ("published" if "published" in told else told[-1])
+    assert fold(records).status == ("published" if "published" in recorded else recorded[-1])
     assert bool(fold(records).images) == (fold(records).status in {"published", "unchanged"})
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(1, 9), statuses)), max_size=4))
 def test_every_row_of_the_table_has_one_record(attempts: Sequence[Sequence[tuple[int, ItemStatus]]]) -> None:
-    """In the table's order, whichever rows the attempts came to."""
+    """In the table's order, whichever rows the attempts reached."""
     table = [record(row, "skipped_budget") for row in range(1, 10)]
     merged = merge_attempts(table, [[record(row, status) for row, status in attempt] for attempt in attempts])
 
     assert list(merged) == list(range(1, 10))
-    told = {row for attempt in attempts for row, _ in attempt}
-    assert all(merged[row] is not None and (row in told or is_pending(merged[row])) for row in merged)
+    recorded = {row for attempt in attempts for row, _ in attempt}
+    assert all(merged[row] is not None and (row in recorded or is_pending(merged[row])) for row in merged)
 
 
-def test_rows_that_nobody_came_to_are_open() -> None:
-    """A cap or the end of the run kept them from being done; a failure of their own did not."""
+def test_rows_that_were_not_tried_are_pending() -> None:
+    """Because of a cap or the end of the run; a row with a failure of its own is not pending."""
     assert is_pending(record(1, "skipped_budget"))
     assert is_pending(record(1, "failed", error="RunStopped"))
     assert not is_pending(record(1, "failed", error="OutOfCredits"))
@@ -106,13 +106,14 @@ def test_rows_that_nobody_came_to_are_open() -> None:
 
 
 def test_a_row_that_is_given_up_keeps_its_costs() -> None:
-    """What was spent on it was spent."""
-    failed = mark_failed(record(1, "skipped_budget", calls=2, billed_calls=1, credits_used=5), FluxError("nobody will"))
-    assert (failed.status, failed.message, failed.credits_used) == ("failed", "nobody will", 5)
+    """Its record is failed, with the calls and credits of all attempts."""
+    failed = mark_failed(record(1, "skipped_budget", calls=2, billed_calls=1, credits_used=5), FluxError("given up"))
+    assert (failed.status, failed.message, failed.credits_used) == ("failed", "given up", 5)
+    assert (failed.calls, failed.billed_calls) == (2, 1)
 
 
 async def test_images_of_a_killed_run_count_for_its_batch(bucket: ImageBucket) -> None:
-    """It could not tell of them: the record beside the image does. Those of other batches stay unchanged."""
+    """It did not record them; their sidecars name the run. Images of other batches stay unchanged."""
     found = [
         record(row, "unchanged", images=(image(row, created=False, prefix=bucket.prefix),)) for row in (1, 2, 3, 4)
     ]
@@ -135,8 +136,8 @@ async def test_images_of_a_killed_run_count_for_its_batch(bucket: ImageBucket) -
     assert merged[1].images[0].created
 
 
-async def test_an_image_that_was_told_of_is_not_counted_again(bucket: ImageBucket) -> None:
-    """A repeat in the same shard found what the first row had published."""
+async def test_a_recorded_image_is_not_counted_again(bucket: ImageBucket) -> None:
+    """A repeated request in the same shard found the image that the first row published."""
     published = record(1, "published", credits_used=168.0)
     repeat = record(2, "unchanged", images=(image(1, created=False, prefix=bucket.prefix),))
     await bucket.write_path("1.jpg.json", json.dumps({"run": {"flow_run_id": "r"}, "credits_used": 168.0}).encode())

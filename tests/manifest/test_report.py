@@ -72,10 +72,10 @@ LOST = ImageOutcome(0, error=AnswerLost("the answer was lost"))
 
 
 class TestRecords:
-    """What became of one row."""
+    """The record of one row."""
 
     def test_an_invalid_row_has_its_reason(self) -> None:
-        """No request, nothing sent, what it carried kept."""
+        """It has no request and no calls, and keeps the row's other columns."""
         record = record_invalid(Row(3, "dusk", None, {"sku": "007"}, "row 3: seed is '0'"))
         assert record == ItemRecord(
             row=3,
@@ -87,15 +87,15 @@ class TestRecords:
             carried={"sku": "007"},
         )
 
-    def test_a_row_whose_work_broke_has_the_error(self) -> None:
-        """Class and message; an error without a message still says what it was."""
+    def test_a_row_whose_work_raised_has_the_error(self) -> None:
+        """Its class and message; for an error without a message, its representation."""
         record = record_failed(ROW, REQUEST, OSError("no space"))
         assert (record.status, record.error, record.message) == ("failed", "OSError", "no space")
         assert (record.row, record.id, record.request, record.carried) == (3, "dusk", REQUEST, {"sku": "007"})
         assert record_failed(ROW, REQUEST, TimeoutError()).message == "TimeoutError()"
 
     def test_a_published_row_has_its_images_and_its_cost(self) -> None:
-        """All calls are counted, billed ones and credits among them."""
+        """All calls are counted, the billed ones also by themselves, with their credits."""
         calls = [CallOutcome("fp-1", Billed.NO, None), CallOutcome("fp-2", Billed.YES, 168_000.0)]
         record = record_production(ROW, _production(NEW, calls=calls, regenerated=True, refetched=1))
         assert (record.row, record.id, record.status, record.carried) == (3, "dusk", "published", {"sku": "007"})
@@ -105,7 +105,7 @@ class TestRecords:
         assert (record.regenerated, record.refetched) == (True, 1)
 
     def test_lost_money_is_listed_by_call(self) -> None:
-        """Calls that were billed for nothing and calls that may have been are told apart, by the ids in the log."""
+        """Calls billed without an image and possibly billed calls are separate lists, by their ids in the log."""
         lost = [_open_call(1, Billed.YES), _open_call(2, Billed.UNKNOWN), _open_call(3, Billed.UNKNOWN)]
         record = record_production(ROW, _production(LOST, open_calls=lost))
         assert record.billed_and_lost == ("fp-1",)
@@ -122,8 +122,8 @@ class TestRecords:
             ([OLD, LOST], "failed"),
         ],
     )
-    def test_the_worst_image_decides(self, outcomes: list[ImageOutcome], status: str) -> None:
-        """A row is as good as its worst image; those that are in the bucket are listed all the same."""
+    def test_a_row_has_the_status_of_its_worst_image(self, outcomes: list[ImageOutcome], status: str) -> None:
+        """Images that are in the bucket are listed in any case."""
         numbered = [
             ImageOutcome(
                 index, None if outcome.image is None else _image(index, created=outcome.image.created), outcome.error
@@ -134,18 +134,18 @@ class TestRecords:
         assert record.status == status
         assert [image.index for image in record.images] == [one.index for one in numbered if one.image is not None]
 
-    def test_the_first_error_is_told(self) -> None:
+    def test_the_first_error_is_recorded(self) -> None:
         """In the order of the images."""
         gone, lost = ImageOutcome(1, error=ImageGone("gone")), ImageOutcome(2, error=AnswerLost("lost"))
         assert record_production(ROW, _production(lost, NEW, gone)).message == "gone"
 
 
 class TestReport:
-    """The sums."""
+    """The report's sums and texts."""
 
     @pytest.fixture
     def report(self, tmp_path: Path) -> BatchReport:
-        """One item of each kind."""
+        """Rows of every status."""
         return make_report(
             [
                 _record(
@@ -178,8 +178,8 @@ class TestReport:
             seconds=12.34,
         )
 
-    def test_every_item_is_counted_once(self, report: BatchReport) -> None:
-        """The counts add up to the table."""
+    def test_every_row_is_counted_once(self, report: BatchReport) -> None:
+        """The counts add up to the number of rows."""
         counts = {status: report.count(status) for status in ("published", "unchanged", "flagged", "failed", "invalid")}
         assert counts == {"published": 2, "unchanged": 1, "flagged": 1, "failed": 2, "invalid": 1}
         assert report.rows == 7
@@ -188,13 +188,13 @@ class TestReport:
         assert (report.billed_calls, report.credits_used) == (4, 504_000)
         assert report.possibly_billed == ("fp-1", "fp-2")
 
-    def test_every_call_is_billed_or_not_or_unknown(self, report: BatchReport) -> None:
-        """The three sums add up to the calls."""
+    def test_every_call_is_billed_or_unbilled_or_unknown(self, report: BatchReport) -> None:
+        """The three sums add up to the number of calls."""
         assert (report.calls, report.billed_calls, report.unbilled_calls, report.unknown_calls) == (7, 4, 1, 2)
         assert report.billed_and_lost == ("fp-3",)
 
-    def test_the_summary_is_one_line_with_everything_that_happened(self, report: BatchReport) -> None:
-        """Images, money, and money that is in doubt."""
+    def test_the_summary_is_one_line(self, report: BatchReport) -> None:
+        """With images, costs, and costs that are uncertain."""
         assert report.summary() == (
             "2 published, 1 already there, 1 flagged, 2 failed, 1 invalid; "
             "4 calls billed, 504,000 credits ($0.25); 1 sent and not billed; 1 billed and lost; 2 possibly billed"
@@ -211,18 +211,16 @@ class TestReport:
             ),
         ],
     )
-    def test_the_summary_leaves_out_what_did_not_happen(
-        self, items: list[ItemRecord], summary: str, tmp_path: Path
-    ) -> None:
-        """Only what was published and billed is told at nought."""
+    def test_the_summary_leaves_out_zeros(self, items: list[ItemRecord], summary: str, tmp_path: Path) -> None:
+        """Except those of published rows, billed calls and credits."""
         assert make_report(items, tmp_path).summary() == summary
 
     def test_a_report_survives_json(self, report: BatchReport) -> None:
-        """As Prefect stores it and others read it."""
+        """As Prefect stores it."""
         assert BatchReport.model_validate_json(report.model_dump_json()) == report
 
     def test_records_are_read_as_they_were_written(self, tmp_path: Path) -> None:
-        """With whatever a row carried, in the table's order."""
+        """With the values of all other columns, in the table's order."""
         carried = {"tags": ["a", {"b": None}], "price": 1.5, "ünï": "🗝\n"}
         records = [
             _record(status, row, carried=carried, run="run-1") for row, status in ((2, "unchanged"), (1, "failed"))
@@ -230,23 +228,23 @@ class TestReport:
         assert make_report(records, tmp_path).items == records[::-1]
 
     def test_a_failed_batch_keeps_its_report(self, report: BatchReport) -> None:
-        """The exception that Prefect pickles with the run's state has all of it."""
+        """The exception that Prefect pickles with the run's state holds the whole report."""
         failure = pickle.loads(pickle.dumps(BatchFailed("too many", report)))  # noqa: S301 - our own
         assert isinstance(failure, BatchFailed)
         assert (failure.message, failure.report) == ("too many", report)
         assert not failure.retryable
 
-    def test_the_table_has_a_line_an_item_and_the_sums(self, report: BatchReport) -> None:
-        """Where each image is, or why it is not; text from tables is never taken for markup."""
+    def test_the_table_has_a_line_for_each_row_and_the_sums(self, report: BatchReport) -> None:
+        """With each row's image or error; text from tables is never read as markup."""
         screen = Console(file=io.StringIO(), width=160)
         screen.print(tabulate(report))
         shown = screen.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
         assert shown.count("0.jpg") == 3
-        for text in ("row 7: [red]seed[/red] is '0'", "7 items", "in 12.3 s", "flagged", "unsafe"):
+        for text in ("row 7: [red]seed[/red] is '0'", "7 rows", "in 12.3 s", "flagged", "unsafe"):
             assert text in shown
 
-    def test_of_a_large_batch_the_table_has_what_went_wrong(self, tmp_path: Path) -> None:
-        """And says where the rest is."""
+    def test_of_a_large_batch_the_table_shows_the_failures(self, tmp_path: Path) -> None:
+        """At most a hundred; the footer refers to the manifest for the rest."""
         items = [_record("published", row, images=(_image(),)) for row in range(1, 150)]
         items += [_record("failed", row, error="AnswerLost", message=f"lost {row}") for row in range(150, 260)]
         screen = Console(file=io.StringIO(), width=160)
@@ -256,8 +254,8 @@ class TestReport:
         assert "0.jpg" not in shown
         assert "159 more in the manifest" in shown
 
-    def test_an_image_that_failed_is_told_before_those_that_did_not(self, tmp_path: Path) -> None:
-        """A row with an error shows the error."""
+    def test_a_row_with_an_error_shows_the_error(self, tmp_path: Path) -> None:
+        """Even if some of its images were published."""
         item = _record("failed", images=(_image(),), error="ImageGone", message="image 1 is gone")
         screen = Console(file=io.StringIO(), width=160)
         screen.print(tabulate(make_report([item], tmp_path)))
@@ -268,12 +266,12 @@ class TestReport:
     ("credits_used", "text"),
     [(0, "0 credits ($0.00)"), (2_000_000, "2,000,000 credits ($1.00)"), (168_000.4, "168,000 credits ($0.08)")],
 )
-def test_credits_are_told_with_their_worth(credits_used: float, text: str) -> None:
+def test_credits_are_shown_in_dollars_too(credits_used: float, text: str) -> None:
     """Two million credits are a dollar."""
     assert describe_credits(credits_used) == text
 
 
 def test_a_fatal_error_is_recorded_like_any_other() -> None:
-    """Rows that were never sent because the account is empty say so."""
+    """The record of a row that was not sent because the account is empty has that error."""
     record = record_failed(ROW, REQUEST, OutOfCredits("no credits left", status=403))
     assert (record.error, record.message, record.calls) == ("OutOfCredits", "no credits left", 0)

@@ -103,15 +103,15 @@ async def _write(bucket: ImageBucket, folder: Path, *records: ItemRecord) -> Man
 
 async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
     with anyio.fail_after(60):
-        while not await condition():  # noqa: ASYNC110 - a server and another process tell nobody of their changes
+        while not await condition():  # noqa: ASYNC110 - a server and another process signal no changes
             await anyio.sleep(0.02)
 
 
 class TestAtTheEnd:
-    """What is in the bucket when the run is over."""
+    """The manifest in the bucket when the run has ended."""
 
-    async def test_a_record_a_row_in_the_tables_order(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """Whatever the order in which rows end; the first image's fields stand in the record itself."""
+    async def test_each_row_has_a_record_in_the_tables_order(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """In whatever order rows ended; the fields of the first image are also fields of the record."""
         manifest = await _write(bucket, tmp_path, _record(3), _record(1, "failed"), _record(2))
         lines = await _lines(bucket)
         assert [line["row"] for line in lines] == [1, 2, 3]
@@ -123,8 +123,8 @@ class TestAtTheEnd:
         assert list(read_manifest(manifest.path)) == lines
         assert manifest.uri == f"{bucket.uri}/manifests/{RUN}/manifest.jsonl"
 
-    async def test_the_latest_run_has_a_place_of_its_own(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """Copies of both forms, never served from a cache; the next run replaces them and nothing else."""
+    async def test_the_latest_run_has_copies_under_stable_keys(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """In both formats, never served from a cache; the next run replaces only these copies."""
         await _write(bucket, tmp_path, _record(1))
         assert await bucket.read_path("manifests/latest.jsonl") == await bucket.read_path(
             f"manifests/{RUN}/manifest.jsonl"
@@ -138,8 +138,8 @@ class TestAtTheEnd:
             head = _head(bucket, f"manifests/latest.{name}")
             assert (head["CacheControl"], head["ContentType"]) == ("no-cache", kind)
 
-    async def test_a_row_recorded_again_stands_once(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """A retried run goes on with its file, and the last record of a row counts."""
+    async def test_a_row_recorded_again_has_one_record(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """A retried run appends to its file, and the last record of a row counts."""
         await _write(bucket, tmp_path, _record(1, "failed"), _record(2))
         await _write(bucket, tmp_path, _record(1), _record(3))
         assert [(line["row"], line["status"]) for line in await _lines(bucket)] == [
@@ -148,14 +148,14 @@ class TestAtTheEnd:
             (3, "published"),
         ]
 
-    async def test_nothing_else_is_left_in_the_folder(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """The local manifest alone, which is whole, whatever the bucket took."""
+    async def test_only_the_manifest_is_left_in_the_folder(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """No temporary file of an upload remains."""
         manifest = await _write(bucket, tmp_path / "new" / "folder", _record(1))
         assert list(manifest.path.parent.iterdir()) == [manifest.path]
         assert manifest.path == tmp_path / "new" / "folder" / f"{RUN}.jsonl"
 
     async def test_an_empty_run_has_a_manifest(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """Without rows, with the columns."""
+        """Without rows, but with the columns."""
         await _write(bucket, tmp_path)
         assert await _lines(bucket) == []
         columns = await _columns(bucket)
@@ -163,10 +163,10 @@ class TestAtTheEnd:
         assert {"id", "status", "prompt", "sha256"} <= set(columns.column_names)
 
     @pytest.mark.parametrize("missing", ["pyarrow", "pyarrow.parquet"])
-    async def test_without_pyarrow_there_are_json_lines(
+    async def test_without_pyarrow_only_json_lines_are_written(
         self, bucket: ImageBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
     ) -> None:
-        """Parquet is an extra; where it is installed and broken, no run that has paid fails for it."""
+        """Also where pyarrow is installed and broken: the run does not fail."""
         monkeypatch.setitem(sys.modules, missing, None)
         await _write(bucket, tmp_path, _record(1))
         assert len(await _lines(bucket, "manifests/latest.jsonl")) == 1
@@ -174,23 +174,23 @@ class TestAtTheEnd:
             await bucket.read_path(f"manifests/{RUN}/manifest.parquet")
 
     @pytest.mark.parametrize("run", ["", "../up", "a/b", ".hidden", "a\nb", "x" * 200])
-    def test_a_run_that_is_no_name_is_refused(self, tmp_path: Path, run: str) -> None:
-        """It becomes part of a key and of a file's name."""
+    def test_an_unsafe_run_id_is_refused(self, tmp_path: Path, run: str) -> None:
+        """It is part of a key and of a file name."""
         with pytest.raises(ValueError, match="can't be part of a key"):
             ManifestWriter(ImageBucket(bucket_name="images"), run, tmp_path)
 
-    async def test_text_that_no_file_can_hold_loses_a_character(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """A service's message may hold half a character; the record is written all the same."""
+    async def test_a_lone_surrogate_is_replaced(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """A message of the service can contain half a character; the record is written with a question mark."""
         await _write(bucket, tmp_path, _record(1, "failed", message="half \ud83d of it"))
         assert (await _lines(bucket))[0]["message"] == "half ? of it"
         assert (await _columns(bucket))["message"].to_pylist() == ["half ? of it"]
 
 
 class TestColumns:
-    """The manifest as Parquet."""
+    """The manifest in Parquet."""
 
-    async def test_a_column_a_field(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """Of record, request and first image, each with its own type; the table's columns beside them."""
+    async def test_each_field_has_a_column(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """The fields of record, request and first image, each with its type, and the table's other columns."""
         await _write(bucket, tmp_path, _record(1, possibly_billed=("fp-1", "fp-2")), _record(2, "invalid"))
         table = await _columns(bucket)
         types = {field.name: str(field.type) for field in table.schema}
@@ -219,7 +219,7 @@ class TestColumns:
         assert (second["status"], second["prompt"], second["seed"], second["sku"]) == ("invalid", None, None, "002")
 
     async def test_every_runs_columns_have_the_same_types(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """Though a column may be empty in one of them: readers put many manifests together."""
+        """Even where a column is empty in one run, so that manifests can be read together."""
         await _write(bucket, tmp_path, _record(1))
         first = (await _columns(bucket)).schema.remove_metadata()
         await _write(bucket, tmp_path / "2", _record(1, "failed", error="AnswerLost", request=None))
@@ -249,7 +249,7 @@ class TestColumns:
         ]
 
     async def test_a_taken_name_gets_a_prefix(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """Without regard to case, and never on top of another of the table's columns."""
+        """Names are compared case-insensitively, and no other column of the table is overwritten."""
         carried = {"status": "s", "input_status": "i", "Key": "k", "note": "n", "NOTE": "N", "": "e"}
         await _write(bucket, tmp_path, _record(1, carried=carried))
         (row,) = (await _columns(bucket)).to_pylist()
@@ -263,19 +263,19 @@ class TestColumns:
             "input_": "e",
         }
 
-    async def test_a_parquet_manifest_is_no_table(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """The error names the form that is one, rather than publish its columns as carried ones."""
+    async def test_a_parquet_manifest_is_refused_as_a_table(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """The error names the format to use; its columns are not mistaken for carried ones."""
         await _write(bucket, tmp_path, _record(1))
         async with open_table(f"{bucket.uri}/manifests/latest.parquet", bucket=bucket) as table:
-            with pytest.raises(TableError, match=r"is a manifest in Parquet.* give the \.jsonl"):
+            with pytest.raises(TableError, match=r"is a manifest in Parquet.* use the \.jsonl"):
                 list(table.rows())
 
 
 class TestAsASource:
     """The manifest as the next run's table."""
 
-    async def test_the_table_comes_back(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """Number, id, request with the seed, carried columns, and why a row was invalid; from the bucket too."""
+    async def test_the_rows_of_the_first_run_are_restored(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """Number, id, request with its seed, carried columns, and a row's error; also from the bucket."""
         records = [_record(4, "skipped_budget"), _record(2, "failed"), _record(1), _record(3, "invalid")]
         manifest = await _write(bucket, tmp_path, *records)
         rows = [
@@ -289,7 +289,7 @@ class TestAsASource:
 
 
 class GatedBucket(ImageBucket):
-    """A bucket that counts its uploads and lets them through when it is told to."""
+    """A bucket that counts its uploads and holds them until a gate opens."""
 
     _block_type_slug: ClassVar[str | None] = "gated-bucket"
     _gate: anyio.Event = PrivateAttr(default_factory=anyio.Event)
@@ -299,7 +299,7 @@ class GatedBucket(ImageBucket):
     _begun: anyio.Event = PrivateAttr(default_factory=anyio.Event)
 
     async def put_file(self, path: str, file: Any, *, content_type: str, cache_control: str) -> None:
-        """Wait, then do as the bucket does."""
+        """Wait for the gate, then upload."""
         self._running += 1
         self._uploads += 1
         self._begun.set()
@@ -318,10 +318,10 @@ def gated(bucket: ImageBucket) -> GatedBucket:
 
 
 class TestWhileItGrows:
-    """What is in the bucket while the run goes on."""
+    """The manifest in the bucket during the run."""
 
-    async def test_it_is_uploaded_now_and_then(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """In the background, what is there by then; not again while nothing is new."""
+    async def test_it_is_uploaded_at_intervals(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """In the background, with the records so far; not again while there are no new ones."""
         async with ManifestWriter(bucket, RUN, tmp_path, upload_every=0.05) as manifest:
             manifest.append(_record(2))
             await _until(lambda: self._has_uploaded(bucket, [2]))
@@ -334,8 +334,8 @@ class TestWhileItGrows:
             with pytest.raises(ValueError, match="There is no object"):
                 await bucket.read_path("manifests/latest.jsonl")
 
-    async def test_nothing_is_uploaded_before_its_time(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """A short run uploads at its end, or when it is told to."""
+    async def test_nothing_is_uploaded_before_the_interval_ends(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """A short run uploads at its end, or on `flush`."""
         async with ManifestWriter(bucket, RUN, tmp_path) as manifest:
             manifest.append(_record(1))
             await anyio.sleep(0.1)
@@ -343,8 +343,8 @@ class TestWhileItGrows:
             await manifest.flush()
             assert await self._has_uploaded(bucket, [1])
 
-    async def test_the_work_never_waits_and_uploads_never_meet(self, gated: GatedBucket, tmp_path: Path) -> None:
-        """Records are taken while an upload hangs; the next upload waits for it and has them."""
+    async def test_appends_never_wait_and_uploads_never_overlap(self, gated: GatedBucket, tmp_path: Path) -> None:
+        """Records are appended while an upload hangs; the next upload waits for it and includes them."""
         async with ManifestWriter(gated, RUN, tmp_path, upload_every=0.01) as manifest:
             manifest.append(_record(1))
             try:
@@ -362,28 +362,28 @@ class TestWhileItGrows:
             assert len(await _lines(gated)) == 49
         assert gated._most == 1
 
-    async def test_a_failed_upload_is_tried_again_at_its_turn(
+    async def test_a_failed_upload_is_retried_at_the_next_interval(
         self, bucket: ImageBucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """The run goes on meanwhile, and the failure is told in the log."""
+        """The run continues, and the failure is logged."""
         later = bucket.model_copy(update={"bucket_name": f"later-{bucket.prefix}"})
         with caplog.at_level(logging.WARNING):
             async with ManifestWriter(later, RUN, tmp_path, upload_every=0.05) as manifest:
                 manifest.append(_record(1))
 
-                async def told() -> bool:
+                async def is_logged() -> bool:
                     return bool(caplog.messages)
 
-                await _until(told)
-                assert "The manifest is not uploaded for now, and will be later." in caplog.messages[0]
+                await _until(is_logged)
+                assert "The manifest could not be uploaded; the upload will be retried." in caplog.messages[0]
                 manifest.append(_record(2))
                 await asyncio.to_thread(lambda: bucket.get_client().create_bucket(Bucket=later.bucket_name))
                 await _until(lambda: self._has_uploaded(later, [1, 2]))
 
-    async def test_the_last_failure_is_raised(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """With the place of the manifest that is whole."""
+    async def test_a_failure_of_the_last_upload_is_raised(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """The error has the path of the complete local manifest."""
         nowhere = bucket.model_copy(update={"bucket_name": "nowhere"})
-        with pytest.raises(BucketMissing, match=f"The whole manifest is in .*{RUN}.jsonl") as failure:
+        with pytest.raises(BucketMissing, match=f"The complete manifest is in .*{RUN}.jsonl") as failure:
             await _write(nowhere, tmp_path, _record(1))
         assert failure.value.fatal
         assert len(list(read_manifest(tmp_path / f"{RUN}.jsonl"))) == 1
@@ -391,7 +391,7 @@ class TestWhileItGrows:
     async def test_the_runs_own_error_comes_first(
         self, bucket: ImageBucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """The manifest is closed all the same; where that fails too, the log has it."""
+        """The manifest is still closed; a failure to do so is logged."""
         with pytest.raises(RuntimeError, match="the run broke"):
             await self._break(bucket, tmp_path / "1")
         assert [line["row"] for line in await _lines(bucket, "manifests/latest.jsonl")] == [1]
@@ -403,7 +403,7 @@ class TestWhileItGrows:
     async def test_a_cancelled_run_closes_its_manifest(
         self, bucket: ImageBucket, tmp_path: Path, *, native: bool
     ) -> None:
-        """Whole and in order, then the cancellation goes on."""
+        """Complete and in order; the cancellation then continues."""
 
         async def work() -> None:
             async with ManifestWriter(bucket, RUN, tmp_path) as manifest:
@@ -455,12 +455,12 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 class TestKilled:
-    """What a run that was killed leaves."""
+    """Manifests of killed runs and full disks."""
 
-    async def test_a_killed_writer_leaves_whole_records_in_both_places(
+    async def test_a_killed_writer_leaves_complete_records_locally_and_in_the_bucket(
         self, sandbox: RunningSandbox, bucket: ImageBucket, tmp_path: Path
     ) -> None:
-        """After kill -9 the file and the object can be read, nothing else is left, and the run can go on."""
+        """After kill -9 the file and the object can be read, no other file is left, and the run can be continued."""
         path = tmp_path / f"{RUN}.jsonl"
         process = await anyio.open_process(
             [sys.executable, "-c", _KILLED, str(tmp_path), bucket.uri],
@@ -481,60 +481,60 @@ class TestKilled:
                 await _until(is_under_way)
             finally:
                 process.kill()
-        kept, uploaded = list(read_manifest(path)), await _lines(bucket)
-        assert [line["row"] for line in kept] == list(range(1, len(kept) + 1))
-        assert kept[: len(uploaded)] == uploaded
+        local, uploaded = list(read_manifest(path)), await _lines(bucket)
+        assert [line["row"] for line in local] == list(range(1, len(local) + 1))
+        assert local[: len(uploaded)] == uploaded
         assert len(uploaded) >= 200
         assert list(tmp_path.iterdir()) == [path]
-        await _write(bucket, tmp_path, _record(len(kept) + 1))
-        assert [line["row"] for line in await _lines(bucket)] == list(range(1, len(kept) + 2))
+        await _write(bucket, tmp_path, _record(len(local) + 1))
+        assert [line["row"] for line in await _lines(bucket)] == list(range(1, len(local) + 2))
 
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
     @given(data=st.data())
-    def test_a_file_torn_anywhere_is_read_up_to_there(self, tmp_path: Path, data: st.DataObject) -> None:
-        """All records that are whole, and once it is mended others can follow."""
+    def test_a_file_cut_off_anywhere_is_read_up_to_there(self, tmp_path: Path, data: st.DataObject) -> None:
+        """All complete records are read, and after the repair more can be appended."""
         written = b"".join(map(_line, range(1, 5)))
         place = data.draw(st.integers(0, len(written)))
         path = tmp_path / f"{RUN}.jsonl"
         path.write_bytes(written[:place])
-        whole = written[: place + 1].count(b"\n")  # a record is whole where its line break alone is missing
-        assert [record["row"] for record in read_manifest(path)] == list(range(1, whole + 1))
+        complete = written[: place + 1].count(b"\n")  # a record is complete where only its line break is missing
+        assert [record["row"] for record in read_manifest(path)] == list(range(1, complete + 1))
 
         repair_last_line(path)
         with path.open("ab") as file:
             file.write(_line(9))
-        assert [record["row"] for record in read_manifest(path)] == [*range(1, whole + 1), 9]
+        assert [record["row"] for record in read_manifest(path)] == [*range(1, complete + 1), 9]
 
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
     @given(content=st.binary(max_size=200))
-    def test_whatever_is_in_the_file_is_records_or_a_table_error(self, tmp_path: Path, content: bytes) -> None:
-        """Nothing else is raised."""
+    def test_any_content_is_records_or_a_table_error(self, tmp_path: Path, content: bytes) -> None:
+        """No other exception is raised."""
         path = tmp_path / "manifest.jsonl"
         path.write_bytes(content)
         with suppress(TableError):
             list(read_manifest(path))
 
-    async def test_a_full_disk_leaves_whole_records(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """The error names the folder; the record before is the last, and later ones fit when there is room again."""
-        kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async def test_a_full_disk_leaves_complete_records(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """The error has the path; the file ends with a complete record, and can grow once there is space again."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         async with ManifestWriter(bucket, RUN, tmp_path) as manifest:
             manifest.append(_record(1))
             try:
                 for room in (10, 0):
                     size = manifest.path.stat().st_size
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, kept[1]))
-                    with pytest.raises(ManifestUnwritable, match=f"{RUN}.jsonl can't be written .*make room"):
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, limits[1]))
+                    with pytest.raises(ManifestUnwritable, match=f"{RUN}.jsonl can't be written .*free space"):
                         manifest.append(_record(2))
                     assert manifest.path.stat().st_size == size
             finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             manifest.append(_record(3))
         assert [line["row"] for line in await _lines(bucket)] == [1, 3]
 
-    async def test_an_unwritable_folder_is_told_at_once(self, bucket: ImageBucket, tmp_path: Path) -> None:
+    async def test_an_unwritable_folder_is_reported_at_once(self, bucket: ImageBucket, tmp_path: Path) -> None:
         """Before anything is paid for."""
         (tmp_path / "file").write_text("")
-        with pytest.raises(ManifestUnwritable, match="choose another"):
+        with pytest.raises(ManifestUnwritable, match="use another folder"):
             await _write(bucket, tmp_path / "file")
 
 
@@ -542,8 +542,8 @@ class TestLongRuns:
     """Ten thousand rows."""
 
     async def test_memory_stays_flat(self, bucket: ImageBucket, tmp_path: Path) -> None:
-        """10,000 records cost the index and a batch of columns, a small part of what they hold themselves."""
-        await bucket.check()  # boto3's own descriptions of S3 are 12 MB
+        """10,000 records take the memory of the row index and one batch of columns, under 8 MB."""
+        await bucket.check()  # loads boto3's own descriptions of S3, 12 MB
         template = _record(1)
         tracemalloc.start()
         try:
