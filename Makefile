@@ -7,12 +7,6 @@ export UV_SYSTEM_CERTS ?= true
 RUN := .venv/bin/python
 READY := .venv/.ready
 
-# The modules that define the public names, and `errors`.
-PUBLIC := $(addprefix flux_prefect.,tasks pipeline steps inline credentials cache_policies seeds settings errors \
-	api.client api.downloads api.models bucket.image_bucket host.locks host.spool money.budget \
-	tables.table tables.templates manifest.plan manifest.records manifest.report \
-	flows.publish_image flows.publish_batch flows.publish_sharded flows.publish_daily flows.backfill \
-	flows.sweep_seeds flows.audit_bucket sandbox.launching sandbox.control)
 REFERENCE := build/reference
 
 .DEFAULT_GOAL := help
@@ -40,7 +34,8 @@ bench: $(READY) ## Measure time, memory and CPU (ten to fifteen minutes); ARGS=-
 
 reference: $(READY) ## Build the API reference in build/reference/index.html
 	@$(RUN) -m pdoc --docformat google --no-show-source --template-directory .pdoc \
-		--output-directory $(REFERENCE) $(PUBLIC)
+		--output-directory $(REFERENCE) \
+		$$($(RUN) -c "from flux_prefect import _MODULES; print('flux_prefect.errors', *sorted(set(_MODULES.values())))")
 
 screenshots: $(READY) ## Take the screenshots of the documentation again; needs Chromium
 	@PYTHONPATH=tests $(RUN) -m browser.screenshots
