@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
     from flux_prefect.cache_policies import PromptSeedCachePolicy
     from flux_prefect.credentials import AimlApiCredentials
+    from flux_prefect.custody import CallOutcome
     from flux_prefect.flows.audit_bucket import AuditedImage, AuditReport, audit_bucket
     from flux_prefect.flows.backfill import BackfillReport, DayOutcome, backfill
     from flux_prefect.flows.publish_batch import publish_batch
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox
     from flux_prefect.seeds import draw_day_seed, draw_seed, with_seed
     from flux_prefect.settings import FluxSettings, current_settings
-    from flux_prefect.steps import CallOutcome
     from flux_prefect.tables.table import Row, Table, open_table, read_table
     from flux_prefect.tables.templates import ImageSettings
     from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3
@@ -173,7 +173,7 @@ _OWNERS = {
     "sandbox.launching": ("RunningSandbox", "start_sandbox"),
     "seeds": ("draw_day_seed", "draw_seed", "with_seed"),
     "settings": ("FluxSettings", "current_settings"),
-    "steps": ("CallOutcome",),
+    "custody": ("CallOutcome",),
     "tables.table": ("Row", "Table", "open_table", "read_table"),
     "tables.templates": ("ImageSettings",),
     "tasks": ("download_image", "find_published", "generate_image", "upload_to_s3"),

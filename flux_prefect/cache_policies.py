@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefect.cache_policies import CachePolicy
@@ -14,7 +14,6 @@ from prefect.transactions import IsolationLevel
 
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.host.locks import HostLockManager
 
 __all__ = ["GENERATION", "IMAGE", "PromptSeedCachePolicy"]
 
@@ -28,8 +27,8 @@ class PromptSeedCachePolicy(CachePolicy):
     not cached. A task with a `Generation` argument (a later step) is keyed by that generation's fingerprint
     and, where it has one, by its `index` argument.
 
-    Unless told otherwise SERIALIZABLE over a lock that dies with its holder: the same key at the same time is computed
-    once on a host.
+    READ_COMMITTED, without a lock: the step itself takes turns on a host (`custody.obtain`). A SERIALIZABLE transaction
+    inside another task holds its lock until that task ends, so that the same request twice in one task waits for ever.
 
     Args:
         step: what the task makes of the request. Two tasks with different results need different steps.
@@ -44,8 +43,8 @@ class PromptSeedCachePolicy(CachePolicy):
     """
 
     step: str = "generation"
-    isolation_level: Literal["READ_COMMITTED", "SERIALIZABLE"] | IsolationLevel | None = IsolationLevel.SERIALIZABLE
-    lock_manager: LockManager | None = field(default_factory=HostLockManager)
+    isolation_level: Literal["READ_COMMITTED", "SERIALIZABLE"] | IsolationLevel | None = IsolationLevel.READ_COMMITTED
+    lock_manager: LockManager | None = None
     key_storage: WritableFileSystem | str | Any = None
 
     def compute_key(
@@ -74,5 +73,4 @@ def _one(inputs: dict[str, Any], kind: type[Any]) -> Any:
 
 
 GENERATION = PromptSeedCachePolicy(step="generation")
-IMAGE = PromptSeedCachePolicy(step="picture", isolation_level=IsolationLevel.READ_COMMITTED, lock_manager=None)
-"""Without a lock: to fetch an image twice at the same time costs no credits, and either file is whole."""
+IMAGE = PromptSeedCachePolicy(step="picture")

@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 from typing_extensions import TypeVarTuple, Unpack
 
-__all__ = ["for_each", "limit_threads", "run_in_thread"]
+__all__ = ["for_each", "limit_threads", "run_in_thread", "run_to_end"]
 
 _R = TypeVar("_R")
 _Item = TypeVar("_Item")
@@ -46,6 +46,22 @@ async def run_in_thread(work: Callable[[Unpack[_Args]], _R], *args: Unpack[_Args
     limit = _limit.get()
     limiter = limit[1] if limit is not None and limit[0] is asyncio.get_running_loop() else None
     return await anyio.to_thread.run_sync(work, *args, limiter=limiter)
+
+
+async def run_to_end(work: Callable[[Unpack[_Args]], _R], *args: Unpack[_Args]) -> _R:
+    """What `work` returns and raises, run in a thread and awaited to its end although the caller is cancelled.
+
+    The thread has its work before anything is awaited. For what must not be lost: the cancellation goes on afterwards.
+    """
+    with anyio.CancelScope(shield=True):
+        # A task's own `cancel` passes the shield, so the future has one of its own.
+        working = asyncio.get_running_loop().run_in_executor(None, work, *args)
+        try:
+            await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await asyncio.wait([working])
+            raise
+    return working.result()
 
 
 async def for_each(items: Iterable[_Item], work: Callable[[_Item], Awaitable[None]], *, at_once: int) -> None:

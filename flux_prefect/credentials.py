@@ -23,6 +23,7 @@ from flux_prefect.api.client import AimlApiClient, Timeouts
 from flux_prefect.api.models import normalize_endpoint
 from flux_prefect.api.pacing import shared_pacer
 from flux_prefect.errors import NotSent
+from flux_prefect.settings import current_settings
 
 __all__ = ["DEFAULT_BASE_URL", "AimlApiCredentials"]
 
@@ -138,6 +139,7 @@ class AimlApiCredentials(CredentialsBlock):
 
         All clients of a process share the in-flight limit of their endpoint.
         """
+        settings = current_settings()
         return AimlApiClient(
             api_key=self.api_key,
             base_url=self.base_url,
@@ -148,6 +150,8 @@ class AimlApiCredentials(CredentialsBlock):
                 pacing=self.pacing_timeout,
                 download=self.download_timeout,
                 download_read=min(_STALL_SECONDS, self.download_timeout),
+                url_settling=settings.url_settling_seconds,
+                url_life=settings.url_life_seconds,
             ),
             pacer=shared_pacer(self.base_url, self.max_in_flight),
             gate=nullcontext if self.concurrency_limit is None else partial(_take_slot, self.concurrency_limit),

@@ -6,6 +6,7 @@
     │   ├── AnswerLost                  sent, and no whole answer came back: possibly billed
     │   ├── InvalidResponse             a 2xx answer that is not what the API describes
     │   ├── EmptyGeneration             a 2xx answer without the image asked for
+    │   ├── RepeatLimitReached          answers to this request were lost too often to send it again
     │   └── StatusError                 an answer with an error status
     │       ├── RequestRefused          400, 413, 422 and any other 4xx: the request itself
     │       ├── AuthenticationFailed    401
@@ -18,6 +19,7 @@
     │           └── GenerationTimedOut  408, 504, 520 to 527: possibly billed
     ├── DownloadError                   fetching an image that was paid for
     │   ├── ImageGone                   its URL is dead
+    │   ├── DownloadRefused             refused although the URL is young: by a proxy, a firewall, a region
     │   ├── DownloadInterrupted         cut, stalled or refused for now
     │   ├── NotAnImage                  the bytes are no image, or do not decode
     │   ├── UnexpectedFormat            a good image in another format than asked for
@@ -35,6 +37,7 @@
     ├── LeaseLost                       another machine may hold the lease by now
     ├── SpoolUnwritable                 the spool folder can't be written
     ├── SpoolUnreadable                 a record of the spool can't be read now
+    ├── ResultStoreUnreadable           Prefect's result storage can't be read
     ├── ManifestUnwritable              the manifest's local file can't be written
     ├── InvalidSettings                 an environment variable has an unusable value
     ├── TableError                      the table as a whole can't be read
@@ -83,6 +86,7 @@ __all__ = [
     "ContentFlagged",
     "DownloadError",
     "DownloadInterrupted",
+    "DownloadRefused",
     "EmptyGeneration",
     "FluxError",
     "GenerationTimedOut",
@@ -101,7 +105,9 @@ __all__ = [
     "OutOfCredits",
     "RateLimited",
     "RepairImpossible",
+    "RepeatLimitReached",
     "RequestRefused",
+    "ResultStoreUnreadable",
     "RunStopped",
     "ServerFailed",
     "ServiceBusy",
@@ -232,6 +238,15 @@ class EmptyGeneration(ServiceError):
     billed = Billed.UNKNOWN
 
 
+class RepeatLimitReached(ServiceError):
+    """Answers to this request were lost as often as `FLUX_PREFECT_REPEAT_UNKNOWN` allows. Nothing was sent.
+
+    `billed` is that of the calls before: possibly billed.
+    """
+
+    billed = Billed.UNKNOWN
+
+
 class StatusError(ServiceError):
     """An answer with an error status.
 
@@ -304,6 +319,10 @@ class DownloadError(FluxError):
 
 class ImageGone(DownloadError):
     """The image's URL is dead, or its inline bytes are no longer in the spool."""
+
+
+class DownloadRefused(DownloadError):
+    """The host, or a proxy on the way, refused the image although its URL is young. Nothing is paid again for it."""
 
 
 class DownloadInterrupted(DownloadError):
@@ -398,6 +417,12 @@ class SpoolUnreadable(FluxError):
     """A record may exist and can't be read now. Nothing may be paid for what it may hold."""
 
     retryable = True
+
+
+class ResultStoreUnreadable(FluxError):
+    """Prefect's result storage can't be read, and may hold what was paid for. Nothing was sent."""
+
+    fatal = True
 
 
 class ManifestUnwritable(FluxError):

@@ -17,22 +17,80 @@ from typing import Any, ParamSpec, TypeVar, cast
 from uuid import UUID, uuid4
 
 import anyio
-from prefect.cache_policies import CachePolicy
+from prefect.cache_policies import NO_CACHE, CachePolicy
 from prefect.client.schemas.objects import TaskRun
 from prefect.context import TaskRunContext
 from prefect.exceptions import MissingContextError
 from prefect.filesystems import LocalFileSystem, NullFileSystem
 from prefect.logging import get_run_logger
 from prefect.results import ResultStore, get_result_store
+from prefect.settings import get_current_settings
 from prefect.states import Failed
 from prefect.tasks import Task
+from prefect.transactions import get_transaction
 
 from flux_prefect.concurrency import run_in_thread
+from flux_prefect.errors import FluxError, ResultStoreUnreadable
 
-__all__ = ["StepRun", "current_step", "run_inline"]
+__all__ = ["StepResults", "StepRun", "current_step", "run_inline"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+_ABSENT_CODES = {"NoSuchKey", "404", "NotFound"}
+
+
+@dataclass
+class StepResults:
+    """The place of one step's result in Prefect's result storage.
+
+    Attributes:
+        store: Of the task.
+        key: The step's cache key.
+        holder: Who holds the key's lock, where the policy has one.
+        written: Whether the step itself has stored its result.
+    """
+
+    store: ResultStore
+    key: str
+    holder: str
+    written: bool = False
+
+    async def read(self) -> Any:
+        """The result, or None where there is none, it has expired, or its record is broken.
+
+        Prefect itself takes a storage that can't be read for one that holds nothing.
+
+        Raises:
+            ResultStoreUnreadable: the storage can't be read.
+        """
+        if self.store.metadata_storage is not None or self.store.result_storage is None:
+            found = await self.store.aexists(self.key)
+            return (await self.store.aread(self.key, self.holder)).result if found else None
+        try:
+            content: Any = self.store.result_storage.read_path(self.key)
+            if inspect.isawaitable(content):
+                content = await content
+        except Exception as error:
+            if _is_absence(error):
+                return None
+            raise ResultStoreUnreadable(
+                f"Prefect's result storage can't be read ({type(error).__name__}: {error}). It may hold what was paid "
+                "for, so nothing was sent. Correct PREFECT_DEFAULT_RESULT_STORAGE_BLOCK or the block's keys, or its "
+                "network, then run again."
+            ) from error
+        if not content:
+            return None
+        found = await self.store.aexists(self.key)  # a broken or expired record is none: it is made anew
+        return (await self.store.aread(self.key, self.holder)).result if found else None
+
+    async def write(self, result: Any) -> None:
+        """Store the result. A storage that does not take it is logged, as the engine does: the step has succeeded."""
+        try:
+            await _write(self.store, self.key, self.holder, result)
+            self.written = True
+        except Exception:  # noqa: BLE001 - see above
+            _logger().exception("The result could not be stored under %s; the work goes on with it", self.key)
 
 
 @dataclass(frozen=True)
@@ -48,6 +106,7 @@ class StepRun:
     refresh: bool = False
     news: int = logging.INFO
     id: UUID = field(default_factory=uuid4)
+    results: StepResults | None = None
 
 
 _inline: ContextVar[StepRun | None] = ContextVar("inline", default=None)
@@ -61,7 +120,24 @@ def current_step() -> StepRun:
     context = TaskRunContext.get()
     if context is None:
         return StepRun()
-    return StepRun(refresh=bool(context.task.refresh_cache), id=context.task_run.id)
+    return StepRun(refresh=_refreshes(context.task), id=context.task_run.id, results=_results_of(context.task))
+
+
+def _refreshes(task: Task[Any, Any]) -> bool:
+    """Whether a task is to be done anew, by its own option or, where it has none, by Prefect's setting."""
+    if task.refresh_cache is not None:
+        return bool(task.refresh_cache)
+    return bool(get_current_settings().tasks.refresh_cache)
+
+
+def _results_of(task: Task[Any, Any]) -> StepResults | None:
+    transaction = get_transaction()
+    if transaction is None or task.cache_policy == NO_CACHE:
+        return None
+    store, key = transaction.store, transaction.key
+    if store is None or key is None or store.lock_manager is not None:  # under a lock Prefect itself has looked
+        return None
+    return StepResults(store, key, holder=uuid4().hex)
 
 
 async def run_inline(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -84,15 +160,16 @@ async def run_inline(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **
         await publish_without_task_runs()
         ```
     """
-    step = StepRun(refresh=bool(task.refresh_cache), news=logging.DEBUG)
     parameters = _bind(task.fn, args, kwargs)
     key = _key(task, parameters)
+    results = None if key is None else StepResults(await _store(task), key, holder=uuid4().hex)
+    step = StepRun(refresh=_refreshes(task), news=logging.DEBUG, results=results)
     for failures in itertools.count():
         token = _inline.set(step)
         try:
-            if key is None:
+            if results is None:
                 return await task.fn(*args, **kwargs)
-            return await _through_cache(task, key, step, parameters)
+            return await _through_cache(task, results, step, parameters)
         except Exception as error:
             if failures >= task.retries or not await _is_worth_repeating(task, step, error):
                 raise
@@ -107,24 +184,31 @@ async def run_inline(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **
 
 
 async def _through_cache(
-    task: Task[Any, Coroutine[Any, Any, _R]], key: str, step: StepRun, parameters: dict[str, Any]
+    task: Task[Any, Coroutine[Any, Any, _R]], results: StepResults, step: StepRun, parameters: dict[str, Any]
 ) -> _R:
-    store = await _store(task)
-    holder = step.id.hex
+    store, key = results.store, results.key
+    holder = results.holder
     if store.lock_manager is not None:
         await store.aacquire_lock(key, holder)
     try:
         if not step.refresh and await store.aexists(key):
             return cast("_R", (await store.aread(key, holder)).result)
         result = await task.fn(**parameters)
-        try:
-            await _write(store, key, holder, result)
-        except Exception:  # noqa: BLE001 - as the engine does: the step itself has succeeded
-            _logger().exception("The result of %s could not be kept; the work goes on with it", task.name)
+        if not results.written:
+            await results.write(result)
         return result
     finally:
         if store.lock_manager is not None:
             store.release_lock(key, holder)
+
+
+def _is_absence(error: Exception) -> bool:
+    """Whether a storage means that there is no such object: by ValueError as Prefect's own do, or as boto3 does."""
+    if isinstance(error, (ValueError, FileNotFoundError, KeyError)):
+        return not isinstance(error, FluxError)
+    response = getattr(error, "response", None)
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return code in _ABSENT_CODES
 
 
 async def _write(store: ResultStore, key: str, holder: str, result: Any) -> None:

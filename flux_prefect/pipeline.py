@@ -18,6 +18,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases
 from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.custody import CallOutcome, metered
 from flux_prefect.errors import (
     Billed,
     BucketError,
@@ -31,7 +32,6 @@ from flux_prefect.errors import (
 )
 from flux_prefect.host.locks import HostLockManager
 from flux_prefect.host.spool import ImageFile, PaidCall, Spool
-from flux_prefect.steps import CallOutcome, metered
 from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3
 
 __all__ = [
@@ -284,7 +284,9 @@ class _Producer:
             if gone and not production.paid_for(generation):
                 wanted = gone
                 production.regenerated = True
-                generation = await self.run(_GENERATE_AGAIN, production.request, self.credentials)
+                generation = await self.run(
+                    _GENERATE_AGAIN, production.request, self.credentials, generation.client_request_id
+                )
                 await self._deliver_all(generation, gone)
         except Exception as error:  # noqa: BLE001 - of a generation, so of all its images
             self._fail(wanted, error)

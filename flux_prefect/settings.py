@@ -68,8 +68,19 @@ class FluxSettings(BaseSettings):
     repeat_unknown: _Count = Field(
         default=1,
         description=(
-            "How often a paid call whose answer was lost is sent again in one task run. "
+            "How often a request is sent again after its answers were lost, over all retries and runs of this host. "
             "Each repetition may pay a second time."
+        ),
+    )
+    url_settling_seconds: _Amount = Field(
+        default=10,
+        description="Seconds after an answer in which an image's URL that answers 404 is asked again instead of dead.",
+    )
+    url_life_seconds: _Amount = Field(
+        default=600,
+        description=(
+            "Seconds after an answer in which an image's URL counts as alive although a host or a proxy refuses it. "
+            "Nothing is paid again for a URL that is alive."
         ),
     )
     grace_seconds: _Amount = Field(

@@ -14,7 +14,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.tasks import Task
 
-from flux_prefect import steps
+from flux_prefect import custody
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
@@ -23,7 +23,7 @@ from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import Billed, FluxError, ServiceError
 from flux_prefect.host.spool import ImageFile, Spool
 from flux_prefect.inline import current_step
-from flux_prefect.settings import current_settings, settings_at_import
+from flux_prefect.settings import settings_at_import
 
 __all__ = ["download_image", "find_published", "generate_image", "is_worth_repeating", "upload_to_s3"]
 
@@ -32,24 +32,19 @@ _SETTINGS = settings_at_import()
 
 def is_worth_repeating(
     task: Task[Any, Any],  # noqa: ARG001 - the error alone decides
-    task_run: TaskRun,
+    task_run: TaskRun,  # noqa: ARG001 - as above
     state: State[Any],
 ) -> bool:
     """Whether Prefect should run a failed step again.
 
-    Yes for a passing failure that was not billed. A call that may have been billed is repeated at most
-    `FLUX_PREFECT_REPEAT_UNKNOWN` times in one task run. An image that was paid for is fetched again
-    without being paid for again.
+    Yes for a passing failure that was not billed. A request whose answer was lost is sent again as often as
+    `FLUX_PREFECT_REPEAT_UNKNOWN` allows, over all retries and runs of the host. An image that was paid for is fetched
+    again without being paid for again.
     """
     error = state.data
     if not isinstance(error, FluxError) or not error.retryable:
         return False
-    if not isinstance(error, ServiceError) or error.billed is Billed.NO:
-        return True
-    if error.billed is Billed.YES:
-        return False
-    lost = [call for call in Spool().open_calls() if call.task_run_id == str(task_run.id)]
-    return len(lost) <= current_settings().repeat_unknown
+    return not isinstance(error, ServiceError) or error.billed is not Billed.YES
 
 
 @task(
@@ -89,7 +84,9 @@ async def find_published(
     retry_delay_seconds=_SETTINGS.retry_delay_seconds,
     retry_condition_fn=is_worth_repeating,
 )
-async def generate_image(request: ImageRequest, credentials: AimlApiCredentials) -> Generation:
+async def generate_image(
+    request: ImageRequest, credentials: AimlApiCredentials, replacing: str | None = None
+) -> Generation:
     """Generate an image: one paid call, cached on prompt + seed (see `PromptSeedCachePolicy`).
 
     The same request at the same time is paid for once on a host. An answer that was paid for and that Prefect's
@@ -107,15 +104,12 @@ async def generate_image(request: ImageRequest, credentials: AimlApiCredentials)
         ```
     """
     logger = get_run_logger()
-    spool = Spool()
     step = current_step()
-    if not step.refresh:
-        kept = steps.recover(request, credentials.base_url, spool)
-        if kept is not None:
-            logger.info("Paid for on %s already: taken from the spool, nothing sent.", kept.created_at)
-            return kept
+    order = custody.Order(refresh=step.refresh, replacing=replacing, task_run_id=str(step.id))
     async with credentials.open_client() as client:
-        generation = await steps.generate(request, client, spool, task_run_id=str(step.id))
+        generation, paid = await custody.obtain(request, client, Spool(), order, step.results)
+    if not paid:
+        logger.info("Paid for on %s already: nothing sent.", generation.created_at)
     if request.seed is not None and generation.reported_seed not in {None, request.seed}:
         logger.warning(
             "The service reports seed %s for a request with seed %s: the image may not come out the same again.",
@@ -153,7 +147,7 @@ async def download_image(generation: Generation, credentials: AimlApiCredentials
         ```
     """
     async with credentials.open_client() as client:
-        return await steps.download(generation, index, client, Spool())
+        return await custody.download(generation, index, client, Spool())
 
 
 @task(

@@ -25,6 +25,7 @@ os.environ |= {
     "FLUX_PREFECT_LOCKS": str(_HOME / "locks"),
     "FLUX_PREFECT_SPOOL": str(_HOME / "spool"),
     "FLUX_PREFECT_RETRY_DELAY_SECONDS": "[0]",
+    "FLUX_PREFECT_URL_SETTLING_SECONDS": "0",
     "AWS_CONFIG_FILE": str(_HOME / "no-aws-config"),
     "AWS_SHARED_CREDENTIALS_FILE": str(_HOME / "no-aws-credentials"),
     "AWS_EC2_METADATA_DISABLED": "true",

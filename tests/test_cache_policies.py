@@ -160,19 +160,21 @@ DUPLICATES: list[Callable[[PromptSeedCachePolicy], PromptSeedCachePolicy]] = [
 
 
 @pytest.mark.parametrize("duplicate", [lambda policy: policy, *DUPLICATES])
-def test_a_policy_is_serializable_over_a_lock_that_dies_with_its_holder(
-    duplicate: Callable[[PromptSeedCachePolicy], PromptSeedCachePolicy],
-) -> None:
-    """It keeps step, isolation and locks, also in the copies that Prefect makes of it."""
+def test_a_policy_holds_no_lock(duplicate: Callable[[PromptSeedCachePolicy], PromptSeedCachePolicy]) -> None:
+    """A lock of a nested transaction is held until the enclosing task ends: custody takes turns instead."""
     policy = duplicate(GENERATION)
-    assert policy.isolation_level is IsolationLevel.SERIALIZABLE
-    assert isinstance(policy.lock_manager, HostLockManager)
+    assert policy.isolation_level is IsolationLevel.READ_COMMITTED
+    assert policy.lock_manager is None
     assert _key(policy, request=REQUEST, credentials=ACCOUNT) == _key(request=REQUEST, credentials=ACCOUNT)
 
 
-def test_a_copy_excludes_the_original() -> None:
-    """Tasks with copies of one policy still wait for each other."""
-    one, other = GENERATION.lock_manager, copy.deepcopy(GENERATION).lock_manager
+@pytest.mark.parametrize("duplicate", DUPLICATES)
+def test_a_copy_excludes_the_original(
+    duplicate: Callable[[PromptSeedCachePolicy], PromptSeedCachePolicy],
+) -> None:
+    """Tasks of one's own with copies of one SERIALIZABLE policy still wait for each other."""
+    policy = GENERATION.configure(isolation_level=IsolationLevel.SERIALIZABLE, lock_manager=HostLockManager())
+    one, other = policy.lock_manager, duplicate(policy).lock_manager
     assert one is not None
     assert other is not None
     one.acquire_lock("test_a_copy_excludes", "holder")
@@ -183,8 +185,8 @@ def test_a_copy_excludes_the_original() -> None:
 def test_it_can_be_configured() -> None:
     """Another isolation level or lock manager replaces the policy's own, in a copy."""
     manager = HostLockManager()
-    policy = GENERATION.configure(isolation_level=IsolationLevel.READ_COMMITTED, lock_manager=manager)
-    assert policy.isolation_level is IsolationLevel.READ_COMMITTED
-    assert GENERATION.isolation_level is IsolationLevel.SERIALIZABLE
+    policy = GENERATION.configure(isolation_level=IsolationLevel.SERIALIZABLE, lock_manager=manager)
+    assert policy.isolation_level is IsolationLevel.SERIALIZABLE
+    assert GENERATION.isolation_level is IsolationLevel.READ_COMMITTED
     assert policy.lock_manager is manager
     assert _key(policy, request=REQUEST, credentials=ACCOUNT) == _key(request=REQUEST, credentials=ACCOUNT)

@@ -24,7 +24,7 @@ ALL = sorted(
     (kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, FluxError)),
     key=lambda kind: kind.__name__,
 )
-UNSURE = {"AnswerLost", "InvalidResponse", "EmptyGeneration", "GenerationTimedOut"}
+UNSURE = {"AnswerLost", "InvalidResponse", "EmptyGeneration", "GenerationTimedOut", "RepeatLimitReached"}
 
 
 def _make(kind: type[FluxError]) -> FluxError:
@@ -84,6 +84,7 @@ def test_only_what_stops_every_call_is_fatal() -> None:
         "ImageUnwritable",
         "ManifestUnwritable",
         "OutOfCredits",
+        "ResultStoreUnreadable",
         "RunStopped",
         "ShardSuperseded",
         "SpoolUnwritable",

@@ -19,10 +19,12 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.tasks import Task
+from prefect.transactions import IsolationLevel
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.cache_policies import GENERATION
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.host.locks import HostLockManager
 from flux_prefect.inline import current_step, run_inline
 from flux_prefect.pipeline import StepRunner, run_as_task
 from flux_prefect.sandbox.launching import RunningSandbox
@@ -33,6 +35,10 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 BOTH_WAYS = pytest.mark.parametrize(
     ("first", "then"), [(run_as_task, run_inline), (run_inline, run_as_task)], ids=["kept-by-a-run", "kept-inline"]
 )
+
+
+LOCKED = GENERATION.configure(isolation_level=IsolationLevel.SERIALIZABLE, lock_manager=HostLockManager())
+"""A policy as somebody may configure it for a task of their own."""
 
 
 class Counted:
@@ -52,7 +58,7 @@ class Counted:
         self.task = task(
             **{
                 "name": "counted",
-                "cache_policy": GENERATION,
+                "cache_policy": LOCKED,
                 "persist_result": True,
                 "result_serializer": "json",
                 "cache_result_in_memory": False,
@@ -210,7 +216,7 @@ class TestCache:
         storage.unlink()
 
         assert result["done"] == 1
-        assert "The result of counted could not be kept" in caplog.text
+        assert "The result could not be stored" in caplog.text
 
 
 class TestLocks:

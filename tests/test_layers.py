@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("host",),
     ("credentials", "bucket"),
     ("blocks", "cache_policies", "money"),
-    ("steps",),
+    ("custody",),
     ("tasks",),
     ("pipeline",),
     ("tables",),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import random
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -24,6 +23,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from typing_extensions import Self
 
+from flux_prefect.api.answers import RawAnswer, read_answer, read_json
 from flux_prefect.api.downloads import DownloadedImage, Downloader
 from flux_prefect.api.error_responses import parse_error_response
 from flux_prefect.api.models import (
@@ -35,7 +35,6 @@ from flux_prefect.api.models import (
     LogEntry,
     OutputFormat,
     normalize_endpoint,
-    parse_generation,
     parse_log,
 )
 from flux_prefect.api.pacing import Pacer, PacingTimeout
@@ -102,6 +101,12 @@ class Timeouts(BaseModel):
     )
     download_read: float = Field(default=60, gt=0, allow_inf_nan=False, description="Between two pieces of an image.")
     download: float = Field(default=300, gt=0, allow_inf_nan=False, description="For one image in all.")
+    url_settling: float = Field(
+        default=10, ge=0, allow_inf_nan=False, description="After delivery, in which a 404 may pass."
+    )
+    url_life: float = Field(
+        default=600, ge=0, allow_inf_nan=False, description="After delivery, in which a refusal is no death of the URL."
+    )
 
 
 class AimlApiClient:
@@ -163,6 +168,8 @@ class AimlApiClient:
             tls=_tls(),
             timeout=httpx.Timeout(timeouts.connect, read=timeouts.download_read),
             deadline=timeouts.download,
+            url_settling=timeouts.url_settling,
+            url_life=timeouts.url_life,
             max_bytes=max_bytes,
             max_pixels=max_pixels,
             transport=download_transport,
@@ -197,6 +204,7 @@ class AimlApiClient:
         client_request_id: str | None = None,
         before_send: Callable[[], None] | None = None,
         after_refusal: Callable[[], None] | None = None,
+        on_answer: Callable[[RawAnswer], Awaitable[None]] | None = None,
     ) -> Generation:
         """Have images made: one POST, which is paid for.
 
@@ -211,6 +219,7 @@ class AimlApiClient:
                 one where none is given.
             before_send: called right before each time that the POST goes out; what it raises stops the call.
             after_refusal: called right after each time that the service refused it as one too many, before the pause.
+            on_answer: awaited with the body of a success before it is parsed, and before any slot is released.
 
         Raises:
             NotSent: no connection. Not paid.
@@ -232,6 +241,8 @@ class AimlApiClient:
                         if before_send is not None:
                             before_send()
                         answer = await self._post(request, call_id)
+                        if on_answer is not None and answer.succeeded:
+                            await on_answer(RawAnswer.of(answer.body, answer.headers))
                     refusal = self._parse_error(answer, call_id)
                     if not _is_rate_limit(refusal):
                         if answer.status < 500:  # noqa: PLR2004 - a failure of the service proves no capacity
@@ -244,13 +255,11 @@ class AimlApiClient:
                 raise _pacing_timeout(refusal, call_id, time.monotonic() - turn.requested_at, attempt) from None
         if refusal is not None:
             raise refusal
-        return parse_generation(
-            _read_json(answer.body),
-            answer.headers,
+        return read_answer(
+            RawAnswer.of(answer.body, answer.headers),
             request=request,
             endpoint=self.base_url,
             client_request_id=call_id,
-            created_at=datetime.now(timezone.utc),
         )
 
     async def balance(self) -> Balance:
@@ -304,7 +313,9 @@ class AimlApiClient:
             if not fresh or len(page) < LOG_PAGE_ROWS:
                 return
 
-    async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedImage:
+    async def download(
+        self, url: str, destination: Path, *, expected: OutputFormat, delivered_at: datetime | None = None
+    ) -> DownloadedImage:
         """Bring one image into `destination`: the bytes as delivered, whole, checked, and on the disk.
 
         Streams to a file of its own beside it (`….part`), decodes the whole image, then moves it into place at once:
@@ -318,9 +329,11 @@ class AimlApiClient:
             url: from `GeneratedImage.url`.
             destination: the file to write; its folder is made where it is missing.
             expected: the format that was asked for.
+            delivered_at: when the service delivered the URL; None for one of unknown age.
 
         Raises:
-            ImageGone: the URL is dead.
+            ImageGone: the URL is dead: 404 or 410 after its first seconds, or refused after its usual life.
+            DownloadRefused: refused although the URL is young, by a proxy, a firewall or a region.
             DownloadInterrupted: cut, stalled, over `timeouts.download` in all, or refused for now.
             NotAnImage: the bytes are no image, or a cut one.
             UnexpectedFormat: a whole image, in another format.
@@ -330,7 +343,7 @@ class AimlApiClient:
             DownloadError: another refusal, or the disk could not be written.
         """
         self._check_open()
-        return await self._downloader.download(url, destination, expected=expected)
+        return await self._downloader.download(url, destination, expected=expected, delivered_at=delivered_at)
 
     async def _post(self, request: ImageRequest, call_id: str) -> _Answer:
         with self._typed_errors(call_id, self._timeouts.generation):
@@ -350,7 +363,7 @@ class AimlApiClient:
         refusal = self._parse_error(answer, None)
         if refusal is not None:
             raise refusal
-        return _read_json(answer.body)
+        return read_json(answer.body)
 
     async def _send(
         self,
@@ -409,7 +422,7 @@ class AimlApiClient:
             ) from error
 
     def _parse_error(self, answer: _Answer, call_id: str | None) -> StatusError | None:
-        if 200 <= answer.status < 300:  # noqa: PLR2004 - the successes
+        if answer.succeeded:
             return None
         return parse_error_response(
             status=answer.status,
@@ -432,6 +445,10 @@ class _Answer:
     status: int
     headers: httpx.Headers
     body: bytes
+
+    @property
+    def succeeded(self) -> bool:
+        return 200 <= self.status < 300  # noqa: PLR2004 - HTTP
 
 
 @functools.cache
@@ -469,14 +486,6 @@ async def _read_error_body(response: httpx.Response) -> bytes:
             if len(body) > _REFUSAL:
                 break
     return bytes(body[:_REFUSAL])
-
-
-def _read_json(body: bytes) -> Any:
-    """The JSON value, or the text where it is none."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return body.decode("utf-8", errors="replace")
 
 
 def _format_time(moment: datetime) -> str:

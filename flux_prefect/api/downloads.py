@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import os
 import urllib.parse
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import (
     DownloadError,
     DownloadInterrupted,
+    DownloadRefused,
     ImageGone,
     ImageTooLarge,
     ImageUnwritable,
@@ -43,8 +45,11 @@ _MAX_UNWRITTEN = 1024 * 1024  # an image's usual size: written at once then, in 
 _MAX_DOWNLOADS = 8
 """Downloads at once. The HTTP library's work for a request grows with the connections it holds; more bring no more
 bytes a second."""
-_GONE = {403, 404, 410}  # a signed URL that ran out is 403
+_ABSENT, _GONE = 404, {404, 410}
+_EXPIRED = 403  # of a signed URL; the answer of many a proxy as well
+_REFUSED = {401, 403, 407, 451}
 _TRANSIENT = {408, 425, 429}
+_PAUSES = (0.5, 1.0, 2.0)  # before a URL that is not there yet is asked again; the last repeats
 
 
 class DownloadedImage(InspectedImage):
@@ -63,6 +68,8 @@ class Downloader:
         deadline: seconds for one image in all.
         max_bytes: the most bytes of one image.
         max_pixels: the most pixels of one image.
+        url_settling: seconds after its delivery in which a URL that answers 404 is asked again.
+        url_life: seconds after its delivery in which a URL that is refused is not dead.
         transport: takes the place of the network in tests.
     """
 
@@ -75,6 +82,8 @@ class Downloader:
         deadline: float,
         max_bytes: int,
         max_pixels: int,
+        url_settling: float = 10.0,
+        url_life: float = 600.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._rules = AddressRules(endpoint)
@@ -83,6 +92,8 @@ class Downloader:
         self._deadline = deadline
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
+        self._url_settling = url_settling
+        self._url_life = url_life
         self._turns = anyio.Semaphore(_MAX_DOWNLOADS)
         self._transport = transport
         self._transports: dict[str | None, httpx.AsyncBaseTransport] = {}
@@ -94,7 +105,9 @@ class Downloader:
             _, transport = self._transports.popitem()
             await transport.aclose()
 
-    async def download(self, url: str, destination: Path, *, expected: OutputFormat) -> DownloadedImage:
+    async def download(
+        self, url: str, destination: Path, *, expected: OutputFormat, delivered_at: datetime | None = None
+    ) -> DownloadedImage:
         """Bring one image into `destination`: whole, checked, flushed to disk, and moved there at once.
 
         See `AimlApiClient.download`.
@@ -106,7 +119,7 @@ class Downloader:
                 part.write(self._decode(url))
             else:
                 async with self._turns:
-                    await self._fetch(url, part)
+                    await self._fetch(url, part, delivered_at)
             image = await run_in_thread(self._verify, part, expected)
         except NotAnImage as error:
             error.retryable = not inline  # the same bytes would come again
@@ -139,13 +152,19 @@ class Downloader:
             raise self._too_large(f"{len(data):,} bytes")
         return data
 
-    async def _fetch(self, url: str, part: _PartFile) -> None:
+    async def _fetch(self, url: str, part: _PartFile, delivered_at: datetime | None) -> None:
         place = "the image's host"
         try:
             target = httpx.URL(url)
             place = target.host or place
             with anyio.fail_after(self._deadline):
-                await self._follow(target, part)
+                for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
+                    try:
+                        await self._follow(target, part, delivered_at)
+                    except _NotThereYet:
+                        await anyio.sleep(pause)
+                    else:
+                        return
         except httpx.InvalidURL as error:
             raise UnsafeURL(f"The image's URL is no URL: {error}.") from error
         except httpx.HTTPError as error:
@@ -159,18 +178,43 @@ class Downloader:
                 "repeat it, or raise the download time-out."
             ) from error
 
-    async def _follow(self, url: httpx.URL, part: _PartFile) -> None:
+    async def _follow(self, url: httpx.URL, part: _PartFile, delivered_at: datetime | None) -> None:
         for _ in range(1 + MAX_REDIRECTS):
             proxy = self._proxy_for(url)
             await self._rules.check_url(url, proxied=proxy is not None)
             request = httpx.Request("GET", url, headers=_HEADERS, extensions=self._limits)
             async with send(self._transport_by(proxy), request) as response:
                 if not response.has_redirect_location:
-                    _check_status(response, url.host)
+                    self._check_status(response, url.host, delivered_at)
                     await self._receive(response, part, url.host)
                     return
                 url = url.join(response.headers["location"])
         raise UnsafeURL(f"The image's URL redirects more than {MAX_REDIRECTS} times, last to {url.host}.")
+
+    def _check_status(self, response: httpx.Response, host: str, delivered_at: datetime | None) -> None:
+        status = response.status_code
+        if response.is_success:
+            return
+        age = float("inf") if delivered_at is None else (datetime.now(timezone.utc) - delivered_at).total_seconds()
+        if status == _ABSENT and age < self._url_settling:
+            raise _NotThereYet
+        if status in _GONE or (status == _EXPIRED and age >= self._url_life):
+            raise ImageGone(
+                f"The image's URL is dead: {host} answered {status}. Run again: a flow that heals pays for it anew, "
+                "once, with the same seed; in a flow of your own, generate with refresh_cache=True."
+            )
+        if status in _TRANSIENT or response.is_server_error:
+            raise DownloadInterrupted(
+                f"{host} answered {status} instead of the image.",
+                retry_after=parse_retry_after(response.headers.get("retry-after"), datetime.now(timezone.utc)),
+            )
+        if status in _REFUSED:
+            raise DownloadRefused(
+                f"{host} answered {status}, which is not how the URL of a young image dies: a proxy, a firewall or a "
+                "region refuses it. Let this host fetch from there, then run again: the image is paid for and is "
+                "fetched from the same URL while that lives."
+            )
+        raise DownloadError(f"{host} answered {status} instead of the image, and will so again.")
 
     async def _receive(self, response: httpx.Response, part: _PartFile, host: str) -> None:
         announced = response.headers.get("content-length", "")
@@ -204,6 +248,10 @@ class Downloader:
             resolver = CheckedResolver(self._rules)
             self._transports[proxy] = open_transport(tls=self._tls, keep_alive=True, proxy=proxy, resolver=resolver)
         return self._transports[proxy]
+
+
+class _NotThereYet(Exception):
+    """A URL so young that a 404 may pass."""
 
 
 class _PartFile:
@@ -266,23 +314,6 @@ class _PartFile:
                 f"{self.path} could not be written {explain_os_error(error, remedy)}, then run again. "
                 "The image is paid for; its URL dies within minutes."
             ) from error
-
-
-def _check_status(response: httpx.Response, host: str) -> None:
-    status = response.status_code
-    if response.is_success:
-        return
-    if status in _GONE:
-        raise ImageGone(
-            f"The image's URL is dead: {host} answered {status}. Run again: a flow that heals pays for it anew, "
-            "once, with the same seed; in a flow of your own, generate with refresh_cache=True."
-        )
-    if status in _TRANSIENT or response.is_server_error:
-        raise DownloadInterrupted(
-            f"{host} answered {status} instead of the image.",
-            retry_after=parse_retry_after(response.headers.get("retry-after"), datetime.now(timezone.utc)),
-        )
-    raise DownloadError(f"{host} answered {status} instead of the image, and will so again.")
 
 
 def _is_base64(head: str) -> bool:

@@ -182,6 +182,10 @@ class Generation(BaseModel):
         )
     )
     images: tuple[GeneratedImage, ...] = Field(description="The images, in the service's order.")
+    replaces: str | None = Field(
+        default=None,
+        description="The call whose answer this one replaces, until an image of it was fetched: its URL had died.",
+    )
     seed: int | None = Field(description="The seed asked for, else the one that the service reported.")
     reported_seed: int | None = Field(default=None, description="The seed that the service reported.")
     credits_used: float | None = Field(

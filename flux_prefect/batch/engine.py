@@ -21,6 +21,7 @@ from flux_prefect.batch.shutdown import run_with_grace
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.concurrency import for_each, limit_threads
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.custody import recover
 from flux_prefect.errors import Billed, FluxError, RunStopped
 from flux_prefect.host.spool import Spool
 from flux_prefect.inline import run_inline
@@ -38,7 +39,6 @@ from flux_prefect.manifest.report import BatchReport, Tally
 from flux_prefect.money.budget import Budget, spending_from
 from flux_prefect.pipeline import Density, StepRunner, produce_image, run_as_task
 from flux_prefect.settings import current_settings
-from flux_prefect.steps import recover
 from flux_prefect.tables.table import Row
 
 __all__ = ["MAX_ROWS_IN_STEPS", "ROWS_PER_CHUNK", "choose_density", "run_rows"]

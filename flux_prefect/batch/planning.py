@@ -15,12 +15,12 @@ from flux_prefect.batch.published_index import PublishedIndex
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.concurrency import for_each
+from flux_prefect.custody import recover
 from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.seeds import with_seed
-from flux_prefect.steps import recover
 from flux_prefect.tables.table import Row, Table
 
 __all__ = ["PlannedBatch", "add_estimates", "check_balance", "make_plan", "tabulate_plan"]

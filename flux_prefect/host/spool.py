@@ -2,6 +2,7 @@
 
 spool/
   calls/       one small file for each paid call without a known end; most times empty
+  answers/     the body of each success, until its generation is recorded
   records/     one JSON record a generation, written before anybody is told of it
   endpoints/   prices and pace of each endpoint, as the last batch found them
   pictures/    the bytes as delivered, named by the fingerprint
@@ -19,15 +20,16 @@ from typing import BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flux_prefect.api.answers import RawAnswer, read_answer
 from flux_prefect.api.client import MAX_PIXELS
 from flux_prefect.api.downloads import DownloadedImage
 from flux_prefect.api.images import inspect_image
-from flux_prefect.api.models import FILE_EXTENSIONS, Generation, normalize_endpoint
+from flux_prefect.api.models import FILE_EXTENSIONS, Generation, ImageRequest, normalize_endpoint
 from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.local_files import explain_os_error, part_path, writer_pid
 from flux_prefect.settings import current_settings
 
-__all__ = ["Experience", "ImageFile", "PaidCall", "Spool"]
+__all__ = ["Experience", "ImageFile", "KeptAnswer", "PaidCall", "Spool"]
 
 
 class PaidCall(BaseModel):
@@ -48,6 +50,29 @@ class PaidCall(BaseModel):
     error: str | None = Field(
         default=None, description="How its answer was lost. None: still in flight, or its process died."
     )
+
+
+class KeptAnswer(BaseModel):
+    """A paid answer that is not read yet, with all that reading it takes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    call: PaidCall = Field(description="The call that it answers.")
+    request: ImageRequest = Field(description="What was asked for.")
+    answer: RawAnswer = Field(description="The answer as it came.")
+
+    def read(self) -> Generation:
+        """The generation of the answer.
+
+        Raises:
+            InvalidResponse, EmptyGeneration: this release can't read it.
+        """
+        return read_answer(
+            self.answer,
+            request=self.request,
+            endpoint=self.call.endpoint,
+            client_request_id=self.call.client_request_id,
+        )
 
 
 class ImageFile(DownloadedImage):
@@ -98,7 +123,7 @@ class Spool:
             SpoolUnwritable: with the folder, the reason and the setting to change.
         """
         try:
-            for name in ("calls", "records", "endpoints", "pictures"):
+            for name in ("calls", "answers", "records", "endpoints", "pictures"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             proof = part_path(self.root / "write-check")
             try:
@@ -156,6 +181,35 @@ class Spool:
                 calls.append(PaidCall.model_validate_json((self.root / "calls" / name).read_bytes()))
         return calls
 
+    # Answers
+
+    def keep_answer(self, kept: KeptAnswer) -> Path:
+        """Keep a paid answer before it is parsed. It outlives a kill of the process.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        path = self._answer_path(kept.call.fingerprint, kept.call.client_request_id)
+        _write(path, kept.model_dump_json())
+        return path
+
+    def drop_answer(self, fingerprint: str, client_request_id: str) -> None:
+        """Remove an answer whose generation is recorded."""
+        with suppress(OSError):
+            self._answer_path(fingerprint, client_request_id).unlink()
+
+    def kept_answers(self, fingerprint: str) -> list[KeptAnswer]:
+        """The answers of one request that were kept and not recorded, the oldest first."""
+        kept = []
+        for path in sorted((self.root / "answers").glob(f"{fingerprint}.*.json")):
+            with suppress(OSError, ValidationError):
+                kept.append(KeptAnswer.model_validate_json(path.read_bytes()))
+        return sorted(kept, key=lambda answer: answer.answer.received_at)
+
+    def answer_path(self, call: PaidCall) -> Path:
+        """Where the answer to a call is kept until its generation is recorded."""
+        return self._answer_path(call.fingerprint, call.client_request_id)
+
     # Generations
 
     def keep_generation(self, generation: Generation) -> None:
@@ -173,6 +227,13 @@ class Spool:
             for image in (self.root / "pictures").glob(f"{generation.fingerprint}-*"):
                 image.unlink(missing_ok=True)
         _write(self._record_path(generation.fingerprint), generation.model_dump_json(), os.fsync)
+
+    def settle_replacement(self, generation: Generation) -> None:
+        """Record that an answer which replaced a dead one was fetched. What can't be recorded changes nothing else."""
+        with suppress(OSError, SpoolUnreadable):
+            kept = self.find_generation(generation.fingerprint)
+            if kept is not None and kept.client_request_id == generation.client_request_id:
+                self.keep_generation(kept.model_copy(update={"replaces": None}))
 
     def find_generation(self, fingerprint: str) -> Generation | None:
         """The record of a paid answer; None where there is none, or only a broken one.
@@ -234,6 +295,9 @@ class Spool:
 
     def _call_path(self, fingerprint: str, client_request_id: str) -> Path:
         return self.root / "calls" / f"{fingerprint}.{client_request_id}.json"
+
+    def _answer_path(self, fingerprint: str, client_request_id: str) -> Path:
+        return self.root / "answers" / f"{fingerprint}.{client_request_id}.json"
 
     def _experience_path(self, endpoint: str) -> Path:
         return (

@@ -27,6 +27,7 @@ from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.concurrency import for_each
+from flux_prefect.custody import recover
 from flux_prefect.display.run_names import name_source
 from flux_prefect.inline import run_inline
 from flux_prefect.manifest.plan import Plan
@@ -35,7 +36,6 @@ from flux_prefect.manifest.writer import record_line
 from flux_prefect.money.allocation import ShardCost
 from flux_prefect.money.budget import Amount, Budget, spending_from
 from flux_prefect.pipeline import produce_image
-from flux_prefect.steps import recover
 from flux_prefect.tables.file_views import open_view
 from flux_prefect.tables.manifest_lines import read_records
 from flux_prefect.tables.table import Only, Row, Table

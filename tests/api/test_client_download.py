@@ -24,6 +24,7 @@ from flux_prefect.errors import (
     Billed,
     DownloadError,
     DownloadInterrupted,
+    DownloadRefused,
     ImageGone,
     ImageTooLarge,
     ImageUnwritable,
@@ -188,7 +189,7 @@ async def test_a_real_download_over_a_socket(jpeg: bytes, destination: Path) -> 
         (500, DownloadInterrupted, True),
         (503, DownloadInterrupted, True),
         (400, DownloadError, False),
-        (401, DownloadError, False),
+        (401, DownloadRefused, False),
         (304, DownloadError, False),
     ],
 )

@@ -12,12 +12,12 @@ from flux_prefect.batch.planning import PlannedBatch, check_balance, make_plan
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.custody import download, generate
 from flux_prefect.errors import BalanceTooLow, BucketAccessDenied
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.money.budget import Budget
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.steps import download, generate
 from flux_prefect.tables.table import Table
 
 PRICE = 200_000

@@ -21,6 +21,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases, Lease, LeaseRecord, current_lease, read_clock
 from flux_prefect.bucket.object_operations import Version
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.custody import generate, metered
 from flux_prefect.errors import (
     Billed,
     BucketAccessDenied,
@@ -34,7 +35,6 @@ from flux_prefect.host.spool import Spool
 from flux_prefect.inline import run_inline
 from flux_prefect.pipeline import Production, Status, produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.steps import generate, metered
 
 SECONDS = 2.5
 """How long a holder may be silent in these tests: long enough for a busy machine, too short for a form."""

@@ -16,12 +16,12 @@ from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.custody import download, generate, recover
 from flux_prefect.errors import ImageUnwritable, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.host.locks import HostLockManager
 from flux_prefect.host.spool import Spool
 from flux_prefect.local_files import explain_os_error
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.steps import download, generate, recover
 
 REMEDY = r"\(Too many open files\): this process has .* \(ulimit -n\), or lower max_in_flight"
 

@@ -253,7 +253,13 @@ class TestFolder:
     def test_preparing_twice_leaves_nothing_behind(self, spool: Spool) -> None:
         """The proof that it can be written is cleared away."""
         spool.prepare()
-        assert sorted(path.name for path in spool.root.iterdir()) == ["calls", "endpoints", "pictures", "records"]
+        assert sorted(path.name for path in spool.root.iterdir()) == [
+            "answers",
+            "calls",
+            "endpoints",
+            "pictures",
+            "records",
+        ]
 
     @pytest.mark.parametrize("place", ["a file", "a file/below", "/proc/flux"])
     def test_a_folder_that_cannot_be_written_is_named(self, tmp_path: Path, place: str) -> None:

@@ -12,13 +12,13 @@ from support.reports import make_report
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.published_image import PublishedImage
+from flux_prefect.custody import CallOutcome
 from flux_prefect.errors import AnswerLost, BatchFailed, Billed, ContentFlagged, ImageGone, OutOfCredits
 from flux_prefect.host.spool import PaidCall
 from flux_prefect.manifest.records import ItemRecord, record_failed, record_invalid, record_production
 from flux_prefect.manifest.report import BatchReport, tabulate
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import ImageOutcome, Production
-from flux_prefect.steps import CallOutcome
 from flux_prefect.tables.table import Row
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)

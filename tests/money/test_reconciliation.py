@@ -17,11 +17,11 @@ from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.models import CREDITS_PER_USD, GeneratedImage, Generation, ImageRequest
 from flux_prefect.api.pacing import Pacer
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.custody import generate
 from flux_prefect.errors import AnswerLost, Billed, ServiceError
 from flux_prefect.host.spool import PaidCall, Spool
 from flux_prefect.money.reconciliation import MAX_PAGES, Reconciliation, reconcile
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.steps import generate
 
 ROOT = "https://api.example"
 SENT = datetime(2026, 7, 2, 3, 4, 5, tzinfo=timezone.utc)

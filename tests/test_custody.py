@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from flux_prefect.api.client import AimlApiClient, Timeouts
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.api.pacing import Pacer
+from flux_prefect.custody import download, generate, metered, recover
 from flux_prefect.errors import (
     AnswerLost,
     Billed,
@@ -33,7 +34,6 @@ from flux_prefect.errors import (
     UnexpectedFormat,
 )
 from flux_prefect.host.spool import PaidCall, Spool
-from flux_prefect.steps import download, generate, metered, recover
 
 KEY = "aiml-secret-1f2e3d4c"
 ROOT = "http://127.0.0.1:9"

@@ -1,0 +1,378 @@
+"""Custody of what is paid for: lock, look, note, pay, keep, parse, in this order, wherever a request is made.
+
+Needs no Prefect; `tasks` wraps it. Nothing is paid for before every place that may hold the answer was looked at, and
+no answer is parsed before it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Protocol
+from uuid import uuid4
+
+from flux_prefect.api.answers import RawAnswer
+from flux_prefect.api.client import AimlApiClient
+from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
+from flux_prefect.bucket.leases import current_lease
+from flux_prefect.concurrency import run_in_thread, run_to_end
+from flux_prefect.errors import (
+    Billed,
+    ContentFlagged,
+    EmptyGeneration,
+    ImageGone,
+    RepeatLimitReached,
+    ServiceError,
+    UnexpectedFormat,
+)
+from flux_prefect.host.locks import HostLockManager
+from flux_prefect.host.spool import ImageFile, KeptAnswer, PaidCall, Spool
+from flux_prefect.money.budget import current_budget
+from flux_prefect.money.reconciliation import reconcile
+from flux_prefect.settings import current_settings
+
+_LOCKS = HostLockManager()
+
+__all__ = ["CallOutcome", "Order", "Results", "download", "generate", "metered", "obtain", "recover"]
+
+
+@dataclass(frozen=True)
+class CallOutcome:
+    """How one paid call ended: for the accounts of whoever is metering."""
+
+    client_request_id: str
+    billed: Billed
+    credits_used: float | None
+
+
+_meter: ContextVar[list[CallOutcome] | None] = ContextVar("meter", default=None)
+
+
+@contextmanager
+def metered() -> Iterator[list[CallOutcome]]:
+    """Collect the outcomes of all paid calls that end inside the block."""
+    calls: list[CallOutcome] = []
+    token = _meter.set(calls)
+    try:
+        yield calls
+    finally:
+        _meter.reset(token)
+
+
+async def generate(
+    request: ImageRequest,
+    client: AimlApiClient,
+    spool: Spool,
+    *,
+    task_run_id: str | None = None,
+    replaces: str | None = None,
+) -> Generation:
+    """Pay for one call and keep its answer.
+
+    The call is noted in the spool before it goes out. The body of a success is kept there before it is parsed and
+    before any slot of a limit is released, also when the caller is cancelled meanwhile: what was paid for, or may have
+    been, is never unknown to the host.
+
+    Args:
+        request: What to make.
+        client: Sends the call.
+        spool: Keeps the answer.
+        task_run_id: The Prefect task run that pays, for the note.
+        replaces: The call whose answer is dead, where this one replaces it.
+
+    Raises:
+        ServiceError: its `billed` says what it means for money.
+        BudgetExhausted: nothing was sent, as it would pass the cap of the enclosing `spending_from`.
+        RunStopped: nothing was sent, as that budget was closed.
+        LeaseLost: nothing was sent, as the lease of the enclosing `BucketLeases.hold` is lost.
+        SpoolUnwritable: nothing was sent.
+    """
+    call = PaidCall(
+        client_request_id=f"fp-{uuid4().hex}",
+        fingerprint="unseeded" if request.seed is None else request.fingerprint(client.base_url),
+        endpoint=client.base_url,
+        sent_at=datetime.now(timezone.utc),
+        task_run_id=task_run_id,
+        sends=0,
+    )
+    kept_as: Path | None = None
+
+    async def keep(answer: RawAnswer) -> None:
+        nonlocal kept_as
+        with suppress(OSError):  # a full disk: the parsed answer, and Prefect's results behind it, are all there is
+            kept_as = await run_to_end(spool.keep_answer, KeptAnswer(call=call, request=request, answer=answer))
+
+    sent, billed, credits_used = False, Billed.NO, None
+
+    def note() -> None:
+        nonlocal call, sent, billed
+        if budget is not None:
+            budget.check_open()  # it may have been closed while the call waited for its turn
+        if lease is not None:
+            lease.check()
+        # Now, after any wait for its turn.
+        call = call.model_copy(update={"sent_at": datetime.now(timezone.utc), "sends": call.sends + 1})
+        spool.open_call(call)
+        sent, billed = True, Billed.UNKNOWN  # until there is an answer
+
+    def take_note_back() -> None:
+        nonlocal billed
+        spool.close_call(call)
+        billed = Billed.NO
+
+    budget, lease = current_budget(), current_lease()
+    reservation = None if budget is None else await budget.reserve(request)
+    try:
+        generation = await client.generate(
+            request,
+            client_request_id=call.client_request_id,
+            before_send=note,
+            after_refusal=take_note_back,
+            on_answer=keep,
+        )
+        billed, credits_used = Billed.YES, generation.credits_used
+    except ServiceError as error:
+        billed, credits_used = error.billed, error.credits_used
+        if error.billed is Billed.NO:
+            spool.close_call(call)
+            spool.drop_answer(call.fingerprint, call.client_request_id)
+        else:
+            spool.leave_open(call, error)
+            _name_kept_answer(error, kept_as)
+        raise
+    finally:
+        if sent:
+            _count(call, billed, credits_used)
+        if reservation is not None:
+            reservation.settle(billed, credits_used)
+    return await run_to_end(_keep, call, generation.model_copy(update={"replaces": replaces}), spool)
+
+
+class Results(Protocol):
+    """Where else an answer may lie: Prefect's result of the task that asks."""
+
+    async def read(self) -> Generation | None:
+        """The result, or None.
+
+        Raises:
+            ResultStoreUnreadable: it may be there and can't be read.
+        """
+        ...
+
+    async def write(self, generation: Generation) -> None:
+        """Store the result, where the next caller looks for it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Order:
+    """How one generation is asked for.
+
+    Attributes:
+        refresh: Pay anew, whatever is kept.
+        replacing: Pay anew only if the answer of this call is still the one that is kept, as its URL is dead.
+        task_run_id: The Prefect task run that asks.
+    """
+
+    refresh: bool = False
+    replacing: str | None = None
+    task_run_id: str | None = None
+
+
+async def obtain(
+    request: ImageRequest, client: AimlApiClient, spool: Spool, order: Order, results: Results | None = None
+) -> tuple[Generation, bool]:
+    """The generation of a request, and whether this call paid for it.
+
+    One at a time on a host for one fingerprint, from the look until the answer lies where the next one looks. Looks at
+    Prefect's result, the spool's records and the answers that were never parsed. A request without a seed is paid for
+    each time.
+
+    Raises:
+        RepeatLimitReached: answers to this request were lost before; nothing was sent.
+        ResultStoreUnreadable, SpoolUnreadable: the answer may be there and can't be read; nothing was sent.
+        ImageGone: the answer to be replaced was itself a replacement that was never fetched; nothing was sent.
+        ServiceError, BudgetExhausted, RunStopped, LeaseLost, SpoolUnwritable: as `generate`.
+    """
+    if request.seed is None:
+        return await generate(request, client, spool, task_run_id=order.task_run_id), True
+    fingerprint = request.fingerprint(client.base_url)
+    async with _LOCKS.hold(f"generate-{fingerprint}"):
+        kept = await _look(request, client.base_url, spool, order, results)
+        if kept is not None and kept.client_request_id != order.replacing:
+            return kept, False
+        if kept is not None and kept.replaces is not None:
+            raise ImageGone(
+                f"The URL of {request.label!r} died before it was fetched, and so did that of the answer that "
+                "replaced it: nothing more is paid for it. Find out why its host can't be reached in time, then "
+                "generate with refresh_cache=True."
+            )
+        await _check_repeats(request, fingerprint, client, spool)
+        try:
+            generation = await generate(request, client, spool, task_run_id=order.task_run_id, replaces=order.replacing)
+        except ServiceError as error:
+            if (
+                error.billed is Billed.UNKNOWN
+                and len(spool.open_calls(fingerprint)) > current_settings().repeat_unknown
+            ):
+                error.retryable = False  # the next attempt would be refused
+            raise
+        if results is not None:
+            await results.write(generation)
+    return generation, True
+
+
+async def _look(
+    request: ImageRequest, endpoint: str, spool: Spool, order: Order, results: Results | None
+) -> Generation | None:
+    if order.refresh and order.replacing is None:
+        return None
+    kept = recover(request, endpoint, spool)
+    return kept if kept is not None or results is None else await results.read()
+
+
+async def _check_repeats(request: ImageRequest, fingerprint: str, client: AimlApiClient, spool: Spool) -> None:
+    """Refuse a request whose answers were lost too often, after the service's log was asked what they cost."""
+    allowed = current_settings().repeat_unknown
+    lost = spool.open_calls(fingerprint)
+    if len(lost) > allowed and any(call.billed is Billed.UNKNOWN for call in lost):
+        await reconcile(client, spool, calls=lost)
+        lost = spool.open_calls(fingerprint)
+    if len(lost) <= allowed:
+        return
+    ids = ", ".join(call.client_request_id for call in lost)
+    raise RepeatLimitReached(
+        f"Not sent: {len(lost)} {'answer' if len(lost) == 1 else 'answers'} to {request.label!r} "
+        f"{'was' if len(lost) == 1 else 'were'} lost before ({ids}), and FLUX_PREFECT_REPEAT_UNKNOWN is {allowed}. "
+        f"Ask the service's support about these ids; to send it again, which may be paid for again, set "
+        f"FLUX_PREFECT_REPEAT_UNKNOWN={len(lost)}.",
+        client_request_id=lost[-1].client_request_id,
+    )
+
+
+def _name_kept_answer(error: ServiceError, path: Path | None) -> None:
+    if path is not None:
+        found = f"{error.message} The answer is kept as {path}; a release that can read it takes it up by itself."
+        error.args = (found,)
+
+
+def recover(request: ImageRequest, endpoint: str, spool: Spool) -> Generation | None:
+    """The answer that this host has paid for already, where its record outlived Prefect's own.
+
+    Raises:
+        SpoolUnreadable: nobody can tell, so nothing must be paid.
+    """
+    if request.seed is None:
+        return None
+    fingerprint = request.fingerprint(endpoint)
+    generation = spool.find_generation(fingerprint)
+    if generation is None:
+        generation = _take_up(spool.kept_answers(fingerprint), spool)
+    return None if generation is None else _slim(generation)
+
+
+def _take_up(answers: Iterable[KeptAnswer], spool: Spool) -> Generation | None:
+    """The generation of the first kept answer that can be read, recorded: it was paid for by a run that ended there."""
+    for kept in answers:
+        with suppress(ServiceError):
+            return _keep(kept.call, kept.read(), spool)
+    return None
+
+
+async def download(generation: Generation, index: int, client: AimlApiClient, spool: Spool) -> ImageFile:
+    """Bring one image into the spool, checked. A whole file that is there already is not fetched again.
+
+    Raises:
+        ImageUnwritable: the spool can't take it; nothing was fetched.
+        ContentFlagged: the service flagged the image or delivered it black. Nothing else is done with it.
+        UnexpectedFormat: it came in another format before, and lies in the spool as that.
+        ImageGone: neither its URL nor the spool has it any more.
+        DownloadError: the bytes could not be fetched, or are not the image asked for.
+    """
+    image = _image(generation, index)
+    if image.flagged:
+        raise ContentFlagged(
+            f"The service flagged image {index} of {generation.request.label!r} as unsafe. It was paid for and is "
+            "not published. Change the prompt or the seed, or raise safety_tolerance."
+        )
+    rejected = spool.rejected_path(generation, index)
+    if rejected.exists():
+        raise UnexpectedFormat(
+            f"Image {index} of {generation.request.label!r} came in another format than output_format asks for. It "
+            f"was paid for and is kept as {rejected}; it is not published. Remove that file to fetch it again."
+        )
+    found = None
+    if spool.image_path(generation, index).exists():
+        found = await run_in_thread(spool.find_image, generation, index)
+    if found is None:
+        found = await client.download(
+            _url(generation, image, spool),
+            spool.image_path(generation, index),
+            expected=generation.request.output_format,
+            delivered_at=generation.created_at,
+        )
+        if generation.replaces is not None:  # fetched: should it die one day, it may be replaced again
+            await run_in_thread(spool.settle_replacement, generation)
+    if found.black:
+        raise ContentFlagged(
+            f"Image {index} of {generation.request.label!r} is black all over, which is how the service hides an "
+            "unsafe one. It was paid for and is not published. Change the prompt or the seed."
+        )
+    return ImageFile(**found.model_dump(), index=index, generation=generation)
+
+
+def _keep(call: PaidCall, generation: Generation, spool: Spool) -> Generation:
+    try:
+        spool.keep_generation(generation)
+    except OSError:
+        # A full disk: the caller, and Prefect's results behind it, are now the only ones who have it.
+        return generation
+    spool.close_call(call)
+    spool.drop_answer(call.fingerprint, call.client_request_id)
+    return _slim(generation)
+
+
+def _image(generation: Generation, index: int) -> GeneratedImage:
+    for image in generation.images:
+        if image.index == index:
+            return image
+    raise EmptyGeneration(
+        f"The service was asked for {generation.request.num_images} images and answered with "
+        f"{len(generation.images)}: there is no image {index}. The call was billed. Ask for the same with "
+        "another seed, or one image a request.",
+        client_request_id=generation.client_request_id,
+        billed=Billed.YES,
+        retryable=False,
+    )
+
+
+def _url(generation: Generation, image: GeneratedImage, spool: Spool) -> str:
+    if image.url is not None:
+        return image.url
+    kept = spool.find_generation(generation.fingerprint)
+    inline = None if kept is None else _image(kept, image.index).url
+    if inline is None:
+        raise ImageGone(
+            f"Image {image.index} of {generation.request.label!r} came inside the answer, and this host's spool "
+            f"({spool.root}) no longer has it."
+        )
+    return inline
+
+
+def _slim(generation: Generation) -> Generation:
+    """The record without inline bytes, which stay in the spool."""
+    images = tuple(
+        image.model_copy(update={"url": None}) if (image.url or "").startswith("data:") else image
+        for image in generation.images
+    )
+    return generation.model_copy(update={"images": images})
+
+
+def _count(call: PaidCall, billed: Billed, credits_used: float | None) -> None:
+    calls = _meter.get()
+    if calls is not None:
+        calls.append(CallOutcome(call.client_request_id, billed, credits_used))
