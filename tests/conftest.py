@@ -13,10 +13,12 @@ import tempfile
 from pathlib import Path
 
 _HOME = Path(tempfile.mkdtemp(prefix="flux_prefect-tests-"))
-_FOR_TESTS = {"FLUX_PREFECT_TEST_BROWSER", "FLUX_PREFECT_SCREENSHOTS"}
+_DATABASE = "FLUX_PREFECT_TEST_DATABASE"
+_FOR_TESTS = {"FLUX_PREFECT_TEST_BROWSER", "FLUX_PREFECT_SCREENSHOTS", _DATABASE}
 for _name in [name for name in os.environ if name.startswith(("PREFECT_", "AWS_", "AIML", "FLUX_"))]:
     if _name not in _FOR_TESTS:
         del os.environ[_name]
+os.environ.setdefault(_DATABASE, str(_HOME / "new.db"))  # processes that share the work share the first one's
 os.environ |= {
     "HOME": str(_HOME),
     "PREFECT_HOME": str(_HOME / "prefect"),
@@ -38,10 +40,11 @@ from collections.abc import Iterator  # noqa: E402 - the environment comes first
 from uuid import uuid4  # noqa: E402
 
 import pytest  # noqa: E402
+from benchmarks.prefect_server import copy_database  # noqa: E402
 from prefect.settings import get_current_settings  # noqa: E402
 from prefect.testing.utilities import prefect_test_harness  # noqa: E402
 from pydantic import SecretStr  # noqa: E402
-from support.leaks import API_KEY, S3_SECRET_KEY, database_files, find_leaks  # noqa: E402
+from support.leaks import API_KEY, S3_SECRET_KEY, database_file, database_files, find_leaks  # noqa: E402
 from support.nursery import Nursery  # noqa: E402
 
 from flux_prefect.api.models import ImageRequest  # noqa: E402
@@ -91,6 +94,9 @@ def prefect_server() -> Iterator[str]:
     with prefect_test_harness(server_startup_timeout=60):
         url = get_current_settings().api.url
         assert url is not None
+        template = Path(os.environ[_DATABASE])
+        if not template.exists():
+            copy_database(database_file(), template)
         yield url
         assert find_leaks(database_files()) == []  # before its folder goes
 

@@ -38,13 +38,12 @@ from flux_prefect.tables.sources import open_source
 
 __all__ = ["ShardingOptions", "Supervisor"]
 
-POLL_SECONDS = 2.0
-"""Seconds between two polls of the runs' states: one request for all of them."""
-
 MAX_RESTARTS = 5
 """How often a shard is started again after a lost run, before its rows are recorded as failed."""
 
 _HEARTBEATS_PER_TIMEOUT = 10
+_MAX_POLL_SECONDS = 2.0
+_POLLS_PER_TIMEOUT = 40
 _MAX_HEARTBEAT_SECONDS = 15.0
 _WORKER_WARNING_SECONDS = 60.0
 _MAX_OUTAGE_SECONDS = 600.0
@@ -76,6 +75,11 @@ class ShardingOptions:
     lost_after: float
     parameters: Mapping[str, Any]
     resize: Callable[[int | None], Awaitable[None]]
+
+    @property
+    def poll_seconds(self) -> float:
+        """Seconds between two polls of the runs' states: 2, or less where a lost run is noticed soon."""
+        return min(_MAX_POLL_SECONDS, self.lost_after / _POLLS_PER_TIMEOUT)
 
 
 @dataclass
@@ -187,7 +191,7 @@ class Supervisor:
                 try:
                     await self._start_shards()
                     if self._running:
-                        await asyncio.sleep(POLL_SECONDS)
+                        await asyncio.sleep(self.options.poll_seconds)
                         await self._poll()
                     unreachable_since = None
                 except (BucketUnavailable, httpx.HTTPError) as error:
@@ -195,7 +199,7 @@ class Supervisor:
                     if not _is_transient(error) or time.monotonic() - unreachable_since > _MAX_OUTAGE_SECONDS:
                         raise
                     self.logger.warning("The shards can't be watched at the moment: %s", error)
-                    await asyncio.sleep(POLL_SECONDS)
+                    await asyncio.sleep(self.options.poll_seconds)
         except asyncio.CancelledError:
             with anyio.CancelScope(shield=True):
                 await self._stop_shards()
@@ -437,7 +441,7 @@ class Supervisor:
                     if not state.is_final():
                         await self.runs.cancel(run)
                 while not all(state.is_final() for state in (await self.runs.read_states(runs)).values()):  # noqa: ASYNC110 - Prefect's server has to be polled
-                    await asyncio.sleep(POLL_SECONDS / 4)
+                    await asyncio.sleep(self.options.poll_seconds / 4)
         except (PrefectException, httpx.HTTPError) as error:
             self.logger.warning("Shards may still be running, as they could not be stopped: %s", error)
         for work in [*self._running, *self._waiting]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -59,17 +61,24 @@ class PrefectServer:
 
 
 @contextmanager
-def start_prefect(home: Path, settings: Mapping[str, str] = NO_UI) -> Iterator[PrefectServer]:
+def start_prefect(
+    home: Path, settings: Mapping[str, str] = NO_UI, template: Path | None = None
+) -> Iterator[PrefectServer]:
     """A server with a database of its own, some ten seconds later. It dies with this process, however that dies.
 
     Args:
         home: its folder, which must not exist yet.
         settings: PREFECT_ variables of its own. The default leaves the UI away.
+        template: the database of another server that was new: where it exists, this one begins with a copy, which
+            saves four seconds of CPU time.
 
     Raises:
         ServerFailed: it did not come up.
     """
     home.mkdir(parents=True)
+    database = home / "prefect.db"
+    if template is not None and template.exists():
+        shutil.copy(template, database)
     url = f"http://127.0.0.1:{free_port()}"
     log = home / "server.log"
     command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
@@ -106,3 +115,11 @@ def free_port() -> int:
     """A port of this machine that nobody listens at."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+def copy_database(database: Path, template: Path) -> None:
+    """Copy an SQLite database, which may be in use: whole or not at all."""
+    part = template.with_name(f"{template.name}.{os.getpid()}")
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(part)) as target:
+        source.backup(target)
+    part.replace(template)

@@ -58,17 +58,10 @@ class PrefectUI:
         """Take an option, or one type of several, from what stands under a label."""
         await self._under(label, f"button[normalize-space()='{option}']").click()
 
-    async def choose_block(self, label: str, kind: str, name: str) -> None:
-        """Switch a parameter to a saved block and take that of the name from the list."""
-        if self.version == "v2":
-            await self.choose(label, "Saved block")
-            await self._under(label, "button[@aria-label='Select a block']").click()
-        else:
-            await self.choose(label, kind)
-            # Within the block's own input, which comes a moment later: else it would be the next parameter's list.
-            await self._under(
-                label, "div[contains(@class, 'block-document-input')]//button[contains(@class, 'p-select')]"
-            ).press("ArrowDown")
+    async def choose_block(self, label: str, name: str) -> None:
+        """Switch a parameter to a saved block and take that of the name from the list, in v2."""
+        await self.choose(label, "Saved block")
+        await self._under(label, "button[@aria-label='Select a block']").click()
         await self.page.get_by_text(name, exact=True).last.click()
 
     async def fill_json(self, label: str, text: str) -> None:

@@ -1,40 +1,43 @@
-"""Batches in shards over two workers that share nothing but the bucket and Prefect's server.
+"""Batches in shards over two machines that share nothing but the bucket and Prefect's server.
 
-What becomes of them when workers die, when the batch itself dies, when it is stopped, and when the money ends.
+What becomes of them when the batch dies, when it is stopped, and when the money ends. Of a machine that dies:
+test_lost_shards.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
+import signal
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from benchmarks.hosts import Host, deploy_shard, own_environment
-from prefect.client.schemas.objects import FlowRun
+from benchmarks.hosts import deploy_shard
 from prefect.states import Cancelling
-from pydantic import SecretStr
-from support.team import ROOT, Team
+from support.nursery import Batch, Nursery
+from support.shard_runner import ShardRunner
+from support.sharded import (
+    LOST_AFTER,
+    SHARD,
+    billed,
+    list_adoptions,
+    make_rows,
+    read_latest,
+    shard_runs,
+    write_table,
+)
+from support.team import Team
 from support.waiting import wait_for
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.flows.publish_sharded import publish_sharded
-from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.sharding.shards import assign_shard
-
-SHARD = "publish-shard/worker"
-LOST_AFTER = 8.0
-"""Seconds. The tests wait for it."""
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -49,37 +52,13 @@ def team(prefect_server: str) -> Iterator[Team]:
 
 
 @pytest.fixture(scope="module")
-def two_hosts(
+def machines(
     team: Team, running_sandbox: RunningSandbox, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[list[Host]]:
-    """Two machines, with a bucket as the place of Prefect's results; each test finds their workers running."""
-    results = f"results-{uuid4().hex}"
-    ImageBucket(
-        bucket_name="images",
-        prefix=results,
-        endpoint_url=running_sandbox.environment["AWS_ENDPOINT_URL_S3"],
-        region_name="us-east-1",
-        aws_access_key_id=running_sandbox.environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=SecretStr(running_sandbox.environment["AWS_SECRET_ACCESS_KEY"]),
-    ).save(results)
-    environment = {
-        **team.environment,
-        **running_sandbox.environment,
-        "PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": f"image-bucket/{results}",
-    }
-    made = [Host(tmp_path_factory.mktemp(name), environment) for name in ("north", "south")]
-    with ExitStack() as stack:
-        for host in made:
-            stack.callback(host.kill)
-        yield made
-
-
-@pytest.fixture
-def hosts(two_hosts: list[Host]) -> list[Host]:
-    """Both, at work."""
-    for host in two_hosts:
-        host.start()
-    return two_hosts
+) -> Iterator[ShardRunner]:
+    """Two machines that run the shards."""
+    environment = {**team.environment, **running_sandbox.environment}
+    with ShardRunner(team.url, team.find(SHARD).id, environment, tmp_path_factory.mktemp("machines")) as runner:
+        yield runner
 
 
 @pytest.fixture
@@ -89,78 +68,27 @@ def service(sandbox: RunningSandbox) -> RunningSandbox:
     return sandbox
 
 
-def make_rows(number: int) -> list[dict[str, Any]]:
-    """Requests that no other test makes, half of them without a seed."""
-    lot = uuid4().hex
-    return [{"id": f"row-{n}", "prompt": f"{lot} {n}", **({"seed": n} if n % 2 else {})} for n in range(1, number + 1)]
-
-
-def write_table(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """A file of them."""
-    path = folder / "prompts.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return path
-
-
-class Command:
-    """The same batch as a command that can be given again, on a machine of its own."""
-
-    def __init__(self, team: Team, sandbox: RunningSandbox, folder: Path, bucket: str) -> None:
-        self._folder = folder
-        self._bucket = bucket
-        self._environment = own_environment({**team.environment, **sandbox.environment}, folder / "parent")
-
-    @contextmanager
-    def start(self, table: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Start it. What is left of it at the end is killed."""
-        with (self._folder / "said.txt").open("ab") as said:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "flux_prefect.flows.publish_sharded", str(table), "--bucket", self._bucket),
-                    *("--lost-after-seconds", f"{LOST_AFTER:g}"),
-                    *options,
-                ],
-                cwd=ROOT,
-                env=self._environment,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-            )
-        with process:
-            try:
-                yield process
-            finally:
-                process.kill()
+Command = Callable[..., Batch]
 
 
 @pytest.fixture
-def command(team: Team, service: RunningSandbox, tmp_path: Path, bucket: ImageBucket) -> Command:
-    """A batch into this test's bucket."""
-    return Command(team, service, tmp_path, bucket.uri)
+def command(nursery: Nursery, service: RunningSandbox, tmp_path: Path, bucket: ImageBucket) -> Command:  # noqa: ARG001 - it must be up
+    """Starts a batch into this test's bucket, on a machine of its own."""
+
+    def start(table: Path, *options: str) -> Batch:
+        return nursery.start(
+            tmp_path / "parent",
+            *(str(table), "--bucket", bucket.uri, "--lost-after-seconds", f"{LOST_AFTER:g}"),
+            *options,
+            module="flux_prefect.flows.publish_sharded",
+            FLUX_PREFECT_SPOOL=str(tmp_path / "parent" / "spool"),
+            FLUX_PREFECT_LOCKS=str(tmp_path / "parent" / "locks"),
+        )
+
+    return start
 
 
-async def read_latest(bucket: ImageBucket) -> list[dict[str, Any]]:
-    """The records of the latest manifest."""
-    content = await bucket.read_path("manifests/latest.jsonl")
-    return [json.loads(line) for line in content.splitlines()]
-
-
-async def list_adoptions(bucket: ImageBucket) -> list[str]:
-    """What shows that batches are at work."""
-    return [key for key in await bucket.list_keys(most=10_000) or () if "/manifests/sharded/" in key]
-
-
-def shard_runs(team: Team, report: BatchReport) -> list[FlowRun]:
-    """The runs of a batch's shards."""
-    batch = str(report.manifest).split("/")[-2]
-    return [run for run in team.runs(SHARD) if f"flux-batch-{batch}" in run.tags]
-
-
-def billed(sandbox: RunningSandbox) -> Counter[str]:
-    """How often each prompt was paid for."""
-    return Counter(str(row.prompt) for row in sandbox.control.ledger().rows if row.billed)
-
-
-@pytest.mark.usefixtures("hosts")
+@pytest.mark.usefixtures("machines")
 async def test_sixty_rows_over_two_workers(team: Team, service: RunningSandbox, bucket: ImageBucket) -> None:
     """Each is paid for once, repeats with it; the manifest has every row once; a second call finds all of it there."""
     rows = make_rows(60)
@@ -168,7 +96,7 @@ async def test_sixty_rows_over_two_workers(team: Team, service: RunningSandbox, 
     table = [*rows, {"id": "bad", "prompt": ""}, {**rows[0], "id": "again"}, {**rows[1], "id": "once more"}]
 
     report = await publish_sharded(
-        table, bucket.uri, rows_a_shard=15, max_in_flight=16, max_failed=1, lost_after_seconds=60
+        table, bucket.uri, rows_a_shard=15, max_in_flight=16, max_failed=1, lost_after_seconds=30
     )
     records = await read_latest(bucket)
 
@@ -182,40 +110,12 @@ async def test_sixty_rows_over_two_workers(team: Team, service: RunningSandbox, 
     assert await list_adoptions(bucket) == []
 
     seeded = [row for row in table if "seed" in row]
-    again = await publish_sharded(seeded, bucket.uri, lost_after_seconds=60)
+    again = await publish_sharded(seeded, bucket.uri, lost_after_seconds=30)
     assert again.counts == {"unchanged": len(seeded)}
     assert shard_runs(team, again) == []
 
 
-async def test_a_killed_worker_costs_no_image(
-    team: Team, service: RunningSandbox, bucket: ImageBucket, hosts: list[Host]
-) -> None:
-    """Its shard is started again elsewhere; only calls in flight can be paid for again; its page tells of the loss."""
-    service.control.settings(latency=1.0)
-    rows = make_rows(24)
-
-    def strike() -> Host:
-        wait_for(lambda: service.control.summary().billed_calls >= 8)
-        struck = max(hosts, key=lambda host: len(host.spool.open_calls()))
-        struck.kill()
-        return struck
-
-    killing = asyncio.create_task(asyncio.to_thread(strike))
-    report = await publish_sharded(
-        rows, bucket.uri, rows_a_shard=12, at_once=2, max_in_flight=4, lost_after_seconds=LOST_AFTER
-    )
-    noted = (await killing).spool.open_calls()
-    paid = billed(service)
-
-    assert report.counts == {"published": 24}
-    assert [record["row"] for record in await read_latest(bucket)] == list(range(1, 25))
-    assert set(paid) == {row["prompt"] for row in rows}
-    assert paid.total() - 24 <= len(noted) <= 4
-    assert report.billed_calls <= paid.total()
-    assert "Lost" in {run.state_name for run in shard_runs(team, report)}
-
-
-@pytest.mark.usefixtures("hosts")
+@pytest.mark.usefixtures("machines")
 async def test_a_killed_batch_goes_on_where_it_is_started_again(
     team: Team, service: RunningSandbox, command: Command, bucket: ImageBucket, tmp_path: Path
 ) -> None:
@@ -223,9 +123,9 @@ async def test_a_killed_batch_goes_on_where_it_is_started_again(
     service.control.settings(latency=1.0)
     rows = make_rows(20)
     table = write_table(tmp_path, rows)
-    with command.start(table, "--rows-a-shard", "10", "--max-in-flight", "2") as process:
-        wait_for(lambda: service.control.summary().billed_calls >= 4)
-        process.kill()
+    batch = command(table, "--rows-a-shard", "10", "--max-in-flight", "2")
+    wait_for(lambda: service.control.summary().billed_calls >= 4)
+    batch.kill()
     report = await publish_sharded(str(table), bucket.uri, lost_after_seconds=LOST_AFTER)
 
     assert report.counts == {"published": 20}
@@ -234,7 +134,7 @@ async def test_a_killed_batch_goes_on_where_it_is_started_again(
     assert len(shard_runs(team, report)) == 2
 
 
-@pytest.mark.usefixtures("hosts")
+@pytest.mark.usefixtures("machines")
 async def test_a_cap_holds_over_all_shards_and_is_used_up(
     team: Team, service: RunningSandbox, bucket: ImageBucket
 ) -> None:
@@ -250,7 +150,7 @@ async def test_a_cap_holds_over_all_shards_and_is_used_up(
         service.control.inject("moderation", times=1, prompt_contains=row["prompt"])
 
     report = await publish_sharded(
-        [*failing, *others], bucket.uri, rows_a_shard=8, max_images=8, max_failed=6, lost_after_seconds=60
+        [*failing, *others], bucket.uri, rows_a_shard=8, max_images=8, max_failed=6, lost_after_seconds=30
     )
 
     assert report.counts == {"published": 8, "skipped_budget": 2, "failed": 6}
@@ -259,7 +159,7 @@ async def test_a_cap_holds_over_all_shards_and_is_used_up(
     assert len(await read_latest(bucket)) == 16
 
 
-@pytest.mark.usefixtures("hosts")
+@pytest.mark.usefixtures("machines")
 async def test_a_cancelled_batch_stops_its_shards_and_can_be_taken_up(
     team: Team, service: RunningSandbox, command: Command, bucket: ImageBucket, tmp_path: Path
 ) -> None:
@@ -267,13 +167,13 @@ async def test_a_cancelled_batch_stops_its_shards_and_can_be_taken_up(
     service.control.settings(latency=1.0)
     rows = make_rows(10)
     table = write_table(tmp_path, rows)
-    with command.start(table, "--max-in-flight", "1") as process:
-        wait_for(lambda: service.control.summary().billed_calls >= 2)
-        batches = [run for run in team.client.read_flow_runs() if run.deployment_id is None]
-        run = max(batches, key=lambda run: str(run.created))
-        team.client.set_flow_run_state(run.id, Cancelling())
-        process.terminate()  # as Prefect's runner does
-        process.wait(60)
+    batch = command(table, "--max-in-flight", "1")
+    wait_for(lambda: service.control.summary().billed_calls >= 2)
+    batches = [run for run in team.client.read_flow_runs() if run.deployment_id is None]
+    run = max(batches, key=lambda run: str(run.created))
+    team.client.set_flow_run_state(run.id, Cancelling())
+    batch.signal(signal.SIGTERM)  # as Prefect's runner does
+    batch.wait()
     paid = service.control.summary().billed_calls
     assert team.client.read_flow_run(run.id).state_name == "Cancelled"
     assert 2 <= paid < 10
@@ -285,7 +185,7 @@ async def test_a_cancelled_batch_stops_its_shards_and_can_be_taken_up(
     assert billed(service) == Counter({row["prompt"]: 1 for row in rows})
 
 
-@pytest.mark.usefixtures("hosts")
+@pytest.mark.usefixtures("machines")
 async def test_a_limit_over_all_workers_follows_what_the_service_takes(
     team: Team, service: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials
 ) -> None:
@@ -316,7 +216,7 @@ async def test_a_limit_over_all_workers_follows_what_the_service_takes(
     assert min(sizes) < 12
 
 
-@pytest.mark.usefixtures("hosts")
+@pytest.mark.usefixtures("machines")
 async def test_two_calls_at_once_are_one_batch(
     team: Team, service: RunningSandbox, command: Command, bucket: ImageBucket, tmp_path: Path
 ) -> None:
@@ -324,10 +224,10 @@ async def test_two_calls_at_once_are_one_batch(
     service.control.settings(latency=1.0)
     rows = [{**row, "seed": n} for n, row in enumerate(make_rows(16), start=1)]
     table = write_table(tmp_path, rows)
-    with command.start(table, "--rows-a-shard", "8", "--max-in-flight", "4") as first:
-        wait_for(lambda: service.control.summary().billed_calls >= 2)
-        report = await publish_sharded(str(table), bucket.uri, rows_a_shard=8, lost_after_seconds=LOST_AFTER)
-        assert first.wait(60) == 0
+    first = command(table, "--rows-a-shard", "8", "--max-in-flight", "4")
+    wait_for(lambda: service.control.summary().billed_calls >= 2)
+    report = await publish_sharded(str(table), bucket.uri, rows_a_shard=8, lost_after_seconds=LOST_AFTER)
+    assert first.wait() == 0, first.said
 
     assert report.count("published") + report.count("unchanged") == 16
     assert [item.row for item in report.items] == list(range(1, 17))

@@ -12,12 +12,13 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from benchmarks.prefect_server import start_prefect
+from benchmarks.prefect_server import NO_UI, start_prefect
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
+from support.team import database_template
 from support.waiting import wait_for
 
 from flux_prefect.bucket.image_bucket import ImageBucket
@@ -30,7 +31,8 @@ BATCH, AUDIT = "publish-batch/on-demand", "audit-bucket/after-each-batch"
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
     """A server of this module's own: on that of the other tests, the trigger would see every test's batches."""
-    with start_prefect(tmp_path_factory.mktemp("server") / "home") as server, SyncPrefectClient(server.api_url) as api:
+    home = tmp_path_factory.mktemp("server") / "home"
+    with start_prefect(home, NO_UI, database_template(NO_UI)) as server, SyncPrefectClient(server.api_url) as api:
         yield api
 
 

@@ -21,11 +21,16 @@ def find_leaks(places: Iterable[Path]) -> list[str]:
     return [str(path) for path in files if _holds_key(path)]
 
 
-def database_files() -> list[Path]:
-    """The files of the Prefect server's database, the write-ahead log among them, which holds the newest."""
+def database_file() -> Path:
+    """The Prefect server's database."""
     database = get_current_settings().server.database.connection_url
     assert database is not None
-    file = Path(database.get_secret_value().partition("///")[2])
+    return Path(database.get_secret_value().partition("///")[2])
+
+
+def database_files() -> list[Path]:
+    """The files of the Prefect server's database, the write-ahead log among them, which holds the newest."""
+    file = database_file()
     files = list(file.parent.glob(f"{file.name}*"))
     assert f"{file.name}-wal" in {path.name for path in files}
     return files

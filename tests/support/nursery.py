@@ -77,12 +77,14 @@ class Nursery:
         )
         self._running: set[int] = set()
 
-    def start(self, folder: Path, *arguments: str, **environment: str) -> Batch:
+    def start(
+        self, folder: Path, *arguments: str, module: str = "flux_prefect.flows.publish_batch", **environment: str
+    ) -> Batch:
         """Start a batch with these arguments and changes to the environment."""
         folder.mkdir(parents=True, exist_ok=True)
         said = folder / "said.txt"
         arguments = (*arguments, "--report", str(folder / "report.json"))
-        return Batch(self, self._fork("flux_prefect.flows.publish_batch", arguments, environment, said, said), folder)
+        return Batch(self, self.fork(module, arguments, environment, said), folder)
 
     def run(self, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """What `python -m module` comes to with these arguments, and with the spool of the test that asks."""
@@ -91,6 +93,10 @@ class Nursery:
             spool = {"FLUX_PREFECT_SPOOL": os.environ["FLUX_PREFECT_SPOOL"]}
             status = self.wait(self._fork(module, arguments, spool, out, err))
             return subprocess.CompletedProcess([module, *arguments], status, out.read_text(), err.read_text())
+
+    def fork(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], said: Path) -> int:
+        """Run a module's `main` in a process of its own, with all of its output in a file; the process's id."""
+        return self._fork(module, arguments, environment, said, said)
 
     def wait(self, pid: int) -> int:
         """Wait for the end of a batch; its exit status, or minus the signal that ended it."""

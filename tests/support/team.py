@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.prefect_server import start_prefect
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
@@ -97,8 +98,14 @@ def start_team(home: Path, settings: Mapping[str, str]) -> Iterator[Team]:
         home: its folder, which must not exist yet.
         settings: PREFECT_ variables of the server's own.
     """
-    with start_prefect(home, settings) as server:
+    with start_prefect(home, settings, database_template(settings)) as server:
         team = Team(server.api_url)
-        team.prefect("work-pool", "create", POOL, "--type", "process")
         with team.client:
+            team.client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
             yield team
+
+
+def database_template(settings: Mapping[str, str]) -> Path | None:
+    """A new SQLite database of Prefect's for a server with these settings, where the test run has one."""
+    template = os.environ.get("FLUX_PREFECT_TEST_DATABASE")
+    return None if template is None or "PREFECT_API_DATABASE_CONNECTION_URL" in settings else Path(template)
