@@ -1,3 +1,3 @@
-"""What people look at: progress, artifacts, galleries, contact sheets, run names and events."""
+"""Presentation of batches: progress, artifacts, galleries, contact sheets, run names and events."""
 
 __all__: list[str] = []

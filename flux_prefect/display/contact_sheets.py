@@ -1,4 +1,4 @@
-"""One image of many images, each with a label, to compare them at a glance."""
+"""Contact sheets: one image that shows many images in a grid, each with a label."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 __all__ = ["MAX_DATA_URI", "Cell", "ContactSheet"]
 
 MAX_DATA_URI = 200 * 1024
-"""The longest `data:` URI of a preview, in characters."""
+"""The maximum length of a preview's `data:` URI, in characters."""
 
 _LARGE, _SMALL = 256, 128  # pixels of a cell's longer side
 _MOST_LARGE = 64
@@ -25,11 +25,11 @@ _PREVIEWS = ((1024, 80), (1024, 60), (768, 60), (512, 60), (384, 50), (256, 40),
 
 @dataclass(frozen=True)
 class Cell:
-    """One place on a sheet.
+    """One cell of a contact sheet.
 
     Attributes:
-        label: what stands below the image.
-        image: the file's bytes; None where there is no image, and the label says why.
+        label: the text below the image.
+        image: the file's bytes; None where there is no image, in which case the label has the reason.
     """
 
     label: str
@@ -37,14 +37,14 @@ class Cell:
 
 
 class ContactSheet:
-    """A sheet that is filled an image at a time, from left to right.
+    """A contact sheet that is filled one image at a time, from left to right.
 
-    Memory: the sheet's own pixels, at most some 60 MB for a thousand images. Not for several threads at once.
+    Memory: the sheet's own pixels, at most about 60 MB for a thousand images. Not thread-safe.
 
     Args:
-        title: what stands above, in one line.
-        cells: how many images there will be.
-        columns: how many in a row, where there is room for so many.
+        title: the line above the images.
+        cells: the number of images.
+        columns: the number of images in a line, at most; fewer where the sheet would be too wide.
     """
 
     def __init__(self, title: str, cells: int, columns: int) -> None:
@@ -58,10 +58,10 @@ class ContactSheet:
         self._filled = 0
 
     def add(self, cell: Cell) -> None:
-        """Fill the next place. Some ten milliseconds for an image of a megapixel: call it in a thread.
+        """Fill the next cell. Takes about ten milliseconds for an image of a megapixel: call it in a thread.
 
         Raises:
-            OSError: the bytes are no image.
+            OSError: the bytes are not an image.
         """
         row, column = divmod(self._filled, self._columns)
         left, top = _GAP + column * (self._side + _GAP), _TITLE + row * (self._side + _LABEL + _GAP)
@@ -77,11 +77,11 @@ class ContactSheet:
         self._filled += 1
 
     def to_jpeg(self) -> bytes:
-        """The sheet as a file."""
+        """Encode the sheet as a JPEG file."""
         return _encode(self._image, 88)
 
     def to_data_uri(self) -> str:
-        """A preview for markdown, at most `MAX_DATA_URI` characters long."""
+        """Encode a preview for markdown as a `data:` URI of at most `MAX_DATA_URI` characters."""
         for side, quality in _PREVIEWS:
             preview = self._image.copy()
             preview.thumbnail((side, 4 * side))
@@ -92,7 +92,7 @@ class ContactSheet:
 
     def _write(self, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int], room: int) -> None:
         font = _font(size)
-        # A line's worth is measured, not all 4,000 characters of a prompt.
+        # Measure only as much text as can fit a line, not all 4,000 characters of a prompt.
         line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[:400]).split())
         shown = line
         while shown and font.getlength(shown) > room:

@@ -1,11 +1,11 @@
-"""What a batch tells automations, as Prefect events. Sent in the background: one that is lost costs the batch nothing.
+"""Prefect events of a batch, for automations. They are sent in the background; a lost event does not affect the batch.
 
-flux.batch.finished     once, when the manifest is whole; its resource is s3://bucket/prefix/manifests/<run>
-flux.image.published    an image that this run wrote; its resource is the image, s3://bucket/key
-flux.image.failed       a row without its images; its resource is s3://bucket/prefix/manifests/<run>/rows/<row>
+flux.batch.finished     once, when the manifest is complete; its resource is s3://bucket/prefix/manifests/<run>
+flux.image.published    for each image that this run wrote; its resource is the image, s3://bucket/key
+flux.image.failed       for each row without its images; its resource is s3://bucket/prefix/manifests/<run>/rows/<row>
 
-And the destination as an asset: `prefect.asset.materialization.succeeded` of s3://bucket/prefix. A dry run tells of
-nothing; one that was cancelled has told of its images, and Prefect itself tells of its end.
+The destination is also an asset: `prefect.asset.materialization.succeeded` is emitted for s3://bucket/prefix. A dry run
+emits no events. A cancelled run has emitted those of its images; Prefect itself emits the event of its end.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ BATCH_FINISHED = "flux.batch.finished"
 IMAGE_PUBLISHED = "flux.image.published"
 IMAGE_FAILED = "flux.image.failed"
 
-# What Prefect itself sends where a task is marked with @materialize. A batch is a flow, and a task run made only to be
-# marked would show up in every count of its steps.
+# The event that Prefect emits for a task marked with @materialize. A batch is a flow; an additional task run, made only
+# to be marked, would appear in every count of the flow's task runs.
 _MATERIALIZED = "prefect.asset.materialization.succeeded"
 
-_MOST_OF_A_MESSAGE = 1000
+_MAX_MESSAGE = 1000
 _SUMS = {
     *("counts", "calls", "billed_calls", "unbilled_calls", "unpriced_calls", "unknown_calls"),
     *("credits_used", "seconds", "rows", "unsuccessful", "manifest"),
@@ -40,14 +40,14 @@ _SUMS = {
 
 
 def emit_batch_events(report: BatchReport, bucket: ImageBucket, run: str, *, succeeded: bool) -> None:
-    """Tell that a batch has ended, and what stands at its destination now. Two events, whatever the batch's size.
+    """Emit the events of a batch that has ended: its end, and the materialization of its destination.
 
-    The label `flux.outcome` of the first is `completed` or `failed`, so that an automation can match it. Its payload
-    has the report's sums, and as `bucket` what a flow's parameter of that name takes.
+    These are two events, whatever the batch's size. The first has the label `flux.outcome`, `completed` or `failed`,
+    for automations to match. Its payload has the report's sums, and as `bucket` a value for a flow's own `bucket`.
 
     Args:
-        report: of a run whose manifest is in the bucket.
-        bucket: where the images are.
+        report: the report of a run whose manifest is in the bucket.
+        bucket: the bucket of the images.
         run: the flow run's id.
         succeeded: whether the run ends as Completed.
     """
@@ -73,10 +73,10 @@ def emit_batch_events(report: BatchReport, bucket: ImageBucket, run: str, *, suc
 
 
 def emit_item_events(record: ItemRecord, bucket: ImageBucket, run: str, *, density: Density) -> None:
-    """Tell of a row that has ended: an event an image that this run wrote, and one where images are missing.
+    """Emit the events of a row that has ended: one for each image that this run wrote, and one if images are missing.
 
-    In `steps` alone: the server stores each, beside the ten or so that the row's own task runs send. In `chunks` one
-    task run stands for a hundred rows, and the manifest alone tells of them.
+    Only for the density `steps`: the server stores each event, in addition to about ten from the row's task runs. With
+    `chunks`, where one task run covers a hundred rows, this does nothing, and only the manifest has the rows.
     """
     if density != "steps":
         return
@@ -88,7 +88,7 @@ def emit_item_events(record: ItemRecord, bucket: ImageBucket, run: str, *, densi
                 payload={"row": record.row, "id": record.id, "run": run, **_describe(image)},
             )
     if record.status in UNSUCCESSFUL:
-        message = (record.message or "")[:_MOST_OF_A_MESSAGE]
+        message = (record.message or "")[:_MAX_MESSAGE]
         emit_event(
             IMAGE_FAILED,
             resource={
@@ -102,7 +102,7 @@ def emit_item_events(record: ItemRecord, bucket: ImageBucket, run: str, *, densi
                 "run": run,
                 "status": record.status,
                 "error": record.error,
-                # A service's message can hold half a character, which no event can.
+                # A message of the service can contain a lone surrogate, which an event can't.
                 "message": message.encode(errors="replace").decode(),
                 "credits_used": record.credits_used,
             },
@@ -110,7 +110,7 @@ def emit_item_events(record: ItemRecord, bucket: ImageBucket, run: str, *, densi
 
 
 def find_asset(uri: str) -> Asset | None:
-    """The asset of an address; None where Prefect takes no such address for one, as with spaces in it."""
+    """Make the asset of an address; None where Prefect does not accept the address, for example with spaces in it."""
     try:
         return Asset(key=uri)
     except ValidationError:

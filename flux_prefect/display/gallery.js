@@ -2,7 +2,7 @@
 const form = document.querySelector("form");
 const buttons = [...form.querySelectorAll("button")];
 const search = form.querySelector("input");
-const told = form.querySelector("output");
+const count = form.querySelector("output");
 const cards = [...document.querySelectorAll("article")];
 let texts = null;
 let waiting = 0;
@@ -17,7 +17,7 @@ function filter() {
     if (card.hidden === fits) card.hidden = !fits;
     shown += fits;
   });
-  told.value = shown === cards.length ? "" : `${shown.toLocaleString()} of ${cards.length.toLocaleString()}`;
+  count.value = shown === cards.length ? "" : `${shown.toLocaleString()} of ${cards.length.toLocaleString()}`;
 }
 
 for (const button of buttons) {

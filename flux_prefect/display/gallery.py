@@ -1,7 +1,7 @@
-"""A page of a batch's images: in the bucket beside its manifest, or in a folder.
+"""The HTML page of a batch's images, in the bucket beside its manifest or in a folder.
 
-The page is one file that loads nothing but the images beside it, so that it works from the bucket, through a CDN and
-from disk. Without JavaScript it is a plain list; with it, the list can be filtered.
+The page is one file and loads only the images beside it, so that it works from the bucket, through a CDN and from disk.
+Without JavaScript it is a plain list; with JavaScript, the list can be filtered.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ class _Item:
 
 
 def write_page(report: BatchReport, file: BinaryIO, *, title: str, address_of: Callable[[PublishedImage], str]) -> None:
-    """Write the page of a batch: every row in the table's order, with its images or the reason for their absence.
+    """Write the page of a batch: every row in the table's order, with its images or its error.
 
-    Whatever a table or the service holds shows as text. About a kilobyte and a fifth of a millisecond a row, one row
-    at a time in memory; call it in a thread.
+    Text from the table and the service is always shown as text. Takes about a kilobyte and a fifth of a millisecond a
+    row, with one row at a time in memory; call it in a thread.
 
     Args:
-        report: of the batch, on the host of its run.
-        file: where it goes, as UTF-8.
+        report: the batch's report, on the host of its run.
+        file: the file to write, in UTF-8.
         title: the heading.
-        address_of: where an image is, as a URL relative to the page.
+        address_of: returns an image's URL relative to the page.
 
     Raises:
-        TableError: the records are gone.
+        TableError: the records are missing.
     """
     style, script = _asset("gallery.css"), _asset("gallery.js")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_asset("gallery.html.j2"))
@@ -81,15 +81,15 @@ def write_page(report: BatchReport, file: BinaryIO, *, title: str, address_of: C
 
 
 async def publish_page(report: BatchReport, bucket: ImageBucket) -> str:
-    """Put the page beside the run's manifest, as `index.html`; returns its key.
+    """Upload the page as `index.html` beside the run's manifest; returns its key.
 
-    It names the images relative to itself, so it also works in a copy of the prefix.
+    Its links to the images are relative, so that it also works in a copy of the prefix.
 
     Raises:
-        ValueError: the report names no manifest of this bucket.
-        TableError: the records are gone.
-        OSError: there is no room for a copy of it.
-        BucketError: the bucket did not take it.
+        ValueError: the report's manifest is not in this bucket.
+        TableError: the records are missing.
+        OSError: there is no space for a temporary copy of the page.
+        BucketError: the upload failed.
     """
     folder = (report.manifest or "").removeprefix(f"{bucket.uri}/").rpartition("/")[0]
     if not folder.startswith("manifests/"):
@@ -102,12 +102,12 @@ async def publish_page(report: BatchReport, bucket: ImageBucket) -> str:
 
 
 async def write_gallery(report: BatchReport, bucket: ImageBucket, folder: Path, *, title: str) -> Path:
-    """Write `folder/index.html` with the images as they stand in the bucket; returns its path.
+    """Write `folder/index.html` with the published images; returns its path.
 
-    The images are read from S3 into `folder/images`, so the page needs neither network nor public bucket.
+    The images are downloaded from S3 to `folder/images`, so that the page needs neither a network nor a public bucket.
 
     Raises:
-        TableError: the records are gone.
+        TableError: the records are missing.
         BucketError: an image can't be read.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _write_beside_manifest(report: BatchReport, file: BinaryIO, bucket: ImageBuc
 
 
 def _file_name(image: PublishedImage) -> str:
-    # Not the key's last part: a template may end in one that many keys share.
+    # The key's last part would not do: a key template can end in a part that many keys share.
     return f"images/{image.fingerprint}-{image.index}{Path(image.key).suffix}"
 
 
@@ -151,7 +151,7 @@ def _asset(name: str) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Nothing may be loaded or run but this page's own style and script, and images of where it is from."""
+    """The Content-Security-Policy: only the page's own style and script, and images from its own origin."""
     styles, scripts = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script))
     return (
         f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{styles}'; script-src 'sha256-{scripts}'; "

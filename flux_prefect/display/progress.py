@@ -1,4 +1,4 @@
-"""How a batch shows its progress: a bar for a person at a terminal, plain lines for everybody else."""
+"""Progress of a batch: a bar at a terminal, plain lines in the log elsewhere."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ __all__ = ["Logger", "Progress", "describe_seconds", "show_progress"]
 _SECONDS_BETWEEN_LINES = 30.0
 _MAX_LOGGED_FAILURES = 20
 
-Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[logging.Logger]"  # text, as Python 3.10 can't index it
+Logger: TypeAlias = (
+    "logging.Logger | logging.LoggerAdapter[logging.Logger]"  # a string, as Python 3.10 can't subscript the class
+)
 
 
 class Progress:
-    """How far a batch has come, by the records added so far.
+    """The progress of a batch, from the records added so far.
 
     Args:
-        total: items of the batch.
-        quick: how many of them take no time, as they are there already or invalid. They don't count for the pace.
-        clock: seconds; starts now.
+        total: the number of rows.
+        quick: how many rows take no time, because they are unchanged or invalid. They do not count for the pace.
+        clock: returns the time in seconds. The batch starts now.
 
     Attributes:
-        total: items of the batch.
-        done: how many of them have ended.
-        images: images that this batch has published.
-        spent: what the service said that they cost, in credits.
+        total: the number of rows.
+        done: the number of rows that have ended.
+        images: the number of images that this batch has published.
+        spent: the cost as the service reported it, in credits.
     """
 
     def __init__(self, total: int, *, quick: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -52,7 +54,7 @@ class Progress:
 
     @classmethod
     def of(cls, plan: Plan, *, clock: Callable[[], float] = time.monotonic) -> Progress:
-        """The progress of a batch that begins now."""
+        """Make the progress of a batch that starts now."""
         return cls(plan.rows, quick=plan.published + plan.invalid, clock=clock)
 
     def add(self, record: ItemRecord) -> None:
@@ -63,24 +65,24 @@ class Progress:
         self.images += sum(image.created for image in record.images)
 
     def set_totals(self, *, done: int, images: int, spent: float) -> None:
-        """Take the sums of records that others have counted, in the place of all that was added so far."""
+        """Replace the sums by those of records that were counted elsewhere."""
         self._slow_done = max(0, done - (self.total - self._slow))
         self.done, self.images, self.spent = done, images, spent
 
     @property
     def percent(self) -> float:
-        """How much of it is done, 0 to 100."""
+        """The share of rows that have ended, from 0 to 100."""
         return 100.0 * self.done / self.total if self.total else 100.0
 
     @property
     def images_a_minute(self) -> float:
-        """The pace from the start until now."""
+        """The average number of images a minute since the start."""
         elapsed = self._clock() - self._started
         return 60.0 * self.images / elapsed if elapsed > 0 else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the rest takes at the pace so far; None while there is no pace."""
+        """The estimated time for the remaining rows at the pace so far, in seconds; None while there is no pace."""
         if self.done >= self.total:
             return 0.0
         if self._slow_done == 0:
@@ -88,23 +90,23 @@ class Progress:
         return (self._clock() - self._started) / self._slow_done * max(0, self._slow - self._slow_done)
 
     def pace(self) -> str:
-        """Images a minute and the time left, as far as there is something to tell."""
-        told = [f"{self.images_a_minute:,.0f} images a minute"] if self.images else []
+        """Describe the pace and the time left, each where it is known."""
+        parts = [f"{self.images_a_minute:,.0f} images a minute"] if self.images else []
         left = self.seconds_left
         if left:
-            told.append(f"{describe_seconds(left)} left")
-        return ", ".join(told)
+            parts.append(f"{describe_seconds(left)} left")
+        return ", ".join(parts)
 
     def summary(self) -> str:
-        """One line: done, credits so far, pace and time left."""
+        """Summarize rows done, credits so far, pace and time left in one line."""
         line = f"{self.done:,} of {self.total:,} done, {describe_credits(self.spent)} so far"
         pace = self.pace()
         return f"{line}, {pace}" if pace and self.done < self.total else line
 
 
 def describe_seconds(seconds: float) -> str:
-    """A length of time for people: `45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 90:  # noqa: PLR2004 - below it, minutes would be too coarse
+    """Format a duration: `45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:  # noqa: PLR2004 - minutes would be too coarse below it
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"  # noqa: PLR2004 - an hour
@@ -112,9 +114,9 @@ def describe_seconds(seconds: float) -> str:
 
 @contextmanager
 def show_progress(progress: Progress, logger: Logger) -> Iterator[Callable[[ItemRecord], None]]:
-    """Show a batch's progress; yields what to call with every record, which adds it to the progress.
+    """Show a batch's progress at the terminal or in the log; yields a function that adds a record to it.
 
-    Items that failed are logged at once with their reason, in both forms: the first twenty.
+    The first twenty rows without images are also logged at once, each with its error.
     """
     if sys.stderr.isatty():
         with _bar(progress) as show:
@@ -126,7 +128,7 @@ def show_progress(progress: Progress, logger: Logger) -> Iterator[Callable[[Item
 def _make_recorder(progress: Progress, show: Callable[[], None], logger: Logger) -> Callable[[ItemRecord], None]:
     failures = 0
 
-    def tell(record: ItemRecord) -> None:
+    def add(record: ItemRecord) -> None:
         nonlocal failures
         progress.add(record)
         if record.status in UNSUCCESSFUL:
@@ -134,10 +136,10 @@ def _make_recorder(progress: Progress, show: Callable[[], None], logger: Logger)
             if failures <= _MAX_LOGGED_FAILURES:
                 logger.warning("%s %s: %s: %s", record.id, record.status, record.error, record.message)
             elif failures == _MAX_LOGGED_FAILURES + 1:
-                logger.warning("More items without their images: from here on the manifest alone tells of them.")
+                logger.warning("More rows have failed; see the manifest for all of them.")
         show()
 
-    return tell
+    return add
 
 
 @contextmanager

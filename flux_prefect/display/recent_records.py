@@ -1,4 +1,4 @@
-"""The end of a batch that a person looks at first: its newest records, and no more of them in memory."""
+"""The newest records of a batch, for the gallery, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from flux_prefect.manifest.records import ItemRecord
 __all__ = ["PAGE", "RecentRecords"]
 
 PAGE = 48
-"""Images on a page."""
+"""The number of images on a page."""
 
 
 class RecentRecords:
-    """Keeps the newest of the records that are added as they come, at most a page of each kind.
+    """The newest of all records added, at most a page of each kind.
 
-    What this run made or failed at comes first, the last end foremost. Then images that were there already, by when
-    they were published; then what a cap left out, which has nothing to show.
+    Rows that this run published or that failed come first, the last to end at the top. Unchanged rows follow, by the
+    time of their publication; then rows that a cap left out, which have nothing to show.
     """
 
     def __init__(self, most: int = PAGE) -> None:
@@ -29,7 +29,7 @@ class RecentRecords:
         self._left_out: deque[ItemRecord] = deque(maxlen=most)
 
     def add(self, record: ItemRecord) -> None:
-        """Take a record; the oldest that no longer fits is let go."""
+        """Add a record. Once there is a page of its kind, the oldest one is dropped."""
         if record.status == "unchanged":
             entry = (max(image.published_at for image in record.images), record.row, record)
             (heapq.heappush if len(self._there) < self._most else heapq.heappushpop)(self._there, entry)
@@ -39,6 +39,6 @@ class RecentRecords:
             self._ended.append(record)
 
     def records(self) -> list[ItemRecord]:
-        """The newest first, at most a page of them."""
+        """Return at most a page of records, newest first."""
         there = (record for _, _, record in sorted(self._there, reverse=True))
         return list(islice(chain(reversed(self._ended), there, reversed(self._left_out)), self._most))

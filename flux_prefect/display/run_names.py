@@ -1,4 +1,4 @@
-"""Names of batch runs that say what ran: `nightly-products.csv · 214 images`."""
+"""Descriptive names of batch runs: `nightly-products.csv · 214 images`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["initial_run_name", "name_source", "planned_run_name", "rename_run"]
 
 
 def name_source(source: str | Sequence[Any]) -> str:
-    """The table's name for people. Of an address the last part alone: a signed one holds a secret."""
+    """Make a display name of a table: the last part of its path or address, without the query, which can be secret."""
     if not isinstance(source, str):
         return f"{len(source)} requests"
     parts = urlsplit(source)
@@ -26,21 +26,21 @@ def name_source(source: str | Sequence[Any]) -> str:
 
 
 def initial_run_name(source: str | Sequence[Any]) -> str:
-    """The run's name while nothing is known but its table."""
+    """Make the run's name from its table alone, before there is a plan."""
     return f"publish {name_source(source)}"
 
 
 def planned_run_name(source: str | Sequence[Any], plan: Plan) -> str:
-    """The run's name once it is known how many images it makes, or publishes of those paid for before."""
+    """Make the run's name from its table and the number of images that it generates, or publishes from the spool."""
     images = plan.images + plan.paid
-    told = "nothing new" if images == 0 else f"{images:,} image{'' if images == 1 else 's'}"
-    return f"{name_source(source)} · {told}"
+    count = "nothing new" if images == 0 else f"{images:,} image{'' if images == 1 else 's'}"
+    return f"{name_source(source)} · {count}"
 
 
 async def rename_run(name: str, *, instead_of: str) -> None:
-    """Give the enclosing flow run a name in the place of the one it got at its start; a name of anybody else stays.
+    """Rename the enclosing flow run if it still has the name `instead_of`; a name that a user has set is kept.
 
-    A server that can't be asked leaves it as it is. Costs two calls of the server.
+    Where Prefect's server can't be reached, the name stays as it is. Costs two requests to the server.
     """
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
@@ -49,4 +49,4 @@ async def rename_run(name: str, *, instead_of: str) -> None:
         async with get_client() as client:
             if (await client.read_flow_run(context.flow_run.id)).name == instead_of:
                 await client.update_flow_run(context.flow_run.id, name=name)
-                context.flow_run.name = name  # what the records beside the images call it
+                context.flow_run.name = name  # the sidecars of later images use it

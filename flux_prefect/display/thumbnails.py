@@ -1,4 +1,4 @@
-"""Small images for the pages of Prefect's UI, as `data:` URIs, so that they show of private buckets too."""
+"""Thumbnails for Prefect's UI, as `data:` URIs, so that images of private buckets are shown too."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from flux_prefect.host.spool import Spool
 __all__ = ["MOST_BYTES", "draw_thumbnail", "make_thumbnails"]
 
 SIDE = 160
-"""Pixels of a thumbnail's longer side."""
+"""The length of a thumbnail's longer side, in pixels."""
 
 MOST_BYTES = 9_000
-"""The largest thumbnail before base64: 48 of them are 576,000 characters. Most are a third of that."""
+"""The maximum size of a thumbnail before base64, in bytes: 48 are 576,000 characters. Most are a third of it."""
 
 _QUALITIES = (80, 60, 40, 20, 5)  # at the last one noise, which compresses worst, takes less than half of MOST_BYTES
 _DRAWN_AT_ONCE = 4
 
 
 async def make_thumbnails(images: Sequence[PublishedImage], bucket: ImageBucket, spool: Spool) -> list[str | None]:
-    """A JPEG of each image as a `data:` URI, in order; None where the image can't be read or drawn.
+    """Draw a JPEG of each image as a `data:` URI, in order; None where an image can't be read or drawn.
 
-    Drawn from the spool's file where it has the published bytes, else from the bucket: a GET each. Some ten
-    milliseconds an image in threads, four at once; memory for four images.
+    Images are read from the spool where it has the published bytes, else from the bucket, with one GET each. Takes
+    about ten milliseconds an image, in four threads at once, and the memory of four images.
     """
     drawn: list[str | None] = [None] * len(images)
     limit = anyio.CapacityLimiter(_DRAWN_AT_ONCE)
@@ -47,7 +47,7 @@ async def make_thumbnails(images: Sequence[PublishedImage], bucket: ImageBucket,
                 thumbnail = await anyio.to_thread.run_sync(draw_thumbnail, content)
             except BucketError:
                 return
-            except Exception:  # noqa: BLE001 - odd bytes make Pillow raise nearly anything; the page goes on without
+            except Exception:  # noqa: BLE001 - Pillow can raise nearly any exception on broken bytes; the page leaves the image out
                 return
         drawn[place] = f"data:image/jpeg;base64,{base64.b64encode(thumbnail).decode()}"
 
@@ -58,13 +58,13 @@ async def make_thumbnails(images: Sequence[PublishedImage], bucket: ImageBucket,
 
 
 def draw_thumbnail(content: bytes) -> bytes:
-    """An image's bytes as a JPEG of at most 160 pixels a side and at most 9,000 bytes. Call it in a thread.
+    """Draw an image as a JPEG of at most 160 pixels a side and at most 9,000 bytes. Call it in a thread.
 
-    What is transparent becomes white.
+    Transparent areas become white.
 
     Raises:
-        ImageTooLarge: more pixels than this package decodes.
-        Exception: whatever Pillow raises of bytes that are no whole JPEG or PNG.
+        ImageTooLarge: the image has more pixels than this package decodes.
+        Exception: any error of Pillow for bytes that are not a complete JPEG or PNG.
     """
     with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
         if image.width * image.height > MAX_PIXELS:
@@ -83,7 +83,7 @@ def draw_thumbnail(content: bytes) -> bytes:
 
 
 def _read_spooled(spool: Spool, image: PublishedImage) -> bytes | None:
-    """The published bytes, where this host still has them."""
+    """The published bytes from this host's spool; None where it does not have them."""
     try:
         generation = spool.find_generation(image.fingerprint)
         if generation is None:

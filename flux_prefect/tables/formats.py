@@ -122,7 +122,7 @@ def describe_misspelling(column: str) -> str | None:
 def describe_unstorable(content: Any) -> str | None:
     """Explain why a value can't be stored in a record; None where it can.
 
-    JSON can hold neither half a character (a lone surrogate), nor infinity or NaN, nor types of its own.
+    JSON can't hold half a character (a lone surrogate), infinity, NaN, or other types of Python objects.
     """
     try:
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode()

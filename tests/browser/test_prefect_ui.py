@@ -198,7 +198,7 @@ async def expect_request(page: Page) -> None:
     row = page.locator("article", has_text="lighthouse")
     details = row.locator("pre")
     await expect(details).not_to_be_visible()
-    await row.get_by_text("all of it").click()
+    await row.get_by_text("details", exact=True).click()
     await expect(details).to_be_visible()
     request = json.loads(await details.inner_text())["request"]
     assert request["prompt"] == PROMPTS["plain"]

@@ -1,4 +1,4 @@
-"""What a batch tells automations, as a real Prefect server has it."""
+"""The events of a batch, as a real Prefect server stores them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MATERIALIZED = "prefect.asset.materialization.succeeded"
 
 
 async def read_events(bucket: ImageBucket, *, batches: int = 1) -> list[ReceivedEvent]:
-    """All events of this project about a bucket, once the last one of so many batches has come."""
+    """All events of this package about a bucket, once the last ones of all batches have arrived."""
     async with get_client() as client:
         for _ in range(200):
-            chosen = EventFilter(  # anew, as it reaches no further than its own making
+            chosen = EventFilter(  # a new one each time, because its time range ends when it is made
                 event=EventNameFilter(prefix=["flux.", MATERIALIZED]),
                 resource=EventResourceFilter(id_prefix=[bucket.uri]),
             )
@@ -31,23 +31,23 @@ async def read_events(bucket: ImageBucket, *, batches: int = 1) -> list[Received
             if [event.event for event in events].count(MATERIALIZED) == batches:
                 return events
             await asyncio.sleep(0.1)
-    raise AssertionError("the batch never told of its end")
+    raise AssertionError("the batch emitted no event of its end")
 
 
 def table(rows: int) -> list[dict[str, object]]:
-    """Good rows that no other test has, and a bad one."""
-    good = [{"id": f"row-{n}", "prompt": f"an event {uuid4().hex}", "seed": n} for n in range(1, rows + 1)]
-    return [*good, {"id": "bad", "prompt": ""}]
+    """Valid rows that no other test uses, and an invalid one."""
+    valid = [{"id": f"row-{n}", "prompt": f"an event {uuid4().hex}", "seed": n} for n in range(1, rows + 1)]
+    return [*valid, {"id": "bad", "prompt": ""}]
 
 
 @pytest.mark.usefixtures("prefect_server")
 class TestEvents:
     """Of batches in a real Prefect run."""
 
-    async def test_a_batch_in_steps_tells_of_each_image_and_of_its_end(
+    async def test_a_batch_in_steps_emits_events_of_each_image_and_of_its_end(
         self, bucket: ImageBucket, credentials: AimlApiCredentials
     ) -> None:
-        """An automation gets the run's sums, what to read, and for each row where its image is or why not."""
+        """With the run's sums, its manifest, and for each row its image or its error."""
         report = await publish_batch(table(2), bucket, credentials, max_failed=1, density="steps")
         events = await read_events(bucket)
 
@@ -77,10 +77,10 @@ class TestEvents:
         assert asset.payload["counts"] == end.payload["counts"]
         assert asset.payload["manifest"] == report.manifest
 
-    async def test_a_batch_in_chunks_tells_of_its_end_alone(
+    async def test_a_batch_in_chunks_emits_only_the_events_of_its_end(
         self, bucket: ImageBucket, credentials: AimlApiCredentials
     ) -> None:
-        """Thousands of rows are two events; and a run that fails says so where an automation can match it."""
+        """Two events for thousands of rows; a failed run has a label that automations can match."""
         await publish_batch(table(2), bucket, credentials, density="chunks", return_state=True)
         events = await read_events(bucket)
 
@@ -88,10 +88,8 @@ class TestEvents:
         end = next(event for event in events if event.event == BATCH_FINISHED)
         assert end.resource["flux.outcome"] == "failed"
 
-    async def test_what_was_there_already_is_not_told_as_published(
-        self, bucket: ImageBucket, credentials: AimlApiCredentials
-    ) -> None:
-        """The second run of a table publishes nothing, and says nothing but that."""
+    async def test_unchanged_images_have_no_events(self, bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
+        """The second run of a table publishes nothing, and emits only the events of its end."""
         rows = table(1)[:1]
         await publish_batch(rows, bucket, credentials)
         await publish_batch(rows, bucket, credentials)
@@ -100,7 +98,7 @@ class TestEvents:
         assert Counter(event.event for event in events) == {IMAGE_PUBLISHED: 1, BATCH_FINISHED: 2, MATERIALIZED: 2}
 
 
-def test_an_address_that_is_no_asset_key_is_passed_over() -> None:
-    """Prefect refuses spaces in the key of an asset; a paid batch must not fail for it."""
+def test_an_address_that_is_not_an_asset_key_has_no_asset() -> None:
+    """Prefect rejects spaces in the key of an asset; a paid batch must not fail for that reason."""
     assert find_asset("s3://images/a b") is None
     assert find_asset("s3://images/catalogue") is not None

@@ -1,4 +1,4 @@
-"""The page of a batch's images, in the bucket and in a folder."""
+"""The HTML page of a batch's images, in the bucket and in a folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Element:
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page, as far as the tests ask."""
+    """The elements of a page, as a browser would read them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -45,16 +45,16 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """An element begins."""
+        """Start an element."""
         self.elements.append(Element(tag, dict(attrs)))
         self._open = True
 
     def handle_endtag(self, tag: str) -> None:  # noqa: ARG002 - as `HTMLParser` has it
-        """What follows is not its text any more."""
+        """Ignore the text after it."""
         self._open = False
 
     def handle_data(self, data: str) -> None:
-        """Text of the element that has begun."""
+        """Add text to the open element."""
         if self._open:
             self.elements[-1].text += data
 
@@ -77,7 +77,7 @@ def render(report: BatchReport, title: str = "Published") -> str:
 
 @pytest.fixture
 def odd(tmp_path: Path) -> BatchReport:
-    """A batch whose every text is odd: one published, one failed, one invalid."""
+    """A batch whose texts all contain markup: one row published, one failed, one invalid."""
     request = ImageRequest(prompt=ODD, seed=7)
     return make_report(
         [
@@ -100,8 +100,8 @@ def odd(tmp_path: Path) -> BatchReport:
     )
 
 
-def test_odd_text_shows_as_text(odd: BatchReport) -> None:
-    """Whatever a prompt, an id, a message, a column or the title holds makes no tag; and all of it is there."""
+def test_markup_in_text_is_shown_as_text(odd: BatchReport) -> None:
+    """A prompt, id, message, column or title never becomes a tag, and is shown in full."""
     page = Page(render(odd, title=ODD))
 
     assert {element.tag for element in page.elements} <= {
@@ -119,8 +119,8 @@ def test_odd_text_shows_as_text(odd: BatchReport) -> None:
     assert page.texts("bdi") == [ODD, "x", "y"]
 
 
-def test_the_whole_request_is_there_to_unfold(odd: BatchReport) -> None:
-    """With every default, the row's other columns and what became of it."""
+def test_the_details_have_the_whole_request(odd: BatchReport) -> None:
+    """With all defaults, the row's other columns, its images and its error."""
     page = Page(render(odd))
     details = page.texts("pre")
 
@@ -131,8 +131,8 @@ def test_the_whole_request_is_there_to_unfold(odd: BatchReport) -> None:
     assert '"shelf"' in details[2]
 
 
-def test_nothing_is_loaded_but_images_and_nothing_runs_but_its_own_script(odd: BatchReport) -> None:
-    """The page's own policy names the digests of its style and its script, and no other source."""
+def test_only_images_are_loaded_and_only_its_own_script_runs(odd: BatchReport) -> None:
+    """The page's Content-Security-Policy has the digests of its style and its script, and no other source."""
     page = Page(render(odd))
     policy = page.values("meta", "content")[0]
     (style,), (script,) = page.texts("style"), page.texts("script")
@@ -146,8 +146,8 @@ def test_nothing_is_loaded_but_images_and_nothing_runs_but_its_own_script(odd: B
     assert not re.search(r"url\(|@import", style)
 
 
-def test_it_filters_by_the_ways_that_rows_ended(odd: BatchReport) -> None:
-    """A button for each of them; the form is hidden where no script shows it, the list is not."""
+def test_it_can_be_filtered_by_status(odd: BatchReport) -> None:
+    """There is a button for each status. Without JavaScript the form is hidden and the list is shown."""
     page = Page(render(odd))
 
     assert page.values("button", "value") == ["published", "failed", "invalid"]
@@ -155,28 +155,28 @@ def test_it_filters_by_the_ways_that_rows_ended(odd: BatchReport) -> None:
     assert [element.tag for element in page.elements if "hidden" in element.attributes] == ["form"]
 
 
-def test_a_long_batch_takes_no_memory() -> None:
-    """Of the records one is read when it is written, not all of them before."""
+def test_records_are_read_as_they_are_written() -> None:
+    """One at a time, so that a long batch takes no more memory than a short one."""
     request = ImageRequest(prompt="a fox", seed=1)
     read: list[int] = []
 
     class Lazy(BatchReport):
-        """A report that notes how far it was read."""
+        """A report that counts how many records were read."""
 
         def read(self, *_: object) -> Iterator[ItemRecord]:
-            """Far more rows than fit a page's first part."""
+            """Yield far more rows than one write takes."""
             for row in range(1, 501):
                 read.append(row)
                 yield ItemRecord(row=row, id=str(row), status="skipped_budget", request=request)
 
     class Started(Exception):
-        """A row was written."""
+        """The first row was written."""
 
     class File(io.BytesIO):
-        """Stops the writing at the first row."""
+        """A file that stops the writing at the first row."""
 
         def writelines(self, lines: Iterable[Any]) -> None:
-            """Until a line holds one."""
+            """Raise once a line has a row."""
             if any(b"<article" in line for line in lines):
                 raise Started
 
@@ -186,10 +186,10 @@ def test_a_long_batch_takes_no_memory() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "shop/a b#c"])
-async def test_the_page_in_the_bucket_finds_its_images_from_where_it_is(
+async def test_the_page_in_the_bucket_has_relative_links_to_its_images(
     bucket: ImageBucket, tmp_path: Path, prefix: str
 ) -> None:
-    """Beside the manifest, relative to itself; with a type that browsers show and caches ask again for."""
+    """It is beside the manifest, with a content type that browsers show, and is revalidated by caches."""
     home = bucket.model_copy(update={"prefix": f"{bucket.prefix}/{prefix}" if prefix else bucket.prefix})
     home = home.model_copy(update={"key_template": "by seed/{seed}/{fingerprint}-{index}.{extension}"})
     request = ImageRequest(prompt="a fox", seed=7)
@@ -208,14 +208,14 @@ async def test_the_page_in_the_bucket_finds_its_images_from_where_it_is(
 
 
 async def test_a_page_without_a_manifest_beside_it_is_refused(tmp_path: Path) -> None:
-    """It would name images where they are not."""
+    """Its links would not lead to the images."""
     report = make_report([], tmp_path).model_copy(update={"manifest": "s3://other/manifests/run-1/manifest.jsonl"})
     with pytest.raises(ValueError, match="not below s3://images"):
         await publish_page(report, BUCKET)
 
 
-async def test_in_a_folder_the_images_stand_beside_the_page(bucket: ImageBucket, tmp_path: Path) -> None:
-    """Byte for byte, whatever the bucket's key template is."""
+async def test_in_a_folder_the_images_are_beside_the_page(bucket: ImageBucket, tmp_path: Path) -> None:
+    """Byte for byte, with any key template."""
     nested = bucket.model_copy(update={"key_template": "{fingerprint}/{index}.{extension}"})
     requests = [ImageRequest(prompt=ODD, seed=seed) for seed in (1, 2)]
     images = [await publish(nested, tmp_path, request, draw(40 * (request.seed or 0))) for request in requests]
@@ -231,7 +231,7 @@ async def test_in_a_folder_the_images_stand_beside_the_page(bucket: ImageBucket,
 
 
 def test_a_call_that_two_rows_share_is_counted_once(tmp_path: Path) -> None:
-    """Both rows tell of it; the sums do not."""
+    """Both rows record it; the report lists it once."""
     request = ImageRequest(prompt="a fox", seed=1)
     items = [
         ItemRecord(row=row, id=str(row), status="published", request=request, possibly_billed=("fp-1",))

@@ -29,66 +29,68 @@ def _record(status: ItemStatus = "published", message: str | None = None, credit
 
 
 class Terminal(io.StringIO):
-    """A text stream that says it is a terminal."""
+    """A text stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
-        """It says so."""
+        """Return True."""
         return True
 
 
-def test_plain_lines_where_nobody_watches(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a terminal a short batch is told once, at its end, in the log and without any control characters."""
-    with caplog.at_level(logging.INFO), show_progress(Progress(3), LOGGER) as tell:
-        tell(_record())
-        tell(_record("unchanged", credits_used=0))
+def test_without_a_terminal_progress_is_logged(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A short batch has one line, at its end, without control characters."""
+    with caplog.at_level(logging.INFO), show_progress(Progress(3), LOGGER) as add:
+        add(_record())
+        add(_record("unchanged", credits_used=0))
         assert caplog.messages == []
-        tell(_record())
+        add(_record())
     assert caplog.messages == ["3 of 3 done, 336,000 credits ($0.17) so far"]
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_failure_is_told_at_once(
+def test_a_failure_is_logged_at_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, *, terminal: bool
 ) -> None:
-    """In both forms: which item, how it ended and why."""
+    """With and without a terminal: the row's id, its status and its error."""
     if terminal:
         monkeypatch.setattr(sys, "stderr", Terminal())
-    with caplog.at_level(logging.WARNING), show_progress(Progress(2), LOGGER) as tell:
-        tell(_record("failed", message="the answer was lost"))
+    with caplog.at_level(logging.WARNING), show_progress(Progress(2), LOGGER) as add:
+        add(_record("failed", message="the answer was lost"))
         assert caplog.messages == ["dusk failed: AnswerLost: the answer was lost"]
-        tell(_record())
+        add(_record())
     assert len(caplog.messages) == 1
 
 
-def test_a_bar_where_somebody_watches(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a terminal the bar shows items and money, and the log stays quiet."""
+def test_a_terminal_has_a_bar(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows rows and credits, and nothing is logged."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
-    with caplog.at_level(logging.INFO), show_progress(Progress(2), LOGGER) as tell:
-        tell(_record())
-        tell(_record())
+    with caplog.at_level(logging.INFO), show_progress(Progress(2), LOGGER) as add:
+        add(_record())
+        add(_record())
     shown = terminal.getvalue()
     assert "2/2" in shown
     assert "336,000 credits ($0.17)" in shown
     assert caplog.messages == []
 
 
-def test_many_failures_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
-    """The first twenty are told one by one, then a line says where the others are."""
-    with caplog.at_level(logging.INFO), show_progress(Progress(100), LOGGER) as tell:
+def test_only_twenty_failures_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A last line refers to the manifest."""
+    with caplog.at_level(logging.INFO), show_progress(Progress(100), LOGGER) as add:
         for _ in range(50):
-            tell(_record("failed", message="no"))
+            add(_record("failed", message="no"))
     assert caplog.messages == [
         *["dusk failed: AnswerLost: no"] * 20,
-        "More items without their images: from here on the manifest alone tells of them.",
+        "More rows have failed; see the manifest for all of them.",
     ]
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -98,8 +100,8 @@ class Clock:
         return self.now
 
 
-def test_the_pace_is_that_of_what_takes_time() -> None:
-    """Rows that are there already or invalid pass at once, and make the rest look neither quicker nor slower."""
+def test_only_rows_that_take_time_count_for_the_pace() -> None:
+    """Unchanged and invalid rows end at once, and do not affect the estimate for the others."""
     clock = Clock()
     progress = Progress(1000, quick=900, clock=clock)
     assert progress.summary() == "0 of 1,000 done, 0 credits ($0.00) so far"
@@ -117,8 +119,8 @@ def test_the_pace_is_that_of_what_takes_time() -> None:
     assert progress.summary() == "620 of 1,000 done, 3,360,000 credits ($1.68) so far, 20 images a minute, 4 min left"
 
 
-def test_the_plan_knows_what_takes_no_time() -> None:
-    """What is in the bucket already, and what is no request."""
+def test_rows_that_take_no_time_come_from_the_plan() -> None:
+    """They are published or invalid in the plan."""
     plan = Plan(
         rows=10,
         invalid=2,
@@ -139,8 +141,8 @@ def test_the_plan_knows_what_takes_no_time() -> None:
     assert progress.seconds_left == pytest.approx(4 * 60)
 
 
-def test_the_end_is_whole() -> None:
-    """Of an empty batch too."""
+def test_a_finished_batch_is_at_100_percent() -> None:
+    """So is an empty batch."""
     assert Progress(0).percent == 100
     done = Progress(1)
     done.add(_record())
@@ -148,23 +150,23 @@ def test_the_end_is_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3570, "1 h 0 min"), (12_000, "3 h 20 min")]
+    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3570, "1 h 0 min"), (12_000, "3 h 20 min")]
 )
-def test_times_are_told_as_people_do(seconds: float, told: str) -> None:
-    """No more exactly than anybody wants to know."""
-    assert describe_seconds(seconds) == told
+def test_durations_are_rounded(seconds: float, text: str) -> None:
+    """To seconds or minutes."""
+    assert describe_seconds(seconds) == text
 
 
-def test_an_empty_batch_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """No items, no lines."""
+def test_an_empty_batch_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """No rows, no lines."""
     with caplog.at_level(logging.INFO), show_progress(Progress(0), LOGGER):
         pass
     assert caplog.messages == []
 
 
-def test_a_run_logger_will_do(caplog: pytest.LogCaptureFixture) -> None:
-    """Prefect gives runs an adapter instead of a logger."""
+def test_a_logger_adapter_is_accepted(caplog: pytest.LogCaptureFixture) -> None:
+    """Prefect's run logger is one."""
     adapter: logging.LoggerAdapter[logging.Logger] = logging.LoggerAdapter(LOGGER, {})
-    with caplog.at_level(logging.INFO), show_progress(Progress(1), adapter) as tell:
-        tell(_record())
+    with caplog.at_level(logging.INFO), show_progress(Progress(1), adapter) as add:
+        add(_record())
     assert caplog.messages == ["1 of 1 done, 168,000 credits ($0.08) so far"]

@@ -1,4 +1,4 @@
-"""What a person looks at first of a batch."""
+"""The newest records of a batch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _order(newest: RecentRecords) -> list[int]:
     return [record.row for record in newest.records()]
 
 
-def test_the_last_end_comes_first() -> None:
-    """Failures in their place among the images."""
+def test_the_row_that_ended_last_comes_first() -> None:
+    """Failed rows are among the published ones."""
     newest = RecentRecords(3)
     statuses: list[ItemStatus] = ["published", "published", "failed", "published"]
     for row, status in enumerate(statuses, start=1):
@@ -33,8 +33,8 @@ def test_the_last_end_comes_first() -> None:
     assert _order(newest) == [4, 3, 2]
 
 
-def test_what_was_there_already_comes_after_what_this_run_did() -> None:
-    """By when it was published, the newest first, in whatever order it was met."""
+def test_unchanged_rows_come_after_those_of_this_run() -> None:
+    """By the time of their publication, newest first, in whatever order they were added."""
     newest = RecentRecords(4)
     newest.add(_record(1, "published"))
     for row, hour in ((2, 5), (3, 9), (4, 1), (5, 7)):
@@ -42,8 +42,8 @@ def test_what_was_there_already_comes_after_what_this_run_did() -> None:
     assert _order(newest) == [1, 3, 5, 2]
 
 
-def test_what_a_cap_left_out_pushes_nothing_out() -> None:
-    """It has nothing to show, and comes last."""
+def test_rows_that_a_cap_left_out_displace_no_others() -> None:
+    """They have nothing to show, and come last."""
     newest = RecentRecords(3)
     newest.add(_record(1, "published"))
     for row in (2, 3, 4):

@@ -1,4 +1,4 @@
-"""What runs are called."""
+"""The names of flow runs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _plan(images: int, paid: int = 0) -> Plan:
         ([{}, {}], "2 requests"),
     ],
 )
-def test_a_run_says_what_it_publishes(source: str | list[object], name: str) -> None:
-    """The table's name, and once there is a plan how many images are to be made; nothing secret."""
+def test_a_runs_name_has_its_table_and_its_images(source: str | list[object], name: str) -> None:
+    """The table's name, and the number of images once there is a plan; nothing secret."""
     assert initial_run_name(source) == f"publish {name}"
     assert planned_run_name(source, _plan(213, paid=1)) == f"{name} · 214 images"
     assert planned_run_name(source, _plan(1)) == f"{name} · 1 image"
@@ -49,8 +49,8 @@ def test_a_run_says_what_it_publishes(source: str | list[object], name: str) -> 
 class TestRenaming:
     """With a real Prefect server."""
 
-    async def test_the_name_from_the_start_gives_way(self) -> None:
-        """On the server and for whoever asks in the run."""
+    async def test_the_initial_name_is_replaced(self) -> None:
+        """On the server and in the context of the run."""
 
         @flow(flow_run_name="publish a.csv")
         async def renamed() -> tuple[str, str]:
@@ -61,7 +61,7 @@ class TestRenaming:
         async with get_client() as client:
             assert (await client.read_flow_run(UUID(identity))).name == name == "a.csv · 2 images"
 
-    async def test_a_name_that_somebody_chose_stays(self) -> None:
+    async def test_a_name_that_a_user_chose_is_kept(self) -> None:
         """Such as that of `publish_batch.with_options(flow_run_name=…)`."""
 
         @flow(flow_run_name="Christmas")
@@ -74,6 +74,6 @@ class TestRenaming:
             assert (await client.read_flow_run(UUID(identity))).name == "Christmas"
 
 
-async def test_outside_of_a_run_nothing_happens() -> None:
-    """There is nothing to rename."""
+async def test_outside_a_run_nothing_happens() -> None:
+    """There is no run to rename."""
     await rename_run("x", instead_of="y")

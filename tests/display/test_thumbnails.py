@@ -1,4 +1,4 @@
-"""Small images for pages: what is drawn, from where, and within which bounds."""
+"""Thumbnails: their size, their content and their sources."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def _shade(uri: str | None) -> float:
 
 
 @pytest.mark.parametrize("size", [(2336, 1000), (1000, 2336), (1024, 1024), (40, 20)])
-def test_it_keeps_its_shape_and_stays_small(size: tuple[int, int]) -> None:
+def test_a_thumbnail_is_small_and_keeps_the_aspect_ratio(size: tuple[int, int]) -> None:
     """At most 160 pixels a side, never larger than the image."""
     width, height = _open(draw_thumbnail(draw(90, size))).size
     assert max(width, height) == min(160, max(size))
     assert width / height == pytest.approx(size[0] / size[1], rel=0.02)
 
 
-def test_the_worst_image_keeps_the_bound_in_bytes() -> None:
-    """Noise, which compresses worst."""
+def test_noise_stays_within_the_bound_in_bytes() -> None:
+    """No image compresses worse."""
     noise = Image.frombytes("RGB", (160, 160), os.urandom(160 * 160 * 3))
     stream = io.BytesIO()
     noise.save(stream, "PNG")
@@ -48,8 +48,8 @@ def test_the_worst_image_keeps_the_bound_in_bytes() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
-def test_every_kind_of_samples_is_drawn(mode: str) -> None:
-    """As colours, with white where it is transparent."""
+def test_every_colour_mode_is_drawn(mode: str) -> None:
+    """In RGB, with white for transparent areas."""
     stream = io.BytesIO()
     image = Image.new("RGBA", (30, 30), (0, 0, 0, 0)) if mode == "RGBA" else Image.new(mode, (30, 30))
     image.save(stream, "JPEG" if mode == "CMYK" else "PNG")
@@ -67,22 +67,22 @@ def test_an_image_over_the_limit_is_not_decoded() -> None:
         draw_thumbnail(stream.getvalue())
 
 
-async def test_the_spool_saves_the_way_to_the_bucket(bucket: ImageBucket, tmp_path: Path) -> None:
-    """The file there is drawn, where its bytes are those that were published."""
+async def test_an_image_in_the_spool_is_not_read_from_the_bucket(bucket: ImageBucket, tmp_path: Path) -> None:
+    """If its bytes are those that were published."""
     spool, request = Spool(tmp_path / "spool"), ImageRequest(prompt="a fox", seed=1)
     spool.prepare()
     image = await publish(bucket, tmp_path, request, draw(40))
     spool.keep_generation(answer(request))
     spool.image_path(answer(request), 0).write_bytes(draw(40))
     nowhere = bucket.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})
-    nowhere._client = None  # a copy shares its original's; there is no other way to part them
+    nowhere._client = None  # a copy shares its original's client; there is no other way to separate them
 
     (uri,) = await make_thumbnails([image], nowhere, spool)
     assert _shade(uri) == pytest.approx(40, abs=3)
 
 
-async def test_without_the_file_or_with_another_one_the_bucket_is_read(bucket: ImageBucket, tmp_path: Path) -> None:
-    """What is shown is what was published."""
+async def test_a_missing_or_different_file_is_read_from_the_bucket(bucket: ImageBucket, tmp_path: Path) -> None:
+    """The thumbnail always shows the published image."""
     spool, gone, other = Spool(tmp_path / "spool"), *(ImageRequest(prompt="a fox", seed=seed) for seed in (1, 2))
     spool.prepare()
     images = [await publish(bucket, tmp_path, gone, draw(40)), await publish(bucket, tmp_path, other, draw(200))]
@@ -93,8 +93,8 @@ async def test_without_the_file_or_with_another_one_the_bucket_is_read(bucket: I
     assert shades == [pytest.approx(40, abs=3), pytest.approx(200, abs=3)]
 
 
-async def test_an_image_that_is_gone_or_no_image_leaves_the_others(bucket: ImageBucket, tmp_path: Path) -> None:
-    """None stands in its place."""
+async def test_an_image_that_can_not_be_read_does_not_affect_the_others(bucket: ImageBucket, tmp_path: Path) -> None:
+    """Its thumbnail is None."""
     good, bad, gone = (ImageRequest(prompt="a fox", seed=seed) for seed in (1, 2, 3))
     images = [
         await publish(bucket, tmp_path, bad, b"\xff\xd8\xff no image"),

@@ -66,7 +66,7 @@ async def publish(bucket: ImageBucket, folder: Path, request: ImageRequest, cont
 def fake_published_image(
     bucket: ImageBucket, request: ImageRequest, *, hour: int = 0, created: bool = True
 ) -> PublishedImage:
-    """The record of an image that nobody has put into the bucket."""
+    """A published image whose object does not exist."""
     fingerprint = request.fingerprint(ENDPOINT)
     key = bucket.key_of(request, fingerprint, 0)
     return PublishedImage(
