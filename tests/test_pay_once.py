@@ -14,7 +14,8 @@ from pydantic import SecretStr
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.errors import InvalidResponse, RepeatLimitReached, ResultStoreUnreadable
+from flux_prefect.errors import BatchFailed, InvalidResponse, RepeatLimitReached, ResultStoreUnreadable
+from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.host.spool import Spool
 from flux_prefect.inline import run_inline
 from flux_prefect.pipeline import Production, Status, produce_image
@@ -239,3 +240,39 @@ class TestRefusedDownloads:
 
         assert [outcome.status for outcome in production.images] == [Status.PUBLISHED]
         assert billed(sandbox) == 1
+
+
+async def test_a_batch_behind_a_proxy_that_refuses_all_stops_paying(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """Twelve rows: a few are paid for and kept, the rest says why it was not sent; later all of it is published."""
+    rows = [request_.model_copy(update={"seed": seed}) for seed in range(100, 112)]
+    sandbox.control.inject("gone_403", times=None)
+
+    with pytest.raises(BatchFailed) as caught:
+        await publish_batch(rows, bucket, credentials, max_in_flight=1)
+    paid = billed(sandbox)
+    messages = [record.message or "" for record in caught.value.report.read("failed")]
+    sandbox.control.clear_faults()
+    report = await publish_batch(rows, bucket, credentials, max_in_flight=4)
+
+    assert 4 <= paid < 8
+    assert sum("an earlier row failed for a reason that all rows share" in message for message in messages) == 12 - paid
+    assert report.count("published") == 12
+    assert billed(sandbox) == 12
+
+
+async def test_a_batch_whose_answers_cannot_be_read_stops_after_two(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """Twelve rows: what was paid for is kept, and the rest is not sent."""
+    rows = [request_.model_copy(update={"seed": seed}) for seed in range(200, 212)]
+    sandbox.control.inject("html_200", times=None)
+
+    with pytest.raises(BatchFailed):
+        await publish_batch(rows, bucket, credentials, max_in_flight=1)
+
+    endpoint = credentials.base_url
+    kept = sum(len(Spool().kept_answers(row.fingerprint(endpoint))) for row in rows)
+    assert kept == sandbox.control.summary().billed_calls
+    assert kept <= 6  # two rows in a row and what was in flight, each sent again once at most

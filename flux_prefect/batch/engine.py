@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.circuit_breaker import CircuitBreaker
 from flux_prefect.batch.interpreter import tuned_interpreter
 from flux_prefect.batch.planning import PlannedBatch
 from flux_prefect.batch.shutdown import run_with_grace
@@ -143,7 +144,7 @@ class _Batch:
         self._on_record = on_record
         self._spool = Spool()
         self._tally = Tally()
-        self._stopped_by: FluxError | None = None
+        self._breaker = CircuitBreaker()
         self._active: dict[int, Row] = {}
         self._started = time.monotonic()
 
@@ -223,7 +224,7 @@ class _Batch:
             self._budget.check_open()
         except RunStopped as error:
             return error
-        return self._stopped_by
+        return self._breaker.reason
 
     async def _run_row(self, row: Row, run: StepRunner) -> ItemRecord:
         assert row.request is not None  # noqa: S101 - rows without one are settled
@@ -238,8 +239,7 @@ class _Batch:
             production = await produce_image(request, self._bucket, self._credentials, run=run)
         except Exception as error:  # noqa: BLE001 - any failure of a row leaves the other rows running
             return record_failed(row, request, error)
-        if production.error is not None and production.error.fatal:
-            self._stopped_by = self._stopped_by or production.error
+        self._breaker.record(production.error)
         return record_production(row, production)
 
     def _emit(self, record: ItemRecord) -> ItemRecord:
