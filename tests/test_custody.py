@@ -5,6 +5,8 @@ import base64
 import io
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import pytest
 from PIL import Image
 from pydantic import SecretStr
 
+from flux_prefect.api.answers import RawAnswer
 from flux_prefect.api.client import AimlApiClient, Timeouts
 from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.api.pacing import Pacer
-from flux_prefect.custody import download, generate, metered, recover
+from flux_prefect.custody import Order, download, generate, metered, obtain, recover
 from flux_prefect.errors import (
     AnswerLost,
     Billed,
@@ -33,7 +36,7 @@ from flux_prefect.errors import (
     SpoolUnwritable,
     UnexpectedFormat,
 )
-from flux_prefect.host.spool import PaidCall, Spool
+from flux_prefect.host.spool import KeptAnswer, PaidCall, Spool
 
 KEY = "aiml-secret-1f2e3d4c"
 ROOT = "http://127.0.0.1:9"
@@ -573,3 +576,46 @@ async def test_an_answer_that_is_no_json_stays_noted(service: Service, client: A
     with pytest.raises(InvalidResponse):
         await generate(REQUEST, client, spool)
     assert [call.billed for call in spool.open_calls(FINGERPRINT)] == [Billed.UNKNOWN]
+
+
+async def test_an_answer_is_kept_before_a_slot_is_released(service: Service, spool: Spool) -> None:
+    """A limit's server that takes its time to take the slot back endangers nothing that was paid for."""
+    kept: list[int] = []
+
+    @asynccontextmanager
+    async def gate() -> AsyncIterator[None]:
+        yield
+        kept.append(len(_files(spool, "answers")))
+
+    async with AimlApiClient(
+        api_key=SecretStr(KEY), base_url=ROOT, pacer=Pacer(4), gate=gate, transport=httpx.MockTransport(service.post)
+    ) as client:
+        await generate(REQUEST, client, spool)
+
+    assert kept == [1]
+    assert _files(spool, "answers") == []  # recorded as a generation meanwhile
+    assert spool.find_generation(FINGERPRINT) is not None
+
+
+async def test_a_kept_answer_is_taken_up_by_the_next_look(
+    service: Service, client: AimlApiClient, spool: Spool
+) -> None:
+    """A process that died between the answer and its record has paid for nothing in vain."""
+    answered = await service.answer_with_url(httpx.Request("POST", ROOT))
+    call = PaidCall(
+        client_request_id="fp-1",
+        fingerprint=FINGERPRINT,
+        endpoint=ROOT,
+        sent_at=datetime.now(timezone.utc),
+        task_run_id=None,
+    )
+    spool.open_call(call)
+    spool.keep_answer(KeptAnswer(call=call, request=REQUEST, answer=RawAnswer.of(answered.content, answered.headers)))
+
+    generation, paid = await obtain(REQUEST, client, spool, Order())
+
+    assert not paid
+    assert generation.client_request_id == "fp-1"
+    assert service.posts == []
+    assert spool.open_calls() == []
+    assert _files(spool, "answers") == []
