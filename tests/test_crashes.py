@@ -33,7 +33,7 @@ class Host:
         self._folder = folder
 
     def publish(self, request: ImageRequest, bucket: ImageBucket, **environment: str) -> Batch:
-        """Start `python -m flux_prefect.flows.publish_batch` over one row."""
+        """Start `flux-prefect publish batch` over one row."""
         folder = self._folder / uuid4().hex
         folder.mkdir(parents=True)
         table = folder / "prompts.jsonl"

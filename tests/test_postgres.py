@@ -56,7 +56,9 @@ def _publish(table: Path, bucket: ImageBucket, team: Team) -> BatchReport:
     """In a process of its own, which has sent all of its logs and events when it ends."""
     report = table.with_suffix(".report.json")
     command = [
-        "flux_prefect.flows.publish_batch",
+        "flux_prefect.cli",
+        "publish",
+        "batch",
         str(table),
         "--bucket",
         bucket.uri,

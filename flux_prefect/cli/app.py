@@ -5,12 +5,15 @@ Each command is imported when it is used: `--version`, `--help` and completion n
 
 from __future__ import annotations
 
+import ast
 import sys
 from importlib.metadata import version
+from importlib.resources import files
 
 from cyclopts import App, CycloptsError
 
 from flux_prefect.cli.exit_status import INTERRUPTED, MISUSED
+from flux_prefect.cli.options import reflow
 
 __all__ = ["app", "main"]
 
@@ -21,8 +24,38 @@ app = App(
     version=lambda: version("flux_prefect"),
 )
 app.register_install_completion_command(name="--install-completion")
+publish = App(name="publish", help="Publish the images of a request, a table or a day.")
+app.command(publish)
 
-# Commands, as `app.command("flux_prefect.cli.module:function", name="…", help="…")`: the path is imported on use.
+
+def _help_of(flow: str) -> str:
+    """A flow's own description, read from its file: importing it would take Prefect's two seconds."""
+    tree = ast.parse(files("flux_prefect.flows").joinpath(f"{flow}.py").read_text(encoding="utf-8"))
+    found = next(each for each in tree.body if isinstance(each, ast.AsyncFunctionDef) and each.name == flow)
+    return reflow((ast.get_docstring(found) or "").partition("\n\nArgs:")[0])
+
+
+# The commands. A path is imported when its command is used; what is registered here is seen by help and completion.
+app.command("flux_prefect.cli.demo:demo", name="demo", help="Publish a dozen images on this machine alone, twice.")
+app.command(
+    "flux_prefect.cli.sandbox:sandbox",
+    name="sandbox",
+    help="Run a local stand-in for the image service, and an S3 server beside it, until Ctrl-C.",
+    help_flags=[],
+    version_flags=[],
+)
+publish.command("flux_prefect.cli.publish:image", name="image", help=_help_of("publish_image"))
+publish.command("flux_prefect.cli.publish:batch", name="batch", help=_help_of("publish_batch"))
+publish.command("flux_prefect.cli.publish:sharded", name="sharded", help=_help_of("publish_sharded"))
+publish.command("flux_prefect.cli.publish:daily", name="daily", help=_help_of("publish_daily"))
+app.command("flux_prefect.cli.backfill:backfill", name="backfill", help=_help_of("backfill"))
+app.command("flux_prefect.cli.sweep:sweep", name="sweep", help=_help_of("sweep_seeds"))
+app.command("flux_prefect.cli.audit:audit", name="audit", help=_help_of("audit_bucket"))
+app.command(
+    "flux_prefect.cli.forecast:forecast",
+    name="forecast",
+    help="Forecast the time, the cost and the S3 requests of a batch by simulating it. Times are in seconds.",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

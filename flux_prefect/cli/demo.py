@@ -1,4 +1,4 @@
-"""`make demo`: the main job on this machine alone, twice.
+"""`flux-prefect demo`: the main job on this machine alone, twice.
 
 Starts the sandbox and a Prefect server, publishes a prompt table with the command that a person would type, types it
 again, and shows from the sandbox's own books that the second time nothing was generated and nothing was paid.
@@ -6,7 +6,6 @@ again, and shows from the sandbox's own books that the second time nothing was g
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
@@ -18,26 +17,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import httpx
+from cyclopts import Parameter
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from flux_prefect.cli.exit_status import FAILED
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import describe_credits
-from flux_prefect.sandbox.launching import start_sandbox
+from flux_prefect.sandbox.launching import SandboxFailed, start_sandbox
 from flux_prefect.sandbox.ledger import Summary
 
-__all__ = ["main"]
+__all__ = ["demo"]
 
-PROMPTS = Path("flows/examples/prompts.csv")
+PROMPTS = Path(__file__).with_name("demo_prompts.csv")
 BUCKET = "s3://images/demo"
 
 _MARK = ".flux_prefect-demo"
 _ACCOUNTS = ("AIML", "AWS_", "FLUX_", "PREFECT_")
 _UI_PORT = 4200
-_SERVER_SECONDS = 90
+_SERVER_SECONDS = 180
 _STOP_SECONDS = 15
 
 
@@ -63,30 +66,41 @@ class DemoFailed(Exception):
     """The demo did not show what it is there to show; the message says where to look."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 0 only where both runs did what they should."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flux_prefect.cli.demo", description="Publish a dozen images, twice."
-    )
-    parser.add_argument("--serve", action="store_true", help="keep the servers up until Ctrl-C, to look around")
-    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="emptied first (default: .demo)")
-    given = parser.parse_args(arguments)
-    folder: Path = given.folder.absolute()
+def demo(
+    *,
+    serve: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    folder: Path = Path(".demo"),
+    flow: str | None = None,
+) -> int:
+    """Publish a dozen images on this machine alone, twice. Needs the extra `sandbox`; no account.
+
+    Args:
+        serve: Keep the servers running until Ctrl-C, to look at the runs.
+        folder: Where everything is kept. Emptied first.
+        flow: A flow of your own to run after that, as file.py:function or module:function. It gets the demo's bucket
+            and table as its parameters bucket and source or table, where it has them.
+
+    Returns:
+        The exit status: 0 if both runs did what they should.
+    """
+    folder = folder.absolute()
     console = Console(highlight=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # both, also where a shell's background job ignores the first
         signal.signal(number, signal.default_int_handler)
     try:
-        _run(folder, console, serve=given.serve)
+        _run(folder, console, serve=serve, flow=flow)
     except KeyboardInterrupt:
         console.print("Stopped.")
-    except DemoFailed as error:
-        console.print(f"[bold red]The demo failed.[/] {error}")
-        return 1
+    except (DemoFailed, SandboxFailed) as error:
+        console.print(f"[bold red]The demo failed.[/] {escape(str(error))}")
+        return FAILED
     return 0
 
 
-def _run(folder: Path, console: Console, *, serve: bool) -> None:
+def _run(folder: Path, console: Console, *, serve: bool, flow: str | None) -> None:
     _empty(folder)
+    table = folder / "prompts.csv"
+    shutil.copyfile(PROMPTS, table)
     console.print("Starting the image service's sandbox, an S3 server and a Prefect server ...")
     with start_sandbox(folder / "sandbox") as sandbox, _start_prefect(folder / "prefect") as prefect:
         environment = {**_bare_environment(), **sandbox.environment, **prefect.environment}
@@ -94,14 +108,17 @@ def _run(folder: Path, console: Console, *, serve: bool) -> None:
         for number, title in enumerate(("First run", "The same again"), start=1):
             console.rule(f"[bold]{title}")
             before = sandbox.control.summary()
-            report = _publish(folder, number, environment, console)
+            report = _publish(folder, table, number, environment, console)
             runs.append(_settle(report, before, sandbox.control.summary()))
         console.rule("[bold]What happened")
         console.print(_compare(runs))
         _check(runs)
+        if flow is not None:
+            console.rule("[bold]A flow of your own")
+            _run_flow(flow, table, environment, console)
         console.print(f"Gallery   {(folder / 'gallery' / 'index.html').as_uri()}")
         if not serve:
-            console.print("Prefect   [bold]make demo ARGS=--serve[/] keeps its pages up to look at the runs")
+            console.print("Prefect   [bold]flux-prefect demo --serve[/] keeps its pages up to look at the runs")
         else:
             console.print(f"Prefect   {prefect.url}/runs")
             console.print("S3        s3://images/demo, with these in the environment:")
@@ -127,26 +144,26 @@ def _bare_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(_ACCOUNTS)}
 
 
-def _publish(folder: Path, number: int, environment: dict[str, str], console: Console) -> BatchReport:
+def _publish(folder: Path, table: Path, number: int, environment: dict[str, str], console: Console) -> BatchReport:
     report = folder / f"report-{number}.json"
-    shown = [
-        "python",
-        "-m",
-        "flux_prefect.flows.publish_batch",
-        str(PROMPTS),
-        "--bucket",
-        BUCKET,
-        "--max-in-flight",
-        "4",
-    ]
-    console.print(f"$ {' '.join(shown)}", style="bold", soft_wrap=True)
-    command = [sys.executable, *shown[1:], "--report", str(report)]
+    arguments = ["publish", "batch", os.path.relpath(table), "--bucket", BUCKET, "--max-in-flight", "4"]
+    console.print(f"$ flux-prefect {' '.join(arguments)}", style="bold", soft_wrap=True)
+    command = [sys.executable, "-m", "flux_prefect.cli", *arguments, "--report", str(report)]
     if number == 1:
         command += ["--gallery", str(folder / "gallery")]
+    _start(command, environment)
+    return BatchReport.model_validate_json(report.read_bytes())
+
+
+def _run_flow(flow: str, table: Path, environment: dict[str, str], console: Console) -> None:
+    console.print(f"$ run {flow}", style="bold", soft_wrap=True)
+    _start([sys.executable, "-m", "flux_prefect.cli.run_flow", flow, str(table), BUCKET], environment)
+
+
+def _start(command: list[str], environment: dict[str, str]) -> None:
     status = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - our own command
     if status != 0:
         raise DemoFailed(f"The command above ended with exit status {status}.")
-    return BatchReport.model_validate_json(report.read_bytes())
 
 
 def _settle(report: BatchReport, before: Summary, after: Summary) -> Run:
@@ -240,7 +257,3 @@ def _choose_port() -> int:
         except OSError:
             continue
     raise DemoFailed("There is no free port on 127.0.0.1.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

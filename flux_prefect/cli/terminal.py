@@ -1,33 +1,23 @@
-"""What the flows' command lines share."""
+"""Run a flow for a terminal: its settings are checked, its log is quiet, Ctrl-C has a status of its own."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.logging.configuration import setup_logging
 
-from flux_prefect.cli.exit_status import FAILED, INTERRUPTED, MISUSED
+from flux_prefect.cli.exit_status import INTERRUPTED, MISUSED
+from flux_prefect.cli.temporary_server import temporary_server
 from flux_prefect.errors import InvalidSettings
 from flux_prefect.settings import current_settings
 
-__all__ = ["FAILED", "INTERRUPTED", "MISUSED", "add_connection_arguments", "refuse_bad_settings", "run_to_state"]
-
-
-def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to publish to, and by which account."""
-    parser.add_argument("--bucket", required=True, help="s3://name/prefix, or the name of a saved Image Bucket block")
-    parser.add_argument(
-        "--credentials",
-        metavar="NAME",
-        help="name of a saved AIMLAPI Credentials block (default: AIMLAPI_KEY and AIMLAPI_BASE_URL)",
-    )
+__all__ = ["refuse_bad_settings", "run_to_state"]
 
 
 def refuse_bad_settings() -> None:
@@ -43,27 +33,27 @@ def refuse_bad_settings() -> None:
         raise SystemExit(MISUSED) from None
 
 
-def run_to_state(run: Awaitable[State[Any]]) -> State[Any]:
-    """Run a flow that was called with `return_state=True`.
+def run_to_state(run: Callable[[], Any]) -> State[Any]:
+    """Call a flow with `return_state=True` and wait for its state.
 
     The terminal gets warnings and, unless a progress bar is there, the log of the flow run. The server keeps the logs
     of all task runs too.
+
+    Raises:
+        NoServer: there is no Prefect server, and none could be started.
+        SystemExit: with the status 130 after Ctrl-C, 2 for settings that can't be used.
     """
-    try:
-        refuse_bad_settings()
-    except SystemExit:
-        if isinstance(run, Coroutine):
-            run.close()  # nobody will await it
-        raise
+    refuse_bad_settings()
 
     async def wait() -> State[Any]:
-        return await run
+        state: State[Any] = await run()
+        return state
 
     try:
-        with _quiet_terminal():
+        with temporary_server(), _quiet_terminal():
             return asyncio.run(wait())
     except KeyboardInterrupt:
-        print("Stopped. What was paid for is kept: the same command goes on from there.", file=sys.stderr)
+        print("Stopped. What was paid for is kept: the same command continues from there.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -19,14 +17,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich import box
-from rich.console import Console
-from rich.table import Table as Grid
-from rich.text import Text
 
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
-from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.concurrency import for_each
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import AuditFailed, BatchFailed, FluxError, RepairImpossible, TableError
@@ -39,7 +32,7 @@ from flux_prefect.money.budget import describe_credits
 from flux_prefect.tables.manifest_lines import read_records
 from flux_prefect.tables.sources import Source, open_source
 
-__all__ = ["AuditReport", "AuditedImage", "audit_bucket", "main"]
+__all__ = ["AuditReport", "AuditedImage", "audit_bucket"]
 
 _MAX_REPORTED = 100
 
@@ -327,49 +320,3 @@ def _tabulate(report: AuditReport) -> list[dict[str, Any]]:
         for each in report.problems
     ]
     return [*sums, *told]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 0 only where the run is Completed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flux_prefect.flows.audit_bucket",
-        description="Compare a manifest with its bucket, and repair it.",
-    )
-    parser.add_argument("manifest", help="the .jsonl manifest of a run; a path, s3://… or https://…")
-    add_connection_arguments(parser)
-    parser.add_argument("--deep", action="store_true", help="read every image's bytes as well")
-    parser.add_argument("--repair", action="store_true", help="put back what is missing from this host's spool")
-    parser.add_argument("--regenerate", action="store_true", help="pay for what is missing; needs a cap")
-    parser.add_argument("--replace", action="store_true", help="set wrong objects aside so that they can be mended")
-    parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
-    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the images paid for")
-    given = parser.parse_args(arguments)
-    state = run_to_state(
-        audit_bucket(
-            given.manifest,
-            given.bucket,
-            deep=given.deep,
-            repair=given.repair,
-            regenerate=given.regenerate,
-            replace=given.replace,
-            max_credits=given.max_credits,
-            max_images=given.max_images,
-            credentials=given.credentials,
-            return_state=True,
-        )
-    )
-    result = state.result(raise_on_failure=False)
-    report = result.report if isinstance(result, AuditFailed) else result
-    if isinstance(report, AuditReport) and report.problems:
-        grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("id", "found", "what became of it"):
-            grid.add_column(column, overflow="fold")
-        for each in report.problems:
-            grid.add_row(Text(each.id), each.finding, Text(each.mended or each.message or each.key))
-        Console().print(grid)
-    print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
-    return 0 if state.is_completed() else FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

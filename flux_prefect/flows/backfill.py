@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from datetime import date, timedelta
 from typing import Annotated, Any, Literal, cast
 
@@ -13,23 +11,18 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
-from rich import box
-from rich.console import Console
-from rich.table import Table as Grid
-from rich.text import Text
 
-from flux_prefect.cli.terminal import FAILED, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed, BalanceTooLow, BatchFailed, TableError
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
-from flux_prefect.flows.publish_daily import Template, TemplateTable, add_daily_arguments, publish_daily, read_images
+from flux_prefect.flows.publish_daily import Template, TemplateTable, publish_daily
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
 from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, ImageSettings
 
-__all__ = ["BackfillReport", "DayOutcome", "backfill", "main"]
+__all__ = ["BackfillReport", "DayOutcome", "backfill"]
 
 Order = Literal["oldest first", "newest first"]
 
@@ -197,49 +190,3 @@ def _spent_at_most(report: BatchReport | None, endpoint: str) -> float:
             if item.request is not None and untold:
                 spent += untold * budget.price_of(item.request).credits
     return spent
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 0 only where the run is Completed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flux_prefect.flows.backfill", description="Publish the images of a range of days."
-    )
-    add_daily_arguments(parser)
-    for name, told in {"start": "the first day", "end": "the last day, itself included"}.items():
-        parser.add_argument(f"--{name}", type=date.fromisoformat, required=True, metavar="YYYY-MM-DD", help=told)
-    parser.add_argument("--newest-first", action="store_true", help="begin with the last day")
-    parser.add_argument("--max-days", type=int, default=31, metavar="N", help="days there may be (default 31)")
-    given = parser.parse_args(arguments)
-    state = run_to_state(
-        backfill(
-            given.source,
-            given.bucket,
-            given.start,
-            given.end,
-            order="newest first" if given.newest_first else "oldest first",
-            max_days=given.max_days,
-            template=given.template,
-            images=read_images(parser, given),
-            credentials=given.credentials,
-            max_in_flight=given.max_in_flight,
-            max_failed=given.max_failed,
-            max_credits=given.max_credits,
-            dry_run=given.dry_run,
-            return_state=True,
-        )
-    )
-    result = state.result(raise_on_failure=False)
-    report = result.report if isinstance(result, BackfillFailed) else result
-    if isinstance(report, BackfillReport):
-        grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("day", "state", "what happened"):
-            grid.add_column(column, overflow="fold")
-        for outcome in report.days:
-            grid.add_row(str(outcome.day), outcome.state, Text(outcome.message))
-        Console().print(grid)
-    print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
-    return 0 if state.is_completed() else FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,49 +1,36 @@
-"""Publish the images of a prompt table.
-
-From a shell: `python -m flux_prefect.flows.publish_batch prompts.csv --bucket s3://name/prefix --max-in-flight 8`.
-"""
+"""Publish the images of a prompt table."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import json
-import sys
 from contextlib import AsyncExitStack
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
 from prefect import flow
-from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
-from rich.console import Console
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.context import open_context
 from flux_prefect.batch.engine import choose_density
 from flux_prefect.batch.final_state import announce_plan, batch_state, cancelled_state, finish_dry_run
-from flux_prefect.batch.planning import add_estimates, check_balance, make_plan, tabulate_plan
+from flux_prefect.batch.planning import add_estimates, check_balance, make_plan
 from flux_prefect.batch.session import execute_batch
 from flux_prefect.batch.shutdown import is_cancelling
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import publish_artifacts
 from flux_prefect.display.events import emit_batch_events, emit_item_events
-from flux_prefect.display.gallery import write_gallery
 from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.display.run_names import initial_run_name
-from flux_prefect.errors import BatchFailed
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.manifest.records import ItemRecord
-from flux_prefect.manifest.report import BatchReport, tabulate
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.tables.table import Only, open_table
 
-__all__ = ["Table", "add_batch_arguments", "main", "publish_batch", "read_batch_arguments", "tell_end"]
+__all__ = ["Table", "publish_batch"]
 
 Table = (
     Annotated[str, Field(title="File")]
@@ -141,79 +128,3 @@ async def publish_batch(
     emit_batch_events(report, destination, planned.run, succeeded=report.unsuccessful <= max_failed)
     logger.info("%s. Manifest: %s", report.summary(), report.manifest)
     return cast("BatchReport", batch_state(report, max_failed))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 0 only where the run is Completed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flux_prefect.flows.publish_batch", description="Publish a prompt table's images."
-    )
-    add_batch_arguments(parser)
-    parser.add_argument("--density", choices=["auto", "steps", "chunks"], default="auto", help="how many task runs")
-    given = parser.parse_args(arguments)
-    state = run_to_state(publish_batch(**read_batch_arguments(given), density=given.density, return_state=True))
-    return tell_end(state, given)
-
-
-def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to publish and where, the caps, and what to show of it: the same for all flows over a prompt table."""
-    parser.add_argument(
-        "source",
-        help="a .csv, .jsonl or .parquet file with a column 'prompt', or a manifest; a path, s3://… or https://…",
-    )
-    add_connection_arguments(parser)
-    parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
-    parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate (default 0)")
-    parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
-    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the images paid for")
-    parser.add_argument("--only", choices=get_args(Only), help="of a manifest, the rows to take up again")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; costs nothing")
-    parser.add_argument("--gallery", type=Path, metavar="FOLDER", help="write a page with the images there")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report there as JSON")
-
-
-def read_batch_arguments(given: argparse.Namespace) -> dict[str, Any]:
-    """The parameters that all flows over a prompt table have, from what `add_batch_arguments` has added."""
-    names = [
-        "source",
-        "bucket",
-        "credentials",
-        "max_in_flight",
-        "max_failed",
-        "max_credits",
-        "max_images",
-        "only",
-        "dry_run",
-    ]
-    return {name: getattr(given, name) for name in names}
-
-
-def tell_end(state: State[Any], given: argparse.Namespace) -> int:
-    """Print and write what was asked for of a batch that has ended; the exit status."""
-    result = state.result(raise_on_failure=False)
-    report = result.report if isinstance(result, BatchFailed) else result
-    if isinstance(report, BatchReport):
-        if given.dry_run and report.plan is not None:
-            Console().print(tabulate_plan(report.plan))
-        else:
-            Console().print(tabulate(report))
-        if given.report is not None:
-            given.report.parent.mkdir(parents=True, exist_ok=True)
-            given.report.write_text(_to_json(report), encoding="utf-8")
-        if given.gallery is not None:
-            print(f"Gallery: {asyncio.run(_write_gallery(report, given.bucket, given.gallery))}")
-    print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
-    return 0 if state.is_completed() else FAILED
-
-
-def _to_json(report: BatchReport) -> str:
-    items = [item.model_dump(mode="json") for item in report.read()]
-    return json.dumps({**report.model_dump(mode="json"), "items": items}, indent=2, ensure_ascii=False)
-
-
-async def _write_gallery(report: BatchReport, bucket: str, folder: Path) -> Path:
-    return await write_gallery(report, await ImageBucket.resolve(bucket), folder, title=f"Published to {bucket}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,7 @@
-"""Publish a day's images of a table of prompt templates.
-
-From a shell: `python -m flux_prefect.flows.publish_daily products.csv --bucket s3://name/prefix --day 2026-03-01`.
-"""
+"""Publish a day's images of a table of prompt templates."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -17,20 +12,15 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from pydantic import AfterValidator, Field, ValidationError
-from rich.console import Console
+from pydantic import AfterValidator, Field
 
-from flux_prefect.batch.planning import tabulate_plan
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
-from flux_prefect.errors import BatchFailed
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
 from flux_prefect.flows.publish_batch import publish_batch
-from flux_prefect.manifest.report import BatchReport, tabulate
-from flux_prefect.tables.table import explain_invalid
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, ImageSettings, render_table
 
-__all__ = ["Template", "TemplateTable", "add_daily_arguments", "main", "publish_daily", "read_images"]
+__all__ = ["Template", "TemplateTable", "publish_daily"]
 
 
 def _known_timezone(name: str) -> str:
@@ -137,66 +127,3 @@ async def _end_as(state: State[Any]) -> State[Any]:
     """
     result = await state.aresult(raise_on_failure=False)
     return State(type=state.type, name=state.name, message=state.message, data=result)
-
-
-def add_daily_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command lines of one day and of many share."""
-    parser.add_argument("source", help="a .csv, .jsonl or .parquet file with a column 'prompt'; a path, s3:// or https")
-    add_connection_arguments(parser)
-    parser.add_argument("--template", metavar="TEXT", help="the prompt of rows whose own is empty")
-    for name, field in ImageSettings.model_fields.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"where a row leaves it open: {field.description}")
-    parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
-    parser.add_argument("--max-failed", type=int, default=0, metavar="N", help="failures to tolerate a day (default 0)")
-    parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
-    parser.add_argument("--dry-run", action="store_true", help="render and plan, and stop; costs nothing")
-
-
-def read_images(parser: argparse.ArgumentParser, given: argparse.Namespace) -> ImageSettings:
-    """The image settings of a command line; a wrong one ends it as every wrong argument does."""
-    values = {name: getattr(given, name) for name in ImageSettings.model_fields}
-    try:
-        return ImageSettings.model_validate({name: value for name, value in values.items() if value is not None})
-    except ValidationError as error:
-        parser.error(explain_invalid(error))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 0 only where the run is Completed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flux_prefect.flows.publish_daily",
-        description="Publish a day's images of a table of prompt templates.",
-    )
-    add_daily_arguments(parser)
-    parser.add_argument("--day", type=date.fromisoformat, metavar="YYYY-MM-DD", help="the day (default: today)")
-    parser.add_argument("--timezone", default="UTC", metavar="NAME", help="where today is (default UTC)")
-    parser.add_argument("--max-images", type=int, metavar="N", help="hard cap on the images paid for")
-    given = parser.parse_args(arguments)
-    state = run_to_state(
-        publish_daily(
-            given.source,
-            given.bucket,
-            template=given.template,
-            day=given.day,
-            timezone=given.timezone,
-            images=read_images(parser, given),
-            credentials=given.credentials,
-            max_in_flight=given.max_in_flight,
-            max_failed=given.max_failed,
-            max_credits=given.max_credits,
-            max_images=given.max_images,
-            dry_run=given.dry_run,
-            return_state=True,
-        )
-    )
-    result = state.result(raise_on_failure=False)
-    report = result.report if isinstance(result, BatchFailed) else result
-    if isinstance(report, BatchReport):
-        shown = tabulate_plan(report.plan) if given.dry_run and report.plan is not None else tabulate(report)
-        Console().print(shown)
-    print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
-    return 0 if state.is_completed() else FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

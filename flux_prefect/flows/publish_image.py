@@ -1,12 +1,7 @@
-"""Publish the images of one request.
-
-From a shell: `python -m flux_prefect.flows.publish_image "a lighthouse at dusk" --bucket s3://name/prefix --seed 7`.
-"""
+"""Publish the images of one request."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from typing import Any, cast
 
 from prefect import flow
@@ -14,20 +9,17 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
-from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage
-from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice
 from flux_prefect.money.budget import describe_credits
 from flux_prefect.pipeline import Production, check_ready, produce_image
 from flux_prefect.seeds import with_seed
-from flux_prefect.tables.table import explain_invalid
 
-__all__ = ["main", "publish_image"]
+__all__ = ["publish_image"]
 
 
 @flow(name="publish-image", flow_run_name="publish {request.label}")
@@ -86,32 +78,3 @@ def _tell_cost(production: Production) -> str:
         ids = ", ".join(call.client_request_id for call in production.open_calls)
         told += f"; billed or possibly billed without an image: {ids}"
     return told
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 0 only where the run is Completed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flux_prefect.flows.publish_image", description="Publish one request's images."
-    )
-    parser.add_argument("prompt", help="what the image shows")
-    options = [name for name in ImageRequest.model_fields if name != "prompt"]
-    for name in options:
-        parser.add_argument(f"--{name.replace('_', '-')}", help=ImageRequest.model_fields[name].description)
-    add_connection_arguments(parser)
-    given = vars(parser.parse_args(arguments))
-    fields = {name: given[name] for name in options if given[name] is not None}
-    try:
-        request = ImageRequest.model_validate({"prompt": given["prompt"], **fields})
-    except ValidationError as error:
-        parser.error(explain_invalid(error))
-    state = run_to_state(publish_image(request, given["bucket"], given["credentials"], return_state=True))
-    if not state.is_completed():
-        print(f"{state.name}: {state.message}", file=sys.stderr)
-        return FAILED
-    for image in state.result():
-        print(image.uri if image.url is None else f"{image.uri}  {image.url}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

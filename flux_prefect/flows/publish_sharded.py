@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -22,7 +20,6 @@ from flux_prefect.batch.planning import PlannedBatch, add_estimates, check_balan
 from flux_prefect.batch.shutdown import is_cancelling, sigterm_as_cancellation
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases
-from flux_prefect.cli.terminal import run_to_state
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import live_progress, publish_artifacts
 from flux_prefect.display.events import emit_batch_events
@@ -30,7 +27,7 @@ from flux_prefect.display.progress import Progress
 from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.display.run_names import initial_run_name
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
-from flux_prefect.flows.publish_batch import Table, add_batch_arguments, read_batch_arguments, tell_end
+from flux_prefect.flows.publish_batch import Table
 from flux_prefect.host.spool import Experience
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport, Tally
@@ -41,7 +38,7 @@ from flux_prefect.sharding.supervisor import ShardingOptions, Supervisor
 from flux_prefect.tables.table import Only, open_table
 from flux_prefect.tables.table import Table as Rows
 
-__all__ = ["main", "publish_sharded"]
+__all__ = ["publish_sharded"]
 
 
 def _name_run() -> str:
@@ -243,35 +240,3 @@ def _learn(context: BatchContext, report: BatchReport, supervisor: Supervisor) -
     return context.experience.model_copy(
         update={"prices": {**context.experience.prices, **supervisor.prices}, "seconds": seconds}
     )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 0 only where the run is Completed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flux_prefect.flows.publish_sharded",
-        description="Publish a prompt table's images over many workers.",
-    )
-    add_batch_arguments(parser)
-    parser.set_defaults(max_in_flight=32)
-    parser.add_argument("--deployment", default="publish-shard/worker", metavar="NAME", help="what runs one shard")
-    parser.add_argument("--rows-a-shard", type=int, default=500, metavar="N", help="rows of a shard (default 500)")
-    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="most shards at work (default 4)")
-    parser.add_argument(
-        "--lost-after-seconds", type=float, default=120, metavar="N", help="silence that counts as death (default 120)"
-    )
-    given = parser.parse_args(arguments)
-    state = run_to_state(
-        publish_sharded(
-            **read_batch_arguments(given),
-            deployment=given.deployment,
-            rows_a_shard=given.rows_a_shard,
-            at_once=given.at_once,
-            lost_after_seconds=given.lost_after_seconds,
-            return_state=True,
-        )
-    )
-    return tell_end(state, given)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import itertools
 import json
 import re
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast
 
 import anyio
 import anyio.to_thread
@@ -23,12 +21,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field
-from rich.console import Console
 
 from flux_prefect.api.models import AspectRatio, ImageRequest, OutputFormat, SafetyTolerance, Seed, TextToImageModel
-from flux_prefect.batch.planning import tabulate_plan
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.cli.terminal import FAILED, add_connection_arguments, run_to_state
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.contact_sheets import Cell, ContactSheet
 from flux_prefect.errors import BatchFailed, TooManyCombinations
@@ -36,11 +31,11 @@ from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, Credi
 from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.records import ItemRecord
-from flux_prefect.manifest.report import BatchReport, tabulate
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.settings import current_settings
 
-__all__ = ["SweepReport", "main", "sweep_seeds"]
+__all__ = ["SweepReport", "sweep_seeds"]
 
 Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
 Guidance = Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)]
@@ -210,65 +205,3 @@ def _label(item: ItemRecord) -> str:
     if request.guidance_scale is not None:
         told += f" · guidance {request.guidance_scale:g}"
     return told if item.images else f"{item.status}: {told}"
-
-
-def _seeds(text: str) -> Iterator[int]:
-    first, _, last = text.partition("-")
-    yield from range(int(first), int(last or first) + 1)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 0 only where the run is Completed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flux_prefect.flows.sweep_seeds",
-        description="Publish prompts in many variants, with contact sheets.",
-    )
-    parser.add_argument("prompts", nargs="+", help="what the images show; a contact sheet each")
-    add_connection_arguments(parser)
-    parser.add_argument("--seeds", nargs="+", default=["1-4"], metavar="N", help="seeds, or ranges of them (1-4)")
-    parser.add_argument("--aspect-ratios", nargs="+", choices=get_args(AspectRatio), default=["1:1"], metavar="W:H")
-    parser.add_argument("--guidance-scales", nargs="*", type=float, default=[], metavar="N", help="1 to 20")
-    parser.add_argument("--max-combinations", type=int, default=64, metavar="N", help="images allowed (default 64)")
-    parser.add_argument("--output-format", choices=get_args(OutputFormat), default="jpeg")
-    parser.add_argument("--safety-tolerance", choices=get_args(SafetyTolerance), default="2")
-    parser.add_argument("--model", choices=get_args(TextToImageModel), default=get_args(TextToImageModel)[0])
-    parser.add_argument("--max-in-flight", type=int, default=8, metavar="N", help="most paid calls at once (default 8)")
-    parser.add_argument("--max-credits", type=float, metavar="N", help="hard cap on what is spent, in credits")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop; costs nothing")
-    given = parser.parse_args(arguments)
-    try:
-        seeds = [seed for text in given.seeds for seed in _seeds(text)]
-    except ValueError:
-        parser.error(f"--seeds {' '.join(given.seeds)}: write numbers and ranges, such as 7 20-29")
-    state = run_to_state(
-        sweep_seeds(
-            given.prompts,
-            given.bucket,
-            seeds=seeds,
-            aspect_ratios=given.aspect_ratios,
-            guidance_scales=given.guidance_scales,
-            max_combinations=given.max_combinations,
-            output_format=given.output_format,
-            safety_tolerance=given.safety_tolerance,
-            model=given.model,
-            credentials=given.credentials,
-            max_in_flight=given.max_in_flight,
-            max_credits=given.max_credits,
-            dry_run=given.dry_run,
-            return_state=True,
-        )
-    )
-    result = state.result(raise_on_failure=False)
-    report = result.batch if isinstance(result, SweepReport) else getattr(result, "report", None)
-    if isinstance(report, BatchReport):
-        shown = tabulate_plan(report.plan) if given.dry_run and report.plan is not None else tabulate(report)
-        Console().print(shown)
-    if isinstance(result, SweepReport):
-        for prompt, uri in result.sheets.items():
-            print(f"{uri}  {' '.join(prompt.split())[:60]}")
-    print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
-    return 0 if state.is_completed() else FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

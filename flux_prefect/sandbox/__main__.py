@@ -14,9 +14,9 @@ from flux_prefect.sandbox.schema import explain
 from flux_prefect.sandbox.settings import ServiceSettings
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the sandbox; returns the exit status."""
-    given = _parser().parse_args(arguments)
+def main(arguments: list[str] | None = None, *, program: str = "python -m flux_prefect.sandbox") -> int:
+    """Run the sandbox; returns the exit status. The program is its name in messages."""
+    given = _parser(program).parse_args(arguments)
     missing = [package for package in ("starlette", "uvicorn") if find_spec(package) is None]
     if missing:
         return _fail(f"The sandbox needs {' and '.join(missing)}: pip install 'flux_prefect[sandbox]'")
@@ -59,10 +59,10 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     fields = ServiceSettings.model_fields
     parser = argparse.ArgumentParser(
-        prog="python -m flux_prefect.sandbox",
+        prog=program,
         description=(
             "A local stand-in for the image service, and an S3 server beside it. It needs no account. "
             "What it can do wrong on purpose: GET /sandbox/faults/names."

@@ -1,4 +1,4 @@
-"""Whether `python -m flux_prefect.forecast.summary` is right: batches forecast, then measured.
+"""Whether `flux-prefect forecast` is right: batches forecast, then measured.
 
 What the forecasts are told of this machine comes from two small runs that are none of those that they are held to: one
 image (what a run takes beside its images) and images at no latency (the CPU time of each).

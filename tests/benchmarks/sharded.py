@@ -91,7 +91,7 @@ class _Team:
         """Start the batch; the same each time."""
         in_flight = IN_FLIGHT_A_WORKER * len(self.hosts)
         command = [
-            *(sys.executable, "-m", "flux_prefect.flows.publish_sharded", str(self._folder / "table.jsonl")),
+            *(sys.executable, "-m", "flux_prefect.cli", "publish", "sharded", str(self._folder / "table.jsonl")),
             *("--bucket", f"s3://{BUCKET}/{self._name}", "--report", str(self._folder / "report.json")),
             *("--at-once", str(len(self.hosts)), "--max-in-flight", str(in_flight)),
             *("--rows-a-shard", str(max(1, self.images // len(self.hosts)))),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from prefect.client.schemas.objects import State
@@ -43,7 +44,7 @@ async def _say(*, fail: bool = False) -> State[None]:
 
 def test_only_what_is_worth_a_line_is_told_while_the_flow_runs(heard: Heard) -> None:
     """The libraries' own lines are not; afterwards the process logs as it did before."""
-    assert run_to_state(_say()).is_completed()
+    assert run_to_state(_say).is_completed()
     logging.getLogger("a library").info("later")
     assert heard.lines == ["trouble", "later"]
 
@@ -51,6 +52,6 @@ def test_only_what_is_worth_a_line_is_told_while_the_flow_runs(heard: Heard) -> 
 def test_also_after_a_failure_the_process_logs_as_before(heard: Heard) -> None:
     """One filter left behind would take the lines of whatever runs next."""
     with pytest.raises(RuntimeError, match="no state came"):
-        run_to_state(_say(fail=True))
+        run_to_state(partial(_say, fail=True))
     logging.getLogger("a library").info("later")
     assert heard.lines == ["trouble", "later"]

@@ -193,7 +193,7 @@ def test_from_a_shell(bucket: ImageBucket, nursery: Nursery, tmp_path: Path) -> 
     record = ItemRecord(row=1, id="fox", status="published", request=None, images=(image,))
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_bytes(record_line(record, "a-run"))
-    ended = nursery.run("flux_prefect.flows.audit_bucket", str(manifest), "--bucket", bucket.uri)
+    ended = nursery.run("audit", str(manifest), "--bucket", bucket.uri)
 
     assert ended.returncode == 1
     assert "missing" in ended.stdout

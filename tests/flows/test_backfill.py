@@ -143,7 +143,7 @@ def test_from_a_shell(sandbox: RunningSandbox, bucket: ImageBucket, nursery: Nur
     """A day a line."""
     table = ("flows/examples/products.csv", "--bucket", bucket.uri, "--template", "a {{ name }}")
     days = ("--start", "2026-03-01", "--end", "2026-03-02", "--newest-first", "--dry-run")
-    ended = nursery.run("flux_prefect.flows.backfill", *table, *days)
+    ended = nursery.run("backfill", *table, *days)
 
     assert ended.returncode == 0, ended.stderr
     assert "Completed: 2 of 2 days published" in ended.stdout

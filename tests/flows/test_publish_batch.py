@@ -39,7 +39,7 @@ from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
 
 ROOT = Path(__file__).parents[2]
-MODULE = "flux_prefect.flows.publish_batch"
+COMMAND = ("publish", "batch")
 
 
 class _Body(io.BytesIO):
@@ -435,7 +435,7 @@ def test_the_form_has_help_and_bounds() -> None:
 
 
 class TestFromAShell:
-    """`python -m flux_prefect.flows.publish_batch`, as a person or a cron job runs it."""
+    """`flux-prefect publish batch`, as a person or a cron job runs it."""
 
     @pytest.fixture
     def table(self, prompts: list[dict[str, Any]], tmp_path: Path) -> Path:
@@ -453,7 +453,7 @@ class TestFromAShell:
         self, table: Path, bucket: ImageBucket, nursery: Nursery, tmp_path: Path
     ) -> None:
         """Plain lines, a table of the items, a gallery that opens from disk."""
-        ended = nursery.run(MODULE, str(table), "--bucket", bucket.uri, "--gallery", str(tmp_path / "gallery"))
+        ended = nursery.run(*COMMAND, str(table), "--bucket", bucket.uri, "--gallery", str(tmp_path / "gallery"))
 
         assert ended.returncode == 0, ended.stderr
         assert "Completed: 3 published; 3 calls billed, 504,000 credits ($0.25)" in ended.stdout
@@ -468,21 +468,21 @@ class TestFromAShell:
     ) -> None:
         """The reason is on the screen."""
         sandbox.control.inject("moderation", times=1)
-        ended = nursery.run(MODULE, str(table), "--bucket", bucket.uri)
+        ended = nursery.run(*COMMAND, str(table), "--bucket", bucket.uri)
 
         assert ended.returncode == 1
         assert "1 of 3 items without their images" in ended.stderr
 
     def test_a_missing_table_exits_with_1(self, bucket: ImageBucket, nursery: Nursery) -> None:
         """With what to correct."""
-        ended = nursery.run(MODULE, "nowhere.csv", "--bucket", bucket.uri)
+        ended = nursery.run(*COMMAND, "nowhere.csv", "--bucket", bucket.uri)
 
         assert ended.returncode == 1
         assert "source 'nowhere.csv' can't be read: No such file or directory" in ended.stderr
 
     def test_wrong_arguments_exit_with_2(self, nursery: Nursery) -> None:
         """As every command line does."""
-        assert nursery.run(MODULE, "prompts.csv").returncode == 2
+        assert nursery.run(*COMMAND, "prompts.csv").returncode == 2
 
     def test_a_person_at_a_terminal_sees_a_bar(
         self, table: Path, bucket: ImageBucket, environment: dict[str, str]
@@ -490,7 +490,7 @@ class TestFromAShell:
         """And no log line of a single task run."""
         ours, theirs = pty.openpty()
         with subprocess.Popen(
-            [sys.executable, "-m", "flux_prefect.flows.publish_batch", str(table), "--bucket", bucket.uri],
+            [sys.executable, "-m", "flux_prefect.cli", *COMMAND, str(table), "--bucket", bucket.uri],
             cwd=ROOT,
             env={**environment, "TERM": "xterm", "COLUMNS": "120"},
             stdout=subprocess.DEVNULL,

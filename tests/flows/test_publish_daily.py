@@ -136,7 +136,7 @@ def test_from_a_shell(
     """The example table, with a template for the rows that have none."""
     template = "a {{ colour }} {{ name }} {{ scene }}"
     table = ("flows/examples/products.csv", "--bucket", bucket.uri, "--template", template)
-    ended = nursery.run("flux_prefect.flows.publish_daily", *table, *arguments)
+    ended = nursery.run("publish", "daily", *table, *arguments)
 
     assert ended.returncode == status, ended.stderr
     assert told in (ended.stdout if status == 0 else ended.stderr)

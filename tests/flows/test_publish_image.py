@@ -79,7 +79,7 @@ def test_from_a_shell(
     nursery: Nursery,
 ) -> None:
     """The exit status and what is on the screen; bad input never reaches the service."""
-    ended = nursery.run("flux_prefect.flows.publish_image", *arguments, "--bucket", bucket.uri)
+    ended = nursery.run("publish", "image", *arguments, "--bucket", bucket.uri)
 
     assert ended.returncode == status, ended.stderr
     assert told in (ended.stdout if status == 0 else ended.stderr)

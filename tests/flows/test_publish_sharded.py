@@ -80,7 +80,7 @@ def command(nursery: Nursery, service: RunningSandbox, tmp_path: Path, bucket: I
             tmp_path / "parent",
             *(str(table), "--bucket", bucket.uri, "--lost-after-seconds", f"{LOST_AFTER:g}"),
             *options,
-            module="flux_prefect.flows.publish_sharded",
+            command="sharded",
             FLUX_PREFECT_SPOOL=str(tmp_path / "parent" / "spool"),
             FLUX_PREFECT_LOCKS=str(tmp_path / "parent" / "locks"),
         )

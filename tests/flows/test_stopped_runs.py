@@ -22,7 +22,7 @@ from support.nursery import Batch, Nursery
 from support.waiting import wait_for
 
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.cli.terminal import INTERRUPTED
+from flux_prefect.cli.exit_status import INTERRUPTED
 from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox
 

@@ -133,7 +133,7 @@ def test_the_form_has_help_and_bounds() -> None:
 def test_from_a_shell(sandbox: RunningSandbox, bucket: ImageBucket, nursery: Nursery) -> None:
     """Ranges of seeds are written with a hyphen."""
     options = ("--seeds", "7", "20-22", "--aspect-ratios", "1:1", "3:2", "--dry-run")
-    ended = nursery.run("flux_prefect.flows.sweep_seeds", "a fox", "--bucket", bucket.uri, *options)
+    ended = nursery.run("sweep", "a fox", "--bucket", bucket.uri, *options)
 
     assert ended.returncode == 0, ended.stderr
     assert "Completed: dry run: 8 rows: 8 to generate" in ended.stdout

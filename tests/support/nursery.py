@@ -20,7 +20,10 @@ from typing import Any
 
 from typing_extensions import Self
 
+from flux_prefect.cli.app import app
+
 ROOT = Path(__file__).parents[2]
+COMMAND = "flux_prefect.cli.app"
 
 
 class Batch:
@@ -77,22 +80,20 @@ class Nursery:
         )
         self._running: set[int] = set()
 
-    def start(
-        self, folder: Path, *arguments: str, module: str = "flux_prefect.flows.publish_batch", **environment: str
-    ) -> Batch:
+    def start(self, folder: Path, *arguments: str, command: str = "batch", **environment: str) -> Batch:
         """Start a batch with these arguments and changes to the environment."""
         folder.mkdir(parents=True, exist_ok=True)
         said = folder / "said.txt"
-        arguments = (*arguments, "--report", str(folder / "report.json"))
-        return Batch(self, self.fork(module, arguments, environment, said), folder)
+        arguments = ("publish", command, *arguments, "--report", str(folder / "report.json"))
+        return Batch(self, self.fork(COMMAND, arguments, environment, said), folder)
 
-    def run(self, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """What `python -m module` comes to with these arguments, and with the spool of the test that asks."""
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """What `flux-prefect` comes to with these arguments, and with the spool of the test that asks."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder) / "out", Path(folder) / "err"
             spool = {"FLUX_PREFECT_SPOOL": os.environ["FLUX_PREFECT_SPOOL"]}
-            status = self.wait(self._fork(module, arguments, spool, out, err))
-            return subprocess.CompletedProcess([module, *arguments], status, out.read_text(), err.read_text())
+            status = self.wait(self._fork(COMMAND, arguments, spool, out, err))
+            return subprocess.CompletedProcess(arguments, status, out.read_text(), err.read_text())
 
     def fork(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], said: Path) -> int:
         """Run a module's `main` in a process of its own, with all of its output in a file; the process's id."""
@@ -142,7 +143,9 @@ def serve() -> int:
         if "wait" in order:
             answer(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]))
             continue
-        flow = importlib.import_module(order["module"])
+        module = importlib.import_module(order["module"])
+        if order["module"] == COMMAND:
+            warm_up(order["arguments"])
         child = os.fork()
         if not child:
             os.environ.update(order["environment"])
@@ -151,9 +154,18 @@ def serve() -> int:
             nothing = os.open(os.devnull, os.O_RDONLY)
             for ours, theirs in ((nothing, 0), (out, 1), (err, 2)):
                 os.dup2(ours, theirs)
-            return int(flow.main(order["arguments"]))
+            return int(module.main(order["arguments"]))
         answer(child)
     os._exit(0)
+
+
+def warm_up(arguments: Sequence[str]) -> None:
+    """Import what a command is made of, which each of its processes then has."""
+    command = app
+    for name in arguments:
+        if name not in command:
+            return
+        command = command[name]
 
 
 def answer(number: int) -> None:
