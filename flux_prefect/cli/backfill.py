@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flux_prefect.cli.flow_commands import FlowCommand, Given, one_line
+from flux_prefect.cli.flow_commands import Extra, FlowCommand, Given, one_line
 from flux_prefect.flows import backfill as flows
 from flux_prefect.flows.backfill import BackfillReport
 from flux_prefect.tables.templates import ImageSettings
@@ -34,6 +34,16 @@ def _to_json(report: BackfillReport) -> dict[str, Any]:
     return report.model_dump(mode="json")
 
 
+def _choose_order(given: Given) -> Given:
+    return {**given, "order": "newest first"} if given["newest_first"] else given
+
+
 backfill = FlowCommand(
-    flows.backfill, first="source", show=_show, to_json=_to_json, models={"images": ImageSettings}
+    flows.backfill,
+    first="source",
+    show=_show,
+    to_json=_to_json,
+    models={"images": ImageSettings},
+    extras={"newest_first": Extra(bool, default=False, help="The same as --order 'newest first'.")},
+    prepare=_choose_order,
 ).build()

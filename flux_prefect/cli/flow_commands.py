@@ -71,6 +71,7 @@ class FlowCommand:
         models: parameters whose fields are options of their own, each with its model.
         special: parameters that are written in another way than in a form.
         extras: further options.
+        prepare: gets the values as they were written, and returns those to be used.
     """
 
     flow: Flow[..., Any]
@@ -80,6 +81,7 @@ class FlowCommand:
     models: Mapping[str, type[BaseModel]] = field(default_factory=dict)
     special: Mapping[str, Special] = field(default_factory=dict)
     extras: Mapping[str, Extra] = field(default_factory=dict)
+    prepare: Callable[[Given], Given] = dict
 
     def build(self) -> Callable[..., int]:
         """The function that cyclopts makes a command of; it returns the exit status."""
@@ -127,7 +129,7 @@ class FlowCommand:
 
     def _run_flow(self, given: Given, take: Callable[[Any], None]) -> int:
         try:
-            parameters = self._parameters(given)
+            parameters = self._parameters(self.prepare(given))
             state = run_to_state(lambda: self.flow(**parameters, return_state=True))
         except (_BadArgument, NoServer) as error:
             print(error, file=sys.stderr)
