@@ -18,8 +18,8 @@ from rich.console import Console, RenderableType
 
 from flux_prefect.cli.exit_status import FAILED, MISUSED
 from flux_prefect.cli.options import make_command, make_option, plain_kind, show_as
-from flux_prefect.cli.temporary_server import NoServer
-from flux_prefect.cli.terminal import run_to_state
+from flux_prefect.cli.temporary_server import NoServer, temporary_server
+from flux_prefect.cli.terminal import refuse_bad_settings, run_to_state
 from flux_prefect.errors import FluxError
 from flux_prefect.tables.table import explain_invalid
 
@@ -130,7 +130,9 @@ class FlowCommand:
     def _run_flow(self, given: Given, take: Callable[[Any], None]) -> int:
         try:
             parameters = self._parameters(self.prepare(given))
-            state = run_to_state(lambda: self.flow(**parameters, return_state=True))
+            refuse_bad_settings()
+            with temporary_server():
+                state = run_to_state(lambda: self.flow(**parameters, return_state=True))
         except (_BadArgument, NoServer) as error:
             print(error, file=sys.stderr)
             return MISUSED

@@ -13,7 +13,6 @@ from prefect.client.schemas.objects import State
 from prefect.logging.configuration import setup_logging
 
 from flux_prefect.cli.exit_status import INTERRUPTED, MISUSED
-from flux_prefect.cli.temporary_server import temporary_server
 from flux_prefect.errors import InvalidSettings
 from flux_prefect.settings import current_settings
 
@@ -40,7 +39,6 @@ def run_to_state(run: Callable[[], Any]) -> State[Any]:
     of all task runs too.
 
     Raises:
-        NoServer: there is no Prefect server, and none could be started.
         SystemExit: with the status 130 after Ctrl-C, 2 for settings that can't be used.
     """
     refuse_bad_settings()
@@ -50,7 +48,7 @@ def run_to_state(run: Callable[[], Any]) -> State[Any]:
         return state
 
     try:
-        with temporary_server(), _quiet_terminal():
+        with _quiet_terminal():
             return asyncio.run(wait())
     except KeyboardInterrupt:
         print("Stopped. What was paid for is kept: the same command continues from there.", file=sys.stderr)
