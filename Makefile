@@ -19,7 +19,7 @@ demo: $(READY) ## Publish a dozen images to a local S3 server, twice; ARGS=--ser
 	@$(RUN) -m flux_prefect.cli demo $(ARGS)
 
 test: $(READY) ## Run the tests; ARGS go to pytest
-	@$(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(RUN) -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-prefect-versions: $(READY) ## Run the core tests on the oldest Prefect that is allowed and on the newest
 	@UV="$(UV)" $(RUN) tests/prefect_versions.py $(ARGS)

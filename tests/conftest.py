@@ -91,7 +91,7 @@ def sandbox(running_sandbox: RunningSandbox, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[str]:
     """A real Prefect server with a database of its own; its API's address."""
-    with prefect_test_harness(server_startup_timeout=60):
+    with prefect_test_harness(server_startup_timeout=150):
         url = get_current_settings().api.url
         assert url is not None
         template = Path(os.environ[_DATABASE])
@@ -133,10 +133,25 @@ def request_(sandbox: RunningSandbox) -> ImageRequest:  # noqa: ARG001 - only ev
     return ImageRequest(prompt=f"a lighthouse at dusk {uuid4().hex}", seed=7, aspect_ratio="1:1")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take minutes, so that no core waits for the last of them at the end."""
+    """Spread the tests over the cores one by one, and those of a file together where they share what the file starts.
+
+    The files that take minutes come first, so that no core waits for the last of them at the end.
+    """
     minutes = ("flows", "browser", "tests")  # by folder
     items.sort(key=lambda item: minutes.index(item.path.parent.name) if item.path.parent.name in minutes else 3)
+    sharing = {item.path for item in items if _shares_fixtures(item)}
+    for item in items:
+        if item.path in sharing:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+def _shares_fixtures(item: pytest.Item) -> bool:
+    """Whether a fixture that the test uses is made once for its file or class."""
+    assert isinstance(item, pytest.Function)
+    found = item._fixtureinfo.name2fixturedefs.items()
+    return any(not name.startswith("_") and fixtures[-1].scope in {"module", "class"} for name, fixtures in found)
 
 
 def pytest_unconfigure() -> None:
