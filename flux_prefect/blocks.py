@@ -1,4 +1,4 @@
-"""What Prefect loads at its start (entry point `prefect.collections`), so that it knows the saved blocks' classes."""
+"""The block classes that Prefect loads at start-up, through the entry point `prefect.collections`."""
 
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials

@@ -1,4 +1,4 @@
-"""Bounded concurrency: blocking work in a limited number of threads, and many items a few at a time."""
+"""Bounded concurrency: blocking work in a limited number of threads, and a few items of many at a time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _Args = TypeVarTuple("_Args")
 
 _ITEMS_BETWEEN_PAUSES = 50
 
-# With its event loop, as a context is copied to others, where it must not be waited for.
+# Stored with its event loop: a context can be copied to another loop, where this limiter must not be awaited.
 _limit: ContextVar[tuple[asyncio.AbstractEventLoop, anyio.CapacityLimiter] | None] = ContextVar("limit", default=None)
 
 
 @contextmanager
 def limit_threads(max_threads: int) -> Iterator[None]:
-    """At most so many threads at a time for all `run_in_thread` inside the block, on this event loop.
+    """Limit the threads that all `run_in_thread` calls inside the block use at a time, on this event loop.
 
-    Each thread that has Python code to run waits for the interpreter's lock, and the event loop waits among them: with
-    forty of them at work a batch that keeps one core busy takes up to a tenth longer than with eight.
+    Threads that run Python code compete with the event loop for the interpreter's lock. A batch that keeps one core
+    busy takes up to a tenth longer with forty threads than with eight.
     """
     token = _limit.set((asyncio.get_running_loop(), anyio.CapacityLimiter(max_threads)))
     try:
@@ -39,9 +39,9 @@ def limit_threads(max_threads: int) -> Iterator[None]:
 
 
 async def run_in_thread(work: Callable[[Unpack[_Args]], _R], *args: Unpack[_Args]) -> _R:
-    """What `work` gives and raises, run in a thread of anyio's: at most 40 at once, or as `limit_threads` says.
+    """Run `work` in a worker thread and return its result: at most 40 at once, or as many as `limit_threads` allows.
 
-    A cancelled caller waits for the end of what has begun.
+    A cancelled caller waits until work that has started ends.
     """
     limit = _limit.get()
     limiter = limit[1] if limit is not None and limit[0] is asyncio.get_running_loop() else None
@@ -65,10 +65,10 @@ async def run_to_end(work: Callable[[Unpack[_Args]], _R], *args: Unpack[_Args]) 
 
 
 async def for_each(items: Iterable[_Item], work: Callable[[_Item], Awaitable[None]], *, at_once: int) -> None:
-    """Do `work` for every item, `at_once` of them at a time; an item is drawn when a worker is free for it.
+    """Run `work` for every item, `at_once` of them at a time. An item is drawn when a worker is free.
 
-    The first exception, of the work or of the items, ends it: the other workers are cancelled, waited for, and the
-    exception is raised as it is. Work that never waits lets others run every 50 items.
+    The first exception, from the work or from the iterator, stops everything: the other workers are cancelled and
+    awaited, and the exception is raised unchanged. Work that never awaits yields to the event loop every 50 items.
     """
     queue = iter(items)
 

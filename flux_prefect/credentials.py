@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_BASE_URL = "https://api.aimlapi.com"
 
-_STALL_SECONDS = 60.0  # seconds without a byte after which a download is given up
+_STALL_SECONDS = 60.0  # without a byte, after which a download is abandoned
 
 _KEY_VARIABLES = ("AIMLAPI_KEY", "AIML_API_KEY")
 
@@ -41,7 +41,7 @@ _open_client: ContextVar[tuple[AimlApiCredentials, asyncio.AbstractEventLoop, Ai
 
 
 class AimlApiCredentials(CredentialsBlock):
-    """An account at the AI/ML API: the key, where the service is, and how patient to be with it.
+    """An account at the AI/ML API: the key, the service's address, and the time-outs and limits of its calls.
 
     Example:
         Load stored credentials and generate an image in a sync flow:
@@ -66,29 +66,29 @@ class AimlApiCredentials(CredentialsBlock):
     base_url: str = Field(
         default=DEFAULT_BASE_URL,
         title="Base URL",
-        description="The root of the service, without /v1. Another root is another cache.",
+        description="The root URL of the service, without /v1. Images are cached per root URL.",
     )
     max_in_flight: int = Field(
         default=16,
         ge=1,
         le=1000,
-        description="Most paid calls at once, per process. Lowered and raised again with the service's refusals.",
+        description="Most paid calls at once, per process. Lowered while the service refuses calls, then raised again.",
     )
     concurrency_limit: str | None = Field(
         default=None,
         description=(
-            "A Prefect global concurrency limit. Every paid call takes one of its slots, over all workers; a tenth of "
-            "a second each."
+            "A Prefect global concurrency limit. Every paid call takes one of its slots, over all workers. Costs a "
+            "tenth of a second a call."
         ),
     )
     connect_timeout: float = Field(default=10, gt=0, description="Seconds to wait for a connection.")
     read_timeout: float = Field(
-        default=300, gt=0, description="Seconds without a byte after which an answer counts as lost."
+        default=300, gt=0, description="Seconds without a byte after which a response counts as lost."
     )
-    generation_timeout: float = Field(default=600, gt=0, description="Seconds that one paid call may take in all.")
-    download_timeout: float = Field(default=300, gt=0, description="Seconds that one image's download may take in all.")
+    generation_timeout: float = Field(default=600, gt=0, description="Seconds that one paid call may take in total.")
+    download_timeout: float = Field(default=300, gt=0, description="Seconds that one download may take in total.")
     pacing_timeout: float = Field(
-        default=600, gt=0, description="Seconds that a call may wait because the service asked to slow down."
+        default=600, gt=0, description="Seconds that a call may wait while the service refuses calls."
     )
 
     @field_validator("base_url")
@@ -96,37 +96,35 @@ class AimlApiCredentials(CredentialsBlock):
     def _root_url(cls, base_url: str) -> str:
         base_url = normalize_endpoint(base_url)
         if not base_url.startswith(("https://", "http://")):
-            raise ValueError(f"base_url {base_url!r} is no web address: write it as {DEFAULT_BASE_URL}")
+            raise ValueError(f"base_url {base_url!r} is not a web address: write it as {DEFAULT_BASE_URL}")
         try:
             url = httpx.URL(base_url)
         except httpx.InvalidURL as error:
-            raise ValueError(f"base_url {base_url!r} is no URL: {error}") from error
+            raise ValueError(f"base_url {base_url!r} is not a URL: {error}") from error
         if not url.host or url.userinfo or url.query or url.fragment:
-            raise ValueError("base_url must be a host and at most a path: no user, no query")
+            raise ValueError("base_url must be a host and an optional path: no user, no query")
         if base_url.endswith(("/v1", "/v2")):
-            raise ValueError(f"base_url {base_url!r} names a version: give the root, {base_url[:-3]}")
+            raise ValueError(f"base_url {base_url!r} includes a version: use the root, {base_url[:-3]}")
         return base_url
 
     @classmethod
     def from_env(cls) -> AimlApiCredentials:
-        """The account that the environment names: `AIMLAPI_KEY` (or `AIML_API_KEY`) and `AIMLAPI_BASE_URL`.
+        """Read the account from the environment: `AIMLAPI_KEY` (or `AIML_API_KEY`) and `AIMLAPI_BASE_URL`.
 
         Raises:
             ValueError: no key is set.
         """
         key = next((value for name in _KEY_VARIABLES if (value := os.environ.get(name))), None)
         if key is None:
-            raise ValueError(
-                "No API key: set AIMLAPI_KEY (or AIML_API_KEY), or give a saved AimlApiCredentials block by its name."
-            )
+            raise ValueError("No API key: set AIMLAPI_KEY (or AIML_API_KEY), or name a saved AimlApiCredentials block.")
         return cls(api_key=SecretStr(key), base_url=os.environ.get("AIMLAPI_BASE_URL") or DEFAULT_BASE_URL)
 
     @classmethod
     async def resolve(cls, credentials: AimlApiCredentials | str | None) -> AimlApiCredentials:
-        """The block itself, the saved block of that name, or for None the account of the environment.
+        """Resolve a block, the name of a saved block, or None for the account in the environment.
 
         Raises:
-            ValueError: there is no block of that name, or no key in the environment.
+            ValueError: no block has that name, or the environment has no key.
         """
         if credentials is None:
             return cls.from_env()
@@ -135,7 +133,7 @@ class AimlApiCredentials(CredentialsBlock):
         return credentials
 
     def get_client(self) -> AimlApiClient:
-        """A new client of the service, to be used in one `async with` block on one event loop.
+        """Create a client of the service, for one `async with` block on one event loop.
 
         All clients of a process share the in-flight limit of their endpoint.
         """
@@ -158,10 +156,10 @@ class AimlApiCredentials(CredentialsBlock):
         )
 
     async def check(self) -> None:
-        """Prove that the concurrency limit is there, where one is named: Prefect itself passes over a missing one.
+        """Verify that the concurrency limit exists, if one is named. Prefect itself ignores a missing one.
 
         Raises:
-            ValueError: it is missing; with the command that makes it.
+            ValueError: it is missing. The message has the command that creates it.
         """
         if self.concurrency_limit is None:
             return
@@ -170,13 +168,13 @@ class AimlApiCredentials(CredentialsBlock):
                 await prefect.read_global_concurrency_limit_by_name(self.concurrency_limit)
             except ObjectNotFound as error:
                 raise ValueError(
-                    f"concurrency_limit {self.concurrency_limit!r} does not exist: make it with `prefect gcl create "
+                    f"concurrency_limit {self.concurrency_limit!r} does not exist: create it with `prefect gcl create "
                     f"{self.concurrency_limit} --limit {self.max_in_flight}`, or leave the field empty."
                 ) from error
 
     @asynccontextmanager
     async def open_client(self) -> AsyncIterator[AimlApiClient]:
-        """The client that an enclosing `open_client` of the same account opened on this event loop, else a new one.
+        """Reuse the client of an enclosing `open_client` for the same account and event loop, or open a new one.
 
         A flow that opens it once around its work lets all of its tasks share connections.
         """
@@ -200,13 +198,13 @@ async def _take_slot(limit: str) -> AsyncIterator[None]:
         await slot.__aenter__()
     except Exception as error:
         raise NotSent(
-            f"No slot of the concurrency limit {limit!r} could be taken ({error}): nothing was sent. "
-            "Check that Prefect's server can be reached."
+            f"No slot of the concurrency limit {limit!r} could be acquired ({error}): nothing was sent. "
+            "Check that the Prefect server can be reached."
         ) from error
     try:
         yield
     finally:
         try:
             await slot.__aexit__(None, None, None)
-        except Exception:  # the call is over, and its answer counts
-            _logger.exception("A slot of the concurrency limit %r was not given back; its lease runs out", limit)
+        except Exception:  # the call is complete, and its response counts
+            _logger.exception("A slot of the concurrency limit %r was not released; its lease will expire", limit)

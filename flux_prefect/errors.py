@@ -3,36 +3,36 @@
     FluxError                           retryable, retry_after, billed, fatal
     ├── ServiceError                    a call to the image service
     │   ├── NotSent                     no connection: nothing was sent
-    │   ├── AnswerLost                  sent, and no whole answer came back: possibly billed
-    │   ├── InvalidResponse             a 2xx answer that is not what the API describes
-    │   ├── EmptyGeneration             a 2xx answer without the image asked for
+    │   ├── AnswerLost                  sent, without a complete response: possibly billed
+    │   ├── InvalidResponse             a 2xx response that the API does not describe
+    │   ├── EmptyGeneration             a 2xx response without the requested image
     │   ├── RepeatLimitReached          answers to this request were lost too often to send it again
-    │   └── StatusError                 an answer with an error status
+    │   └── StatusError                 a response with an error status
     │       ├── RequestRefused          400, 413, 422 and any other 4xx: the request itself
     │       ├── AuthenticationFailed    401
     │       ├── AccessRefused           403
     │       │   └── OutOfCredits        403 or 402 that says so
     │       ├── NotFound                404: path or model
-    │       ├── RateLimited             429, still so when the time for waiting was over
+    │       ├── RateLimited             429, until the pacing time-out
     │       └── ServerFailed            500, 502, ...
     │           ├── ServiceBusy         503
     │           └── GenerationTimedOut  408, 504, 520 to 527: possibly billed
     ├── DownloadError                   fetching an image that was paid for
     │   ├── ImageGone                   its URL is dead
     │   ├── DownloadRefused             refused although the URL is young: by a proxy, a firewall, a region
-    │   ├── DownloadInterrupted         cut, stalled or refused for now
-    │   ├── NotAnImage                  the bytes are no image, or do not decode
-    │   ├── UnexpectedFormat            a good image in another format than asked for
+    │   ├── DownloadInterrupted         cut off, stalled or temporarily refused
+    │   ├── NotAnImage                  the bytes are not an image, or do not decode
+    │   ├── UnexpectedFormat            a valid image in another format than requested
     │   ├── ImageTooLarge               over the cap in bytes or pixels
-    │   ├── ImageUnwritable             the disk does not take it
+    │   ├── ImageUnwritable             the disk can't store it
     │   └── UnsafeURL                   a URL that must not be fetched
     ├── ContentFlagged                  the service blanked or flagged the image
-    ├── BucketError                     the bucket did not do what was asked
+    ├── BucketError                     an operation on the bucket failed
     │   ├── BucketMissing               it does not exist at this endpoint
     │   ├── BucketAccessDenied          the keys are wrong, missing, or don't allow this
-    │   ├── BucketUnavailable           the server can't be reached, or asks for patience
+    │   ├── BucketUnavailable           the server can't be reached, or is temporarily overloaded
     │   ├── ImageChanged                the file no longer has the bytes that were checked
-    │   ├── KeyOccupied                 something else lies under an image's key
+    │   ├── KeyOccupied                 another object is stored under an image's key
     │   └── ConditionsIgnored           the server does not honour conditional writes
     ├── LeaseLost                       another machine may hold the lease by now
     ├── SpoolUnwritable                 the spool folder can't be written
@@ -43,18 +43,18 @@
     ├── TableError                      the table as a whole can't be read
     │   └── TemplateFailed              rows of a template table can't be rendered
     ├── TooManyCombinations             a sweep multiplies to more images than allowed
-    ├── BalanceTooLow                   the account can't pay for what the plan may cost
-    ├── BudgetExhausted                 the call does not fit under the cap
+    ├── BalanceTooLow                   the balance does not cover the plan's highest cost
+    ├── BudgetExhausted                 the call's cost would exceed the cap
     ├── RunStopped                      the run was cancelled before the call went out
-    ├── RepairImpossible                an audit can't bring an image back
+    ├── RepairImpossible                an audit can't restore an image
     ├── BatchFailed                     more items failed than the batch tolerates
-    ├── BackfillFailed                  days of a backfill failed
-    ├── AuditFailed                     images are not in the bucket as the manifest says
+    ├── BackfillFailed                  some days of a backfill failed
+    ├── AuditFailed                     the bucket's images differ from the manifest
     ├── ShardLost                       a shard's runs were lost, or failed for good
     ├── ShardSuperseded                 another run has taken over the shard
-    └── UnexpectedError                 an exception of no kind listed here
+    └── UnexpectedError                 any other exception
 
-Every error can be pickled, as Prefect persists it with the run's state.
+Every error can be pickled: Prefect persists it with the run's state.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ __all__ = [
 
 
 class Billed(str, Enum):
-    """What a failure means for money."""
+    """Whether a failed call was billed."""
 
     NO = "not billed"
     YES = "billed"
@@ -141,7 +141,7 @@ class FluxError(Exception):
         retryable: Repeating the same step later can help.
         retry_after: Delay requested by the server, in seconds, or None.
         billed: Whether the call that failed was paid for.
-        fatal: The next item would fail for the same reason, so a batch stops sending.
+        fatal: Whether the next item would fail for the same reason. A batch then stops sending.
 
     Example:
         ```python
@@ -177,7 +177,7 @@ class FluxError(Exception):
         return str(self.args[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions are rebuilt from args alone by default; these carry more.
+        # By default exceptions are rebuilt from args alone, which would lose the other attributes.
         return _rebuild, (type(self), self.args), self.__dict__
 
 
@@ -194,8 +194,8 @@ class ServiceError(FluxError):
     """A call to the image service that returned no generation.
 
     Attributes:
-        client_request_id: The id that this package gave the call; the service's log shows it.
-        credits_used: Cost of the call in credits, where the service reported one all the same.
+        client_request_id: This package's id of the call, as in the service's log.
+        credits_used: Cost of the call in credits, or None if the service reported none.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class NotSent(ServiceError):
 
 
 class AnswerLost(ServiceError):
-    """The request was sent and its answer never came back whole. Possibly billed."""
+    """The request was sent, and no complete response came back. Possibly billed."""
 
     retryable = True
     billed = Billed.UNKNOWN
@@ -232,7 +232,7 @@ class InvalidResponse(ServiceError):
 
 
 class EmptyGeneration(ServiceError):
-    """A success status without the image asked for. `billed` follows the credits that it reports."""
+    """A success status without the requested image. `billed` follows the credits in the response."""
 
     retryable = True
     billed = Billed.UNKNOWN
@@ -248,11 +248,11 @@ class RepeatLimitReached(ServiceError):
 
 
 class StatusError(ServiceError):
-    """An answer with an error status.
+    """A response with an error status.
 
     Attributes:
         status: The HTTP status.
-        request_id: The service's own id of the call, where its error envelope has one.
+        request_id: The service's id of the call, or None.
     """
 
     def __init__(self, message: str, *, status: int, request_id: str | None = None, **kwargs: Any) -> None:
@@ -262,7 +262,7 @@ class StatusError(ServiceError):
 
 
 class RequestRefused(StatusError):
-    """The service refuses this very request and will refuse it again. Not billed."""
+    """The service refused this request and will refuse it again. Not billed."""
 
 
 class AuthenticationFailed(StatusError):
@@ -272,7 +272,7 @@ class AuthenticationFailed(StatusError):
 
 
 class AccessRefused(StatusError):
-    """403: the account may not do this. Not billed."""
+    """403: the account is not allowed to do this. Not billed."""
 
 
 class OutOfCredits(AccessRefused):
@@ -286,7 +286,7 @@ class NotFound(StatusError):
 
 
 class RateLimited(StatusError):
-    """429 until the time for waiting was over. Not billed. Not repeated, as the client has waited already."""
+    """429 until the pacing time-out. Not billed. Not retried, as the client has already waited."""
 
 
 class ServerFailed(StatusError):
@@ -300,7 +300,7 @@ class ServiceBusy(ServerFailed):
 
 
 class GenerationTimedOut(ServerFailed):
-    """The gateway gave up waiting or lost the service; the generation behind it is possibly billed.
+    """The gateway timed out or lost the service. The generation is possibly billed.
 
     504, 408, and the statuses 520 to 527 of a content network.
     """
@@ -312,7 +312,7 @@ class GenerationTimedOut(ServerFailed):
 
 
 class DownloadError(FluxError):
-    """An image that was paid for could not be fetched. Its generation stays cached."""
+    """An image that was paid for could not be downloaded. Its generation stays cached."""
 
     billed = Billed.YES
 
@@ -326,19 +326,19 @@ class DownloadRefused(DownloadError):
 
 
 class DownloadInterrupted(DownloadError):
-    """The download was cut, stalled, or refused for now."""
+    """The download was cut off, stalled, or temporarily refused."""
 
     retryable = True
 
 
 class NotAnImage(DownloadError):
-    """The bytes are not an image, or they do not decode: a page of HTML, a broken file."""
+    """The bytes are not an image, or do not decode, as with a page of HTML or a broken file."""
 
     retryable = True
 
 
 class UnexpectedFormat(DownloadError):
-    """A whole image, in another file format than the request asked for."""
+    """A complete image in another file format than requested."""
 
 
 class ImageTooLarge(DownloadError):
@@ -346,17 +346,17 @@ class ImageTooLarge(DownloadError):
 
 
 class ImageUnwritable(DownloadError):
-    """The disk did not take the image. It would not take the next one either, so a batch stops paying."""
+    """The disk could not store the image. It could not store the next one either, so a batch stops sending."""
 
     fatal = True
 
 
 class UnsafeURL(DownloadError):
-    """A URL that no image may be fetched from: not https, or into a private network."""
+    """A URL that must not be fetched: not https, or in a private network."""
 
 
 class ContentFlagged(FluxError):
-    """The service flagged the image as unsafe or delivered it blacked out. Paid, cached, never published."""
+    """The service flagged the image as unsafe or delivered it black. Paid for, cached, never published."""
 
     billed = Billed.YES
 
@@ -365,7 +365,7 @@ class ContentFlagged(FluxError):
 
 
 class BucketError(FluxError):
-    """The bucket did not do what was asked. Images in the spool stay there, so nothing is lost."""
+    """An operation on the bucket failed. Images in the spool stay there, so nothing is lost."""
 
 
 class BucketMissing(BucketError):
@@ -375,46 +375,46 @@ class BucketMissing(BucketError):
 
 
 class BucketAccessDenied(BucketError):
-    """The keys are wrong or missing, or don't allow this."""
+    """The keys are wrong or missing, or don't permit this operation."""
 
     fatal = True
 
 
 class BucketUnavailable(BucketError):
-    """The server can't be reached or asks for patience."""
+    """The server can't be reached, or is temporarily overloaded."""
 
     retryable = True
 
 
 class ImageChanged(BucketError):
-    """The file in the spool is gone or no longer has the bytes that were checked; S3 refuses those."""
+    """The file in the spool is gone, or its bytes have changed since they were checked. S3 refuses those."""
 
 
 class KeyOccupied(BucketError):
-    """Something other than the image lies under its key."""
+    """Another object is stored under the image's key."""
 
 
 class ConditionsIgnored(BucketError):
-    """The server does not honour If-None-Match and If-Match, so nothing can be decided in its buckets."""
+    """The server ignores If-None-Match and If-Match, so its buckets can't hold leases or shared state."""
 
     fatal = True
 
 
 class LeaseLost(FluxError):
-    """The call was not sent, as another machine may be making the image by now. The next run picks it up."""
+    """The call was not sent, as another machine may be generating the image. The next run picks it up."""
 
 
 # This host
 
 
 class SpoolUnwritable(FluxError):
-    """The spool folder can't be written. Found before anything is sent, so nothing was paid."""
+    """The spool folder can't be written. Detected before anything is sent, so nothing was paid."""
 
     fatal = True
 
 
 class SpoolUnreadable(FluxError):
-    """A record may exist and can't be read now. Nothing may be paid for what it may hold."""
+    """A record may exist but can't be read now. Its image is not paid for again meanwhile."""
 
     retryable = True
 
@@ -426,13 +426,13 @@ class ResultStoreUnreadable(FluxError):
 
 
 class ManifestUnwritable(FluxError):
-    """The manifest's file can't be written. What was recorded before is whole."""
+    """The manifest's local file can't be written. Earlier records are intact."""
 
     fatal = True
 
 
 class InvalidSettings(FluxError, ValueError):
-    """A variable has an unusable value. The message names the variable, the value and what is allowed."""
+    """An environment variable has an invalid value. The message names the variable, the value and the allowed ones."""
 
 
 # Tables and plans
@@ -465,7 +465,7 @@ class TooManyCombinations(FluxError, ValueError):
 
 
 class BalanceTooLow(FluxError):
-    """The account can't pay for what the plan may cost. Nothing was sent."""
+    """The balance does not cover the plan's highest cost. Nothing was sent."""
 
     fatal = True
 
@@ -474,7 +474,7 @@ class BalanceTooLow(FluxError):
 
 
 class BudgetExhausted(FluxError):
-    """The call was not sent, as its cost does not fit under the cap any more. The next run picks it up."""
+    """The call was not sent, as its cost would exceed the cap. The next run picks it up."""
 
 
 class RunStopped(FluxError):
@@ -484,14 +484,14 @@ class RunStopped(FluxError):
 
 
 class RepairImpossible(FluxError):
-    """An image can't be brought back; the message gives the reason."""
+    """An image can't be restored. The message has the reason."""
 
 
 class BatchFailed(FluxError):
-    """More items ended without their images than the batch tolerates.
+    """More items failed than the batch tolerates.
 
     Attributes:
-        report: The whole report; what was published is published.
+        report: The complete report. Published images stay published.
     """
 
     def __init__(self, message: str, report: BatchReport) -> None:
@@ -500,10 +500,10 @@ class BatchFailed(FluxError):
 
 
 class BackfillFailed(FluxError):
-    """Days failed; the others are published.
+    """Some days failed. The others are published.
 
     Attributes:
-        report: The whole report.
+        report: The complete report.
     """
 
     def __init__(self, message: str, report: BackfillReport) -> None:
@@ -512,10 +512,10 @@ class BackfillFailed(FluxError):
 
 
 class AuditFailed(FluxError):
-    """Images are not in the bucket as the manifest says.
+    """The bucket's images differ from the manifest.
 
     Attributes:
-        report: The whole report.
+        report: The complete report.
     """
 
     def __init__(self, message: str, report: AuditReport) -> None:
@@ -524,14 +524,14 @@ class AuditFailed(FluxError):
 
 
 class ShardLost(FluxError):
-    """The shard's runs were lost again and again, or failed for a reason that the next would fail for too."""
+    """The shard's runs were lost repeatedly, or failed for a reason that would also fail the next run."""
 
 
 class ShardSuperseded(FluxError):
-    """Another run has taken over this shard's work."""
+    """Another run has taken over the shard."""
 
     fatal = True
 
 
 class UnexpectedError(FluxError):
-    """An exception of no kind that is known here. What was paid for before it stays in the spool."""
+    """Any other exception. What was paid for before it stays in the spool."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what to do about a failure of the disk."""
+"""Local files: atomic writes, and messages for disk errors."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _WRITER = re.compile(r"\.(\d+)-[0-9a-f]{8}\.part$")
 
 
 def part_path(path: Path) -> Path:
-    """Where a file is written before it takes its name: apart from everybody else who writes the same."""
+    """The temporary path to which a file is written before it is renamed. Unique to each writer."""
     return path.with_name(f"{path.name}.{os.getpid()}-{uuid4().hex[:8]}.part")
 
 
 def writer_pid(part: Path) -> int | None:
-    """The process that writes, or wrote, a file that `part_path` has named; None of any other."""
+    """The process id in a path from `part_path`, or None for any other path."""
     found = _WRITER.search(part.name)
     return None if found is None else int(found[1])
 
 
 def explain_os_error(error: OSError, remedy: str) -> str:
-    """The reason in brackets and the remedy, for the end of a message.
+    """Describe the reason, in brackets, and the remedy: the end of an error message.
 
     Args:
-        error: what the system said.
-        remedy: what to do, unless there are too many open files, for which no folder is to blame.
+        error: the system's error.
+        remedy: what to do. Replaced where the cause is too many open files.
     """
     return f"({error.strerror or error}): {_TOO_MANY_FILES.get(error.errno or 0, remedy)}"

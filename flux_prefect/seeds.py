@@ -1,4 +1,4 @@
-"""Seeds for requests that have none."""
+"""Seeds for requests without one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["draw_day_seed", "draw_seed", "with_seed"]
 
 
 def draw_seed(run: str, item_id: str) -> int:
-    """A seed from 1 to 4,294,967,295, the same each time for one run and item_id.
+    """Draw a seed from 1 to 4,294,967,295: always the same for the same run and item, usually another for any other.
 
-    A retried run draws the seeds of its first attempt and so finds what that one paid for; another run draws others.
+    A retried run draws the seeds of its first attempt, and so finds the images that the first attempt paid for.
 
     Example:
         ```python
@@ -26,7 +26,7 @@ def draw_seed(run: str, item_id: str) -> int:
 
 
 def draw_day_seed(day: date, item_id: str) -> int:
-    """A seed from 1 to 4,294,967,295, the same in every run for one day and item_id; each day has others.
+    """Draw a seed from 1 to 4,294,967,295: the same in every run for one day and item, usually another on another day.
 
     Example:
         ```python
@@ -39,7 +39,7 @@ def draw_day_seed(day: date, item_id: str) -> int:
 
 
 def with_seed(request: ImageRequest, run: str, item_id: str) -> ImageRequest:
-    """The request itself where it has a seed, else with one drawn for it.
+    """Return the request with a seed: its own, or one drawn by `draw_seed`.
 
     Example:
         ```python

@@ -1,6 +1,6 @@
-"""What a host sets for itself, read from the environment.
+"""Settings of one host, read from the environment.
 
-What belongs to an account or a bucket stands in the blocks instead.
+Settings of an account or a bucket are fields of the blocks instead.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ def _default_spool() -> Path:
 
 def _default_locks() -> Path:
     # Not under the Prefect home: two homes on one host must still exclude each other.
-    # Straight in the temporary folder, where nobody else can put another one in its place.
+    # Directly in the temporary folder, where no other user can replace it.
     return Path(tempfile.gettempdir()) / f"flux_prefect-{os.getuid()}-locks"
 
 
 class FluxSettings(BaseSettings):
-    """The settings, each an environment variable with the prefix `FLUX_PREFECT_`. An empty one counts as not set."""
+    """The settings: environment variables with the prefix `FLUX_PREFECT_`. An empty variable counts as unset."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, frozen=True)
 
     spool: Path = Field(
         default_factory=_default_spool,
-        description="Folder of the images and records in our custody. Default: in the Prefect home.",
+        description="Folder of paid responses and images. Default: in the Prefect home.",
     )
     locks: Path = Field(
         default_factory=_default_locks,
         description="Folder of the lock files. Must be the same for all runs of one host.",
     )
-    retries: _Count = Field(default=4, description="Prefect retries of a step that failed for a passing reason.")
+    retries: _Count = Field(default=4, description="Prefect retries of a step that failed for a temporary reason.")
     retry_delay_seconds: list[_Amount] = Field(
-        default=[2.0, 8.0, 30.0, 60.0], min_length=1, description="Seconds before each retry; the last repeats."
+        default=[2.0, 8.0, 30.0, 60.0], min_length=1, description="Seconds before each retry; the last value repeats."
     )
     credits_per_image: _Amount = Field(
         default=200_000,
-        description="What an image counts as costing, in credits, before the service charged for one. Ten US cents.",
+        description="Assumed price of an image, in credits, until the service has charged for one. Ten US cents.",
     )
     repeat_unknown: _Count = Field(
         default=1,
@@ -95,15 +95,15 @@ class FluxSettings(BaseSettings):
     def _absolute(cls, folder: Path) -> Path:
         try:
             return folder.expanduser().absolute()
-        except RuntimeError as error:  # nobody has that home
+        except RuntimeError as error:  # there is no such user
             raise ValueError(str(error)) from error
 
 
 def settings_at_import() -> FluxSettings:
-    """`current_settings` for a module that must not fail when it is imported: the defaults where a value is wrong.
+    """Return the current settings, or the defaults where a value is invalid. For use while a module is imported.
 
-    For what only runs use. A run asks for `current_settings` before it pays for anything, and fails with the reason
-    on its own page; whoever only looks at its flow, such as `prefect deploy`, does not.
+    Importing a flow, as `prefect deploy` does, must not fail for a bad value. A run calls `current_settings` before
+    it pays for anything, and fails there with the reason.
     """
     try:
         return current_settings()
@@ -112,10 +112,10 @@ def settings_at_import() -> FluxSettings:
 
 
 def current_settings() -> FluxSettings:
-    """The settings as the environment stands now. Read anew only where it changed: reading takes milliseconds.
+    """Read the settings from the environment. Cached until a variable changes, as reading takes milliseconds.
 
     Raises:
-        InvalidSettings: a value can't be used.
+        InvalidSettings: a value is invalid.
 
     Example:
         ```python
@@ -134,7 +134,7 @@ def _read(values: tuple[str | None, ...], home: Path) -> FluxSettings:  # noqa: 
         return FluxSettings()
     except ValidationError as error:
         wrong = {str(problem["loc"][0]) for problem in error.errors()}
-    except SettingsError as error:  # a list that is no JSON; its name stands in the message alone
+    except SettingsError as error:  # a list that is not JSON; only the message names it
         wrong = {name for name in FluxSettings.model_fields if f'"{name}"' in str(error)}
     raise InvalidSettings(" ".join(_explain(name) for name in FluxSettings.model_fields if name in wrong))
 

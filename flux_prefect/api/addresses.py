@@ -1,8 +1,8 @@
-"""Which addresses an image may be fetched from.
+"""The addresses that an image may be downloaded from.
 
-A result URL is the service's word, and a machine that runs pipelines reaches more than the internet: a cloud's
-metadata, databases, admin pages. So an image comes from a public address only, unless the service itself
-stands in a private network, as a local stand-in does.
+The service supplies the URL, and a machine that runs pipelines can reach more than the internet: a cloud's metadata,
+databases, admin pages. Images are therefore downloaded from public addresses only, unless the service itself is in a
+private network, as the sandbox is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class AddressRules:
-    """What may be fetched, given where the service is.
+    """Checks of URLs and addresses, relative to the service's own address.
 
     Args:
         endpoint: the root URL of the service.
@@ -35,22 +35,22 @@ class AddressRules:
         self._endpoint = httpx.URL(endpoint)
 
     async def check_url(self, url: httpx.URL, *, proxied: bool) -> None:
-        """Check scheme and host before anything is sent. Costs a look-up of the host's name.
+        """Check the scheme and the host before anything is sent. Costs one DNS look-up.
 
         Args:
-            url: where the request would go.
-            proxied: a proxy will connect, and its view of the names is the one that counts: a name that
-                can't be looked up here is left to it.
+            url: the URL to request.
+            proxied: whether a proxy will connect. The proxy resolves names itself, so a name that can't be resolved
+                here is allowed.
 
         Raises:
-            UnsafeURL: it must not be fetched.
-            DownloadInterrupted: the host's name could not be looked up.
+            UnsafeURL: the URL must not be fetched.
+            DownloadInterrupted: the host's name could not be resolved.
         """
         schemes = {"https", self._endpoint.scheme}
         if url.scheme not in schemes or not url.host:
             raise UnsafeURL(
                 f"The image's URL ({url.scheme or 'no'}:// to {url.host or 'no host'}) is not fetched: "
-                "only https is, and http where base_url itself is http."
+                "only https is allowed, and http if base_url is http."
             )
         try:
             addresses = await _look_up(url)
@@ -66,10 +66,10 @@ class AddressRules:
             await self._check(address, url.host)
 
     async def check_address(self, address: str, host: str) -> None:
-        """Check an address that the host's name has led to.
+        """Check an address to which the host's name was resolved.
 
         Raises:
-            UnsafeURL: it must not be connected to.
+            UnsafeURL: the address must not be connected to.
         """
         await self._check(_parse(address), host)
 
@@ -86,14 +86,15 @@ class AddressRules:
             return
         raise UnsafeURL(
             f"The image's host {host} is {address}, which is not a public address: images are fetched from "
-            "one only where base_url is in a private network itself."
+            "such an address only if base_url is in a private network too."
         )
 
 
 class CheckedResolver(AbstractResolver):
-    """Looks up names for connections, and gives away only addresses that the rules allow.
+    """A resolver for connections that returns only addresses that the rules allow.
 
-    A name may lead elsewhere than when its URL was checked: this is the look-up whose result is connected to.
+    A name may resolve to another address than when its URL was checked, so the address that is connected to is
+    checked as well.
     """
 
     def __init__(self, rules: AddressRules) -> None:
@@ -102,7 +103,7 @@ class CheckedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """All addresses of the host.
+        """Resolve the host to all of its addresses.
 
         Raises:
             UnsafeURL: one of them must not be connected to.
@@ -126,7 +127,7 @@ class CheckedResolver(AbstractResolver):
         return found
 
     async def close(self) -> None:
-        """Nothing is kept open."""
+        """Do nothing: no connection is held."""
 
 
 async def _look_up(url: httpx.URL) -> list[_Address]:
@@ -143,7 +144,7 @@ def _parse(text: str) -> _Address:
 
 
 def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that packets to this one end up at."""
+    """The IPv4 address to which packets for this address are routed, or None."""
     if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour
@@ -154,7 +155,7 @@ def _is_public(address: _Address) -> bool:
 
 
 def _is_local(address: _Address) -> bool:
-    """A private network or this machine; never link-local, where clouds keep their metadata and credentials."""
+    """A private network or this machine. Never link-local, where clouds serve metadata and credentials."""
     return address.is_loopback or (
         address.is_private
         and not (address.is_link_local or address.is_multicast or address.is_reserved or address.is_unspecified)

@@ -1,4 +1,4 @@
-"""The client of the image service: one job a method, and no call that is paid for repeated by itself."""
+"""The client of the image service. It never repeats a call that may have been paid for."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ OLD_BALANCE_PATH = "/v1/billing/balance"
 LOGS_PATH = "/v2/logs"
 
 LOG_PAGE_ROWS = 100
-"""Rows of the log that one request brings, the most that the service allows."""
+"""Rows of the log per request: the most that the service allows."""
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_PIXELS = 64_000_000
 
 _CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_KEY = re.compile(r"[\x21-\x7e]+")  # what a header can carry; the HTTP library quotes all else in its errors
-_ENVELOPE = 1024 * 1024  # bytes of an answer beside the images in it
+_KEY = re.compile(r"[\x21-\x7e]+")  # what a header can hold; the HTTP library's errors would quote anything else
+_ENVELOPE = 1024 * 1024  # bytes of a response in addition to its images
 _REFUSAL = 64 * 1024  # bytes read of an error's body
 _REFUSAL_SECONDS = 10.0  # for that body, once the status is known
-_LOG_PAGE = 16 * 1024 * 1024  # bytes; a row is documented with some 400, and may grow
-_ENQUIRY_SECONDS = 60.0  # for the balance, or a page of the log
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds, where the service names none
+_LOG_PAGE = 16 * 1024 * 1024  # bytes; a documented row has about 400, and may grow
+_ENQUIRY_SECONDS = 60.0  # for the balance, or for a page of the log
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds, if the service requests no delay
 
 _HEADERS = {"User-Agent": "flux_prefect", "Accept": "application/json", "Accept-Encoding": "gzip, deflate"}
 
@@ -87,20 +87,20 @@ _NEVER_SENT = (
 
 
 class Timeouts(BaseModel):
-    """How long to wait for what, in seconds."""
+    """Time-outs of the client, in seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    connect: float = Field(default=10, gt=0, allow_inf_nan=False, description="For a connection, TLS with it.")
-    read: float = Field(default=300, gt=0, allow_inf_nan=False, description="Between two pieces of an answer.")
+    connect: float = Field(default=10, gt=0, allow_inf_nan=False, description="For a connection, including TLS.")
+    read: float = Field(default=300, gt=0, allow_inf_nan=False, description="Between two reads of a response.")
     generation: float = Field(
-        default=600, gt=0, allow_inf_nan=False, description="For one paid call in all, without waiting for its turn."
+        default=600, gt=0, allow_inf_nan=False, description="For one paid call in total, without waiting for a slot."
     )
     pacing: float = Field(
-        default=600, ge=0, allow_inf_nan=False, description="For a call that the service refuses as one too many."
+        default=600, ge=0, allow_inf_nan=False, description="For waiting out a call's 429 and 503 refusals."
     )
-    download_read: float = Field(default=60, gt=0, allow_inf_nan=False, description="Between two pieces of an image.")
-    download: float = Field(default=300, gt=0, allow_inf_nan=False, description="For one image in all.")
+    download_read: float = Field(default=60, gt=0, allow_inf_nan=False, description="Between two reads of an image.")
+    download: float = Field(default=300, gt=0, allow_inf_nan=False, description="For one image in total.")
     url_settling: float = Field(
         default=10, ge=0, allow_inf_nan=False, description="After delivery, in which a 404 may pass."
     )
@@ -120,19 +120,19 @@ class AimlApiClient:
         ```
 
     Args:
-        api_key: the bearer token. It goes to `base_url` and nowhere else, and into no error or log.
-        base_url: the root of the service, without /v1.
+        api_key: the bearer token. Sent to `base_url` only, and never part of an error or a log.
+        base_url: the root URL of the service, without /v1.
         pacer: the in-flight limit, shared by all clients of the process: see `shared_pacer`.
-        timeouts: how long to wait for what.
+        timeouts: the time-outs; the defaults if None.
         max_bytes: the most bytes of one image.
         max_pixels: the most pixels of one image.
-        gate: entered around each time that a paid call goes out, while it holds its slot of the pacer: a limit over
-            several processes. What it raises stops the call.
-        transport: takes the place of the network to the service, for tests.
-        download_transport: takes the place of the network to the images' hosts, for tests.
+        gate: a context manager entered around each send of a paid call, while the call holds its slot of the pacer:
+            a limit over several processes. An exception from it stops the call.
+        transport: replaces the network to the service, for tests.
+        download_transport: replaces the network to the images' hosts, for tests.
 
     Raises:
-        ValueError: `api_key` can't stand in a header, or `base_url` is no root URL.
+        ValueError: `api_key` can't be sent in a header, or `base_url` is not a root URL.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only, each one a setting
@@ -150,14 +150,14 @@ class AimlApiClient:
     ) -> None:
         self._key = SecretStr(api_key.get_secret_value().strip())
         if not _KEY.fullmatch(self._key.get_secret_value()):
-            raise ValueError("api_key is empty, or holds a space or a character outside of ASCII: copy it anew")
+            raise ValueError("api_key is empty, or contains a space or a character outside ASCII: copy it again")
         self.base_url = _check_base_url(base_url)
         self._pacer = pacer
         self._gate = gate
         self._timeouts = timeouts = timeouts or Timeouts()
         self._max_bytes = max_bytes
-        # A fresh connection for each paid call: on a kept one that the service closes at that moment, nobody can tell
-        # whether the call was taken.
+        # A new connection for each paid call: if the service closes a reused one at that moment, it is unknown whether
+        # the call was accepted.
         self._transport = transport or open_transport(
             tls=_tls(), keep_alive=False, proxy=find_proxy(httpx.URL(self.base_url))
         )
@@ -190,7 +190,7 @@ class AimlApiClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections. What is sent or downloaded afterwards is a RuntimeError."""
+        """Close all connections. Later calls raise a RuntimeError."""
         self._closed = True
         try:
             await self._downloader.aclose()
@@ -206,28 +206,28 @@ class AimlApiClient:
         after_refusal: Callable[[], None] | None = None,
         on_answer: Callable[[RawAnswer], Awaitable[None]] | None = None,
     ) -> Generation:
-        """Have images made: one POST, which is paid for.
+        """Generate images: one POST, which is paid for.
 
-        It is sent again only where the service refused it as one too many (429, or 503 with Retry-After:
-        not paid), after the pause that the service asked for, until `timeouts.pacing` seconds after the first such
-        refusal. Every other failure is raised at once. A cancellation in flight leaves it open whether the
-        call was paid.
+        The POST is repeated only after a rate-limit refusal (429, or 503 with Retry-After: not billed), after the
+        delay requested by the service, until `timeouts.pacing` seconds after the first such refusal. Every other
+        failure is raised at once. If the caller is cancelled while the call is in flight, it is unknown whether
+        the call was billed.
 
         Args:
-            request: what to make.
-            client_request_id: our id of the call in the service's log, 1 to 128 of `A-Za-z0-9._:-`. A fresh
-                one where none is given.
-            before_send: called right before each time that the POST goes out; what it raises stops the call.
-            after_refusal: called right after each time that the service refused it as one too many, before the pause.
+            request: the images to generate.
+            client_request_id: this package's id of the call in the service's log, 1 to 128 of `A-Za-z0-9._:-`. A new
+                one if None.
+            before_send: called directly before each send of the POST. An exception from it stops the call.
+            after_refusal: called directly after each rate-limit refusal, before the delay.
             on_answer: awaited with the body of a success before it is parsed, and before any slot is released.
 
         Raises:
-            NotSent: no connection. Not paid.
-            AnswerLost: sent, and no whole answer came within `timeouts`. Perhaps paid.
-            InvalidResponse, EmptyGeneration: answered, but not with an image. `billed` says what is known.
-            StatusError: answered with an error status, as the subclass of its meaning. Of `RateLimited` and of
-                `ServiceBusy` with `retryable` False, the time for waiting is over.
-            ValueError: `client_request_id` is one that the service would drop.
+            NotSent: no connection. Not billed.
+            AnswerLost: sent, and no complete response within `timeouts`. Possibly billed.
+            InvalidResponse, EmptyGeneration: a response without the images. `billed` has what is known.
+            StatusError: a response with an error status, as a subclass for its meaning. `RateLimited`, and
+                `ServiceBusy` with `retryable` False, mean that the pacing time-out has passed.
+            ValueError: the service would ignore `client_request_id`.
         """
         call_id = f"fp-{uuid4().hex}" if client_request_id is None else client_request_id
         if not _CLIENT_REQUEST_ID.fullmatch(call_id):
@@ -263,10 +263,10 @@ class AimlApiClient:
         )
 
     async def balance(self) -> Balance:
-        """What is left in the account.
+        """Read the account's balance.
 
         Raises:
-            NotSent, AnswerLost, InvalidResponse, StatusError: as `generate`; never paid.
+            NotSent, AnswerLost, InvalidResponse, StatusError: as for `generate`; never billed.
         """
         try:
             body = await self._get(BALANCE_PATH)
@@ -283,20 +283,20 @@ class AimlApiClient:
         return Balance(credits=usd * CREDITS_PER_USD, usd=usd)
 
     async def log_pages(self, start: datetime, end: datetime) -> AsyncIterator[list[LogEntry]]:
-        """The service's log of the requests made with this API key, the newest first, a page at a time.
+        """Read the service's log of the requests made with this API key, newest first, a page at a time.
 
-        Each row comes once, also where the log grows meanwhile: `offset` then brings rows again, and never skips one.
-        It ends with a page that is not full, or that brings nothing new. The caller bounds it: each page is one
-        request, and the service allows 200 a minute for the account.
+        Each row is yielded once, even if the log grows meanwhile: `offset` then repeats rows and never skips one.
+        Iteration ends with a page that is not full or has no new row. The caller limits the number of pages: each is
+        one request, and the service allows 200 a minute for the account.
 
-        A request may be logged some time after its answer: that a row is missing proves nothing.
+        A request may be logged some time after its response, so a missing row proves nothing.
 
         Args:
-            start: from when, with a time zone.
-            end: until when, with a time zone; at most 92 days later.
+            start: start of the period, with a time zone.
+            end: end of the period, with a time zone; at most 92 days after `start`.
 
         Raises:
-            NotSent, AnswerLost, InvalidResponse, StatusError: as `generate`; never paid, and a 429 is not waited out.
+            NotSent, AnswerLost, InvalidResponse, StatusError: as for `generate`; never billed. A 429 is raised at once.
         """
         window = httpx.QueryParams(start=_format_time(start), end=_format_time(end), limit=LOG_PAGE_ROWS)
         seen: set[str | LogEntry] = set()
@@ -316,30 +316,30 @@ class AimlApiClient:
     async def download(
         self, url: str, destination: Path, *, expected: OutputFormat, delivered_at: datetime | None = None
     ) -> DownloadedImage:
-        """Bring one image into `destination`: the bytes as delivered, whole, checked, and on the disk.
+        """Download one image to `destination`: the bytes as delivered, complete, verified and flushed to disk.
 
-        Streams to a file of its own beside it (`….part`), decodes the whole image, then moves it into place at once:
-        `destination` is never half a file, also where several download to it at the same time. An
-        inline image (`data:`) goes the same way. The API key is not sent.
+        Streams to a temporary file beside it (`….part`), decodes the complete image, then moves it into place
+        atomically: `destination` is never a partial file, even if several downloads write to it at the same time. An
+        inline image (`data:`) is processed the same way. The API key is not sent.
 
-        A whole image in another format is kept as `<destination>.rejected`. After any other failure nothing is
-        left behind.
+        A complete image in another format is kept as `<destination>.rejected`. After any other failure no file
+        remains.
 
         Args:
             url: from `GeneratedImage.url`.
-            destination: the file to write; its folder is made where it is missing.
-            expected: the format that was asked for.
+            destination: the file to write. Its folder is created if it is missing.
+            expected: the requested format.
             delivered_at: when the service delivered the URL; None for one of unknown age.
 
         Raises:
             ImageGone: the URL is dead: 404 or 410 after its first seconds, or refused after its usual life.
             DownloadRefused: refused although the URL is young, by a proxy, a firewall or a region.
-            DownloadInterrupted: cut, stalled, over `timeouts.download` in all, or refused for now.
-            NotAnImage: the bytes are no image, or a cut one.
-            UnexpectedFormat: a whole image, in another format.
+            DownloadInterrupted: cut off, stalled, over `timeouts.download` in total, or temporarily refused.
+            NotAnImage: the bytes are not an image, or are truncated.
+            UnexpectedFormat: a complete image in another format.
             ImageTooLarge: over `max_bytes` or `max_pixels`.
-            UnsafeURL: not https (nor http where base_url is), or into a private network where base_url is not in
-                one. Redirects are followed at most 5 times and checked the same.
+            UnsafeURL: neither https nor, if base_url is http, http; or in a private network while base_url is not.
+                Redirects are followed at most 5 times, each with the same checks.
             DownloadError: another refusal, or the disk could not be written.
         """
         self._check_open()
@@ -389,7 +389,7 @@ class AimlApiClient:
                 body += chunk
                 if len(body) > most:
                     raise InvalidResponse(
-                        f"The service's answer is over {most:,} bytes, more than its images can take "
+                        f"The service's response is over {most:,} bytes, more than its images can have "
                         "(max_bytes of the client).",
                         client_request_id=call_id,
                         billed=_if_lost(call_id),
@@ -399,11 +399,11 @@ class AimlApiClient:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("This client is closed: open another one.")
+            raise RuntimeError("This client is closed: open a new one.")
 
     @contextmanager
     def _typed_errors(self, call_id: str | None, seconds: float) -> Iterator[None]:
-        """Turn what the HTTP library raises into the error tree."""
+        """Translate the HTTP library's exceptions into the error tree."""
         try:
             yield
         except _NEVER_SENT as error:
@@ -435,7 +435,7 @@ class AimlApiClient:
 
     def _pause(self, refusal: StatusError, attempt: int) -> float:
         if refusal.retry_after is not None:
-            # Capped, so that one mad header does not stop the process for a day.
+            # Capped, so that an absurd header does not stop the process for a day.
             return min(refusal.retry_after, self._timeouts.pacing)
         return backoff(attempt, _FIRST_PAUSE, _LONGEST_PAUSE, random.random)  # noqa: S311 - spreads waits, guards nothing
 
@@ -453,7 +453,7 @@ class _Answer:
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    # Reading the system's certificates takes some ten milliseconds: once a process, not once a client.
+    # Reading the system's certificates takes about ten milliseconds: once per process, not per client.
     return httpx.create_ssl_context()
 
 
@@ -462,14 +462,14 @@ def _check_base_url(base_url: str) -> str:
     url = httpx.URL(root)
     if url.scheme not in {"http", "https"} or not url.host or url.userinfo or url.query or url.fragment:
         raise ValueError(
-            "base_url must be the root of the service alone, as https://api.aimlapi.com: "
+            "base_url must be only the root URL of the service, such as https://api.aimlapi.com: "
             "http or https, a host, no user, no query"
         )
     return root
 
 
 def _if_lost(call_id: str | None) -> Billed:
-    """What a lost answer means for money: only a paid call has an id of ours."""
+    """Whether a call without a response was billed. Only paid calls have an id."""
     return Billed.NO if call_id is None else Billed.UNKNOWN
 
 
@@ -478,7 +478,7 @@ def _reason(error: Exception) -> str:
 
 
 async def _read_error_body(response: httpx.Response) -> bytes:
-    """The start of an error's body. The status is known, so nothing that befalls the rest matters."""
+    """Read the start of an error's body. A failure to read it is ignored, as the status is known."""
     body = bytearray()
     with suppress(httpx.RequestError), anyio.move_on_after(_REFUSAL_SECONDS):
         async for chunk in response.aiter_bytes():
@@ -508,14 +508,14 @@ def _is_rate_limit(refusal: StatusError | None) -> TypeGuard[StatusError]:
 def _pacing_timeout(refusal: StatusError | None, call_id: str, waited: float, tries: int) -> StatusError:
     if refusal is None:
         return RateLimited(
-            f"Not sent: the service has refused the other calls of this process all through the {waited:.0f} s that "
-            "this one waited. Lower max_in_flight, raise the pacing time-out, or run later.",
+            f"Not sent: the service has refused the other calls of this process for the {waited:.0f} s that this one "
+            "waited. Lower max_in_flight, raise the pacing time-out, or run later.",
             status=429,
             client_request_id=call_id,
         )
     return type(refusal)(
-        f"{refusal.message} So it was for {tries} tries in {waited:.0f} s"
-        f"{_asked_for(refusal.retry_after)}; the pacing time-out sets how long to go on.",
+        f"{refusal.message} It was refused {tries} times in {waited:.0f} s"
+        f"{_requested_delay(refusal.retry_after)}; the pacing time-out limits how long to retry.",
         status=refusal.status,
         request_id=refusal.request_id,
         client_request_id=call_id,
@@ -524,5 +524,5 @@ def _pacing_timeout(refusal: StatusError | None, call_id: str, waited: float, tr
     )
 
 
-def _asked_for(retry_after: float | None) -> str:
-    return "" if retry_after is None else f", and it asks to come back in {retry_after:.0f} s"
+def _requested_delay(retry_after: float | None) -> str:
+    return "" if retry_after is None else f", and the service requests a delay of {retry_after:.0f} s"

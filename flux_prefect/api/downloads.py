@@ -1,4 +1,4 @@
-"""From a result URL to a checked file on disk."""
+"""Downloads of images from their URLs into verified files."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ __all__ = ["DownloadedImage", "Downloader"]
 MAX_REDIRECTS = 5
 
 _HEADERS = {"User-Agent": "flux_prefect", "Accept": "image/*", "Accept-Encoding": "identity"}
-_MAX_UNWRITTEN = 1024 * 1024  # an image's usual size: written at once then, in the thread that flushes it
+_MAX_UNWRITTEN = 1024 * 1024  # bytes, the usual size of an image: written in one piece, in the thread that flushes it
 _MAX_DOWNLOADS = 8
-"""Downloads at once. The HTTP library's work for a request grows with the connections it holds; more bring no more
-bytes a second."""
+"""Concurrent downloads. The HTTP library's work per request grows with its open connections; more do not raise the
+throughput."""
 _ABSENT, _GONE = 404, {404, 410}
 _EXPIRED = 403  # of a signed URL; the answer of many a proxy as well
 _REFUSED = {401, 403, 407, 451}
@@ -53,19 +53,19 @@ _PAUSES = (0.5, 1.0, 2.0)  # before a URL that is not there yet is asked again; 
 
 
 class DownloadedImage(InspectedImage):
-    """An image in our custody, as it was delivered."""
+    """A downloaded image file, with the bytes as delivered."""
 
     path: Path = Field(description="The file.")
 
 
 class Downloader:
-    """Fetches images into files. Knows no API key, so none can reach the host of an image.
+    """Downloads images into files. Holds no API key, so no key can reach the host of an image.
 
     Args:
-        endpoint: the root URL of the service, which decides what addresses may be fetched from.
+        endpoint: the root URL of the service, which decides the allowed addresses.
         tls: the TLS context.
-        timeout: of one connect, and of one read.
-        deadline: seconds for one image in all.
+        timeout: for one connect, and for one read.
+        deadline: seconds for one image in total.
         max_bytes: the most bytes of one image.
         max_pixels: the most pixels of one image.
         url_settling: seconds after its delivery in which a URL that answers 404 is asked again.
@@ -108,7 +108,7 @@ class Downloader:
     async def download(
         self, url: str, destination: Path, *, expected: OutputFormat, delivered_at: datetime | None = None
     ) -> DownloadedImage:
-        """Bring one image into `destination`: whole, checked, flushed to disk, and moved there at once.
+        """Download one image to `destination`: complete, verified, flushed to disk, and moved into place atomically.
 
         See `AimlApiClient.download`.
         """
@@ -122,7 +122,7 @@ class Downloader:
                     await self._fetch(url, part, delivered_at)
             image = await run_in_thread(self._verify, part, expected)
         except NotAnImage as error:
-            error.retryable = not inline  # the same bytes would come again
+            error.retryable = not inline  # the same bytes would be decoded again
             raise
         finally:
             part.discard()
@@ -166,16 +166,16 @@ class Downloader:
                     else:
                         return
         except httpx.InvalidURL as error:
-            raise UnsafeURL(f"The image's URL is no URL: {error}.") from error
+            raise UnsafeURL(f"The image's URL is not valid: {error}.") from error
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise DownloadInterrupted(
-                f"The download from {place} was cut after {part.size:,} bytes ({reason})."
+                f"The download from {place} was cut off after {part.size:,} bytes ({reason})."
             ) from error
         except TimeoutError as error:
             raise DownloadInterrupted(
-                f"The download from {place} was not over after {self._deadline:g} s ({part.size:,} bytes came): "
-                "repeat it, or raise the download time-out."
+                f"The download from {place} was not complete after {self._deadline:g} s ({part.size:,} bytes "
+                "received): repeat it, or raise the download time-out."
             ) from error
 
     async def _follow(self, url: httpx.URL, part: _PartFile, delivered_at: datetime | None) -> None:
@@ -214,7 +214,7 @@ class Downloader:
                 "region refuses it. Let this host fetch from there, then run again: the image is paid for and is "
                 "fetched from the same URL while that lives."
             )
-        raise DownloadError(f"{host} answered {status} instead of the image, and will so again.")
+        raise DownloadError(f"{host} answered {status} instead of the image, and would do so again.")
 
     async def _receive(self, response: httpx.Response, part: _PartFile, host: str) -> None:
         announced = response.headers.get("content-length", "")
@@ -225,9 +225,9 @@ class Downloader:
             if part.size + len(chunk) > self._max_bytes:
                 raise self._too_large(f"over {part.size:,} bytes")
             part.write(chunk)
-        # Of packed bytes, which nobody asked for, the HTTP library has compared the length itself.
+        # For compressed bytes, which were not requested, the HTTP library has compared the length itself.
         if length is not None and part.size != length and "content-encoding" not in response.headers:
-            raise DownloadInterrupted(f"The download from {host} was cut: {part.size:,} bytes of {length:,}.")
+            raise DownloadInterrupted(f"The download from {host} was cut off: {part.size:,} bytes of {length:,}.")
 
     def _too_large(self, size: str) -> ImageTooLarge:
         return ImageTooLarge(
@@ -235,7 +235,7 @@ class Downloader:
         )
 
     def _proxy_for(self, url: httpx.URL) -> str | None:
-        # Asked of the environment here, so that it is known for certain whose addresses a connection looks up.
+        # Read from the environment here, so that it is certain which side resolves a connection's addresses.
         place = url.scheme, url.host
         if place not in self._proxies:
             self._proxies[place] = None if self._transport is not None else find_proxy(url)
@@ -255,13 +255,13 @@ class _NotThereYet(Exception):
 
 
 class _PartFile:
-    """The file beside the destination into which bytes come until they are proven."""
+    """The temporary file beside the destination that receives bytes until they are verified."""
 
     def __init__(self, destination: Path) -> None:
         self._destination = destination
         self.path = part_path(destination)
         self.size = 0
-        self._unwritten: list[bytes] = []  # rather than in a buffer, which would be one more copy
+        self._unwritten: list[bytes] = []  # a list, as a buffer would be another copy
         self._unwritten_bytes = 0
         with self._disk():
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -275,21 +275,21 @@ class _PartFile:
             self._write_out()
 
     def flush(self) -> None:
-        """Wait until the bytes are on the disk."""
+        """Write everything and wait until it is on the disk."""
         self._write_out()
         with self._disk():
             os.fsync(self._file.fileno())
             self._file.close()
 
     def publish(self, suffix: str = "") -> Path:
-        """Give the file its name, at once."""
+        """Rename the file to its final name, atomically."""
         path = self._destination.with_name(f"{self._destination.name}{suffix}")
         with self._disk():
             self.path.replace(path)
         return path
 
     def discard(self) -> None:
-        """Remove what was not published."""
+        """Remove the file if it was not published."""
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):

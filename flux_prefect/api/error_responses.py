@@ -1,4 +1,4 @@
-"""From an answer with an error status to the error it means."""
+"""Typed errors for responses with an error status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flux_prefect.errors import (
 __all__ = ["parse_error_response"]
 
 _MAX_MESSAGE = 500
-"""Characters kept of what the service says."""
+"""Characters of the service's message that an error keeps."""
 
 _BY_STATUS: dict[int, type[StatusError]] = {
     401: AuthenticationFailed,
@@ -58,17 +58,17 @@ def parse_error_response(  # noqa: PLR0913 - keyword-only, the parts of one answ
     now: datetime,
     redact: Callable[[str], str],
 ) -> StatusError:
-    """The typed error for a status outside of 2xx, with the service's own words.
+    """Parse a response with a status other than 2xx into its typed error, with the service's own message.
 
-    Reads both error envelopes of the service and, as proxies answer too, any other body.
+    Reads both error envelopes of the service. Any other body is accepted too, as it may come from a proxy.
 
     Args:
-        status: the HTTP status; what the body says of it is ignored.
-        headers: of the answer, looked up in lower case.
-        body: what was read of the answer's body.
-        client_request_id: our id of the call.
-        now: the present, for a Retry-After that is a date.
-        redact: takes secrets out of a text.
+        status: the HTTP status. A status in the body is ignored.
+        headers: the response's headers, looked up in lower case.
+        body: the part of the body that was read.
+        client_request_id: this package's id of the call.
+        now: the current time, for a Retry-After that is a date.
+        redact: removes secrets from a text.
     """
     envelope = _read_json(body)
     said = _shorten(redact(_read_message(envelope) or _read_plain(body, envelope)))
@@ -119,7 +119,7 @@ def _read_message(envelope: dict[str, Any]) -> str | None:
 
 def _read_text(envelope: dict[str, Any], name: str) -> str | None:
     value = envelope.get(name)
-    if isinstance(value, list):  # one message for each field that is wrong
+    if isinstance(value, list):  # one message for each invalid field
         value = "; ".join(item for item in value if isinstance(item, str))
     return value if isinstance(value, str) and value.strip() else None
 
@@ -132,7 +132,7 @@ def _read_plain(body: bytes, envelope: dict[str, Any]) -> str:
 
 
 def _shorten(text: str) -> str:
-    # Lone surrogates are legal in JSON and break every log and database behind.
+    # Lone surrogates are legal in JSON and break logs and databases.
     line = " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split()).rstrip(".")
     return line if len(line) <= _MAX_MESSAGE else f"{line[: _MAX_MESSAGE - 1]}…"
 

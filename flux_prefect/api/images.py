@@ -1,4 +1,4 @@
-"""What the bytes of a delivered file are, whatever its name or content type says."""
+"""Inspection of image files by their bytes alone, not by name or content type."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ from flux_prefect.errors import ImageTooLarge, NotAnImage, UnexpectedFormat
 __all__ = ["InspectedImage", "inspect_image"]
 
 _BLACK_LEVEL = 8
-"""The brightest sample, of 255, that a blacked-out image may have: room for the noise of JPEG."""
+"""The brightest sample, of 255, that an image delivered black may have. Allows for JPEG noise."""
 
 _KnownFormat = Literal["jpeg", "png", "webp", "gif"]
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_HEADER = struct.Struct(">I4s")
-_PNG_IMAGE = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # what makes the pixels; all else is metadata
+_PNG_IMAGE = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # chunks that define the pixels; the others are metadata
 
 
 class InspectedImage(BaseModel):
-    """What a whole, decodable image file holds."""
+    """Properties of a complete, decodable image file."""
 
     model_config = ConfigDict(frozen=True)
 
-    format: OutputFormat = Field(description="What the bytes are.")
+    format: OutputFormat = Field(description="The format of the bytes.")
     content_type: str = Field(description="The MIME type of the bytes.")
     width: int = Field(gt=0, description="Pixels.")
     height: int = Field(gt=0, description="Pixels.")
     sha256: str = Field(description="Of the bytes, hex.")
     size: int = Field(gt=0, description="Bytes.")
     black: bool = Field(
-        description="Every pixel is black: how the service delivers an image that its safety filter stopped."
+        description="Whether every pixel is black: so the service delivers an image that its safety filter blocked."
     )
 
 
 def inspect_image(path: Path, expected: OutputFormat, *, max_pixels: int) -> InspectedImage:
-    """Prove that a file is a whole image of the expected format, and measure it. One reading for all of it.
+    """Verify that a file is a complete image of the expected format, and measure it. Reads the file once.
 
-    The file is decoded to its end, so a cut one is found; its bytes are never changed. Takes some ten
-    milliseconds for an image of one megapixel and, for a moment, memory for the file and its pixels: call it in a
+    The file is decoded to its end, so a truncated file is detected. Its bytes are never changed. Takes about ten
+    milliseconds for an image of one megapixel, and memory for the file and its pixels meanwhile: call it in a
     thread. Safe in many threads at once.
 
     Args:
         path: the file.
-        expected: the format that was asked for.
-        max_pixels: the most pixels to decode, against decompression bombs.
+        expected: the requested format.
+        max_pixels: the most pixels to decode, as a guard against decompression bombs.
 
     Raises:
-        NotAnImage: something else, or broken; the message says what it looks like.
-        ImageTooLarge: more pixels than allowed. Found in the header, before anything is decoded.
-        UnexpectedFormat: a whole image of another format.
+        NotAnImage: the file is something else, or broken. The message describes it.
+        ImageTooLarge: more pixels than allowed. Detected in the header, before anything is decoded.
+        UnexpectedFormat: a complete image in another format.
         OSError: the file can't be read.
     """
     data = path.read_bytes()
@@ -105,12 +105,12 @@ def _measure(data: bytes, found: _KnownFormat, max_pixels: int) -> tuple[int, in
     image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # a JPEG at an eighth: much cheaper
     black = _is_black(image)
     if black and image.size != (width, height):
-        black = _is_black(_open(data, found))  # an eighth averages a bright speck away
+        black = _is_black(_open(data, found))  # at an eighth a bright speck is averaged away
     return width, height, black
 
 
 class _PlainJpeg(JpegImageFile):
-    """A JPEG whose EXIF block is left alone: Pillow reads it for the resolution, and warns where it is corrupt."""
+    """A JPEG read without its EXIF block, which Pillow reads for the resolution, with a warning if it is corrupt."""
 
     def getexif(self) -> Image.Exif:
         return Image.Exif()
@@ -129,8 +129,8 @@ def _recognize(data: bytes) -> _KnownFormat | None:
 
 
 def _open(data: bytes, found: _KnownFormat) -> ImageFile:
-    # Each decoder by itself: Image.open warns of large images through a limit of the whole process,
-    # and takes a JPEG with a preview in it for another format.
+    # Decoders are called directly: Image.open warns of large images by a process-wide limit, and mistakes a JPEG with
+    # an embedded preview for another format.
     if found == "jpeg":
         return _PlainJpeg(io.BytesIO(data))
     if found == "png":
@@ -141,9 +141,9 @@ def _open(data: bytes, found: _KnownFormat) -> ImageFile:
 
 
 def _png_image(data: bytes) -> io.BytesIO:
-    """A PNG's pixels without its metadata, checksums verified and the end marker seen.
+    """Copy a PNG without its metadata, verifying checksums and the end marker.
 
-    Pillow refuses a good image for long text beside it, and takes one without an end for whole.
+    Pillow rejects a valid image with long text chunks, and accepts one without an end marker.
     """
     view = memoryview(data)
     kept: list[bytes | memoryview] = [_PNG_SIGNATURE]
@@ -167,7 +167,7 @@ def _is_black(image: ImageFile) -> bool:
     image.load()
     if image.mode.startswith("I"):  # 16 bits a sample
         return _brightest(image) <= _BLACK_LEVEL * 257
-    image.info.pop("transparency", None)  # which Pillow would warn that RGB can't hold
+    image.info.pop("transparency", None)  # Pillow would warn that RGB can't represent it
     return _brightest(image if image.mode in {"L", "RGB"} else image.convert("RGB")) <= _BLACK_LEVEL
 
 

@@ -1,7 +1,7 @@
-"""What goes to the image service and what comes back.
+"""Requests to the image service and its responses.
 
-Source of every field, bound and default: the service's own page for `flux/kontext-max/text-to-image`
-(its OpenAPI document is kept in `tests/data`).
+Source of every field, bound and default: the service's page for `flux/kontext-max/text-to-image`, whose OpenAPI
+document is in `tests/data`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CREDITS_PER_USD = 2_000_000
 """The service's credits for one US dollar."""
 
 MAX_SEED = 2**32 - 1
-"""The largest seed sent. The service documents none; its samples fit 32 bits unsigned."""
+"""The largest seed sent. The service documents no limit; its samples fit an unsigned 32-bit number."""
 
 TextToImageModel = Literal["flux/kontext-max/text-to-image", "flux/kontext-pro/text-to-image"]
 SafetyTolerance = Literal["1", "2", "3", "4", "5", "6"]
@@ -64,20 +64,20 @@ GuidanceScale = Annotated[
         ge=1,
         le=20,
         allow_inf_nan=False,
-        description="How closely the image follows the prompt, 1 to 20. Not sent where empty.",
+        description="How closely the image follows the prompt, 1 to 20. Not sent if empty.",
     ),
 ]
-ImageCount = Annotated[int, Field(ge=1, le=4, description="Images a request, 1 to 4; each is paid for.")]
+ImageCount = Annotated[int, Field(ge=1, le=4, description="Images per request, 1 to 4. Each is paid for.")]
 
 _SUCCEEDED = {"succeeded": True, "success": True, "failed": False, "error": False}
 _TIME = TypeAdapter(datetime)
 
 
 class ImageRequest(BaseModel):
-    """One request to the service, checked before it costs anything.
+    """One request to the service, validated before it costs anything.
 
-    Every default of the service stands here and is always sent, so that a change of the service's
-    defaults never changes an image. Unknown fields are refused.
+    The service's defaults are defined here and always sent, so that a change of its defaults never changes an image.
+    Unknown fields are rejected.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -90,8 +90,8 @@ class ImageRequest(BaseModel):
     seed: Seed | None = Field(
         default=None,
         description=(
-            "The same seed with the same other fields gives the same image. "
-            "A flow draws one and records it where none is given."
+            "The same seed with the same other fields makes the same image. "
+            "A flow draws and records one if it is empty."
         ),
     )
     aspect_ratio: AspectRatio = Field(
@@ -118,28 +118,28 @@ class ImageRequest(BaseModel):
     @classmethod
     def _not_blank(cls, prompt: str) -> str:
         if not prompt.strip():
-            raise ValueError("prompt is blank: say what the image shows")
+            raise ValueError("prompt is blank: describe what the image shows")
         return prompt
 
     @property
     def label(self) -> str:
-        """The request in one short line for run names and logs: what, and which seed."""
+        """A short line for run names and logs: the start of the prompt, and the seed."""
         words = " ".join(self.prompt.split())
         what = words if len(words) <= 48 else words[:47].rstrip() + "…"  # noqa: PLR2004 - a line's worth
         return f"{what} · seed {self.seed}" if self.seed is not None else what
 
     def payload(self) -> dict[str, Any]:
-        """The JSON body for the service: every default explicit, fields that are None left out."""
+        """Build the JSON body for the service, with every default and without fields that are None."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def fingerprint(self, endpoint: str) -> str:
-        """The identity of this request's images at one endpoint: 32 hex digits.
+        """Compute the identity of this request's images at one endpoint: 32 hex digits.
 
-        Two requests share a fingerprint exactly where the service promises the same images: all fields
-        that change the image and the endpoint's root URL go in, the API key never does.
+        Two requests share a fingerprint exactly if the service promises the same images. It covers all fields that
+        change the image and the endpoint's root URL, never the API key.
 
         Raises:
-            ValueError: the request has no seed, so the service promises nothing.
+            ValueError: the request has no seed, so its images can't be identified.
 
         Example:
             ```python
@@ -147,37 +147,37 @@ class ImageRequest(BaseModel):
             ```
         """
         if self.seed is None:
-            raise ValueError("seed is missing: only a request with a seed can be recognised again")
+            raise ValueError("seed is missing: only a request with a seed has a fingerprint")
         return _fingerprint(self, endpoint)
 
 
 class GeneratedImage(BaseModel):
-    """One image of an answer: where its bytes are, and what the service said of it."""
+    """One image of a response: its URL, and what the service reported about it."""
 
     model_config = ConfigDict(frozen=True)
 
-    index: int = Field(ge=0, description="The image's place in the answer, from 0.")
+    index: int = Field(ge=0, description="The image's position in the response, from 0.")
     url: str | None = Field(
-        description="Where the bytes can be fetched, for some minutes. None once inline bytes are spooled."
+        description="The URL of the bytes, valid for some minutes. None once inline bytes are in the spool."
     )
-    width: int | None = Field(default=None, description="Pixels, as the service said.")
-    height: int | None = Field(default=None, description="Pixels, as the service said.")
-    content_type: str | None = Field(default=None, description="The MIME type, as the service said.")
-    flagged: bool = Field(default=False, description="The service marked the image as unsafe.")
+    width: int | None = Field(default=None, description="Pixels, as reported by the service.")
+    height: int | None = Field(default=None, description="Pixels, as reported by the service.")
+    content_type: str | None = Field(default=None, description="The MIME type, as reported by the service.")
+    flagged: bool = Field(default=False, description="Whether the service flagged the image as unsafe.")
 
 
 class Generation(BaseModel):
-    """One paid answer of the service. A small record: it holds no image bytes once a task returns it."""
+    """One paid response of the service. A small record: it has no image bytes once a task returns it."""
 
     model_config = ConfigDict(frozen=True)
 
     request: ImageRequest = Field(
-        description="The request as it was sent; where that had no seed, with the one that the service reported."
+        description="The request as it was sent, with the seed that the service reported if it had none."
     )
-    endpoint: str = Field(description="The root URL of the service that answered.")
+    endpoint: str = Field(description="The root URL of the service.")
     fingerprint: str = Field(
         description=(
-            "The identity of these images. Of a request without a seed: by the seed that the service "
+            "The identity of these images. For a request without a seed: by the seed that the service "
             "reported, else by the call itself."
         )
     )
@@ -186,19 +186,19 @@ class Generation(BaseModel):
         default=None,
         description="The call whose answer this one replaces, until an image of it was fetched: its URL had died.",
     )
-    seed: int | None = Field(description="The seed asked for, else the one that the service reported.")
+    seed: int | None = Field(description="The requested seed, else the one that the service reported.")
     reported_seed: int | None = Field(default=None, description="The seed that the service reported.")
     credits_used: float | None = Field(
-        default=None, description="What the call cost, in credits (2,000,000 to the US dollar)."
+        default=None, description="Cost of the call, in credits (2,000,000 to the US dollar)."
     )
-    usd_spent: float | None = Field(default=None, description="What the call cost, in US dollars.")
+    usd_spent: float | None = Field(default=None, description="Cost of the call, in US dollars.")
     inference_id: str | None = Field(default=None, description="The service's id of the call.")
-    client_request_id: str = Field(description="Our id of the call, sent as X-Client-Request-Id.")
-    created_at: datetime = Field(description="When the answer was complete, UTC.")
+    client_request_id: str = Field(description="This package's id of the call, sent as X-Client-Request-Id.")
+    created_at: datetime = Field(description="When the response was complete, UTC.")
 
 
 class Balance(BaseModel):
-    """What is left in an account."""
+    """The balance of an account."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -207,20 +207,20 @@ class Balance(BaseModel):
 
 
 class LogEntry(BaseModel):
-    """One row of the service's log: one request that reached it. What the row doesn't say is None."""
+    """One row of the service's log: one request that reached it. Missing values are None."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    client_request_id: str | None = Field(default=None, description="Our id of the call. Never a match where empty.")
+    client_request_id: str | None = Field(default=None, description="This package's id of the call, if any.")
     inference_id: str | None = Field(default=None, description="The service's id of the call.")
-    status: str | None = Field(default=None, description="How it ended, in the service's word.")
-    succeeded: bool | None = Field(default=None, description="What that word means. Empty: it is not a known one.")
-    credits: float | None = Field(default=None, description="What it cost, in credits (2,000,000 to the US dollar).")
-    created_at: datetime | None = Field(default=None, description="When it was made, by the service's clock, UTC.")
+    status: str | None = Field(default=None, description="The outcome, in the service's own word.")
+    succeeded: bool | None = Field(default=None, description="Whether `status` means success. None if unknown.")
+    credits: float | None = Field(default=None, description="Cost, in credits (2,000,000 to the US dollar).")
+    created_at: datetime | None = Field(default=None, description="Time of the request by the service's clock, UTC.")
 
     @property
     def billed(self) -> Billed:
-        """What the row proves. A cost does whatever the status; a success without one may still be charged for."""
+        """Whether it was billed: a cost means yes for any status; a success that cost 0 may still be charged for."""
         if self.credits:
             return Billed.YES
         if self.succeeded is False:
@@ -228,7 +228,7 @@ class LogEntry(BaseModel):
         return Billed.YES if self.succeeded and self.credits is None else Billed.UNKNOWN
 
 
-@functools.lru_cache(maxsize=512)  # every step of an image asks for it
+@functools.lru_cache(maxsize=512)  # used by every step of an image
 def _fingerprint(request: ImageRequest, endpoint: str) -> str:
     canonical = json.dumps(
         {"version": 1, "endpoint": normalize_endpoint(endpoint), "request": request.payload()},
@@ -240,7 +240,7 @@ def _fingerprint(request: ImageRequest, endpoint: str) -> str:
 
 
 def normalize_endpoint(endpoint: str) -> str:
-    """The root URL in the one form that goes into fingerprints: no trailing slash, host in lower case."""
+    """Normalize the root URL as fingerprints use it: no trailing slash, host in lower case."""
     scheme, separator, rest = endpoint.strip().partition("://")
     if not separator:
         raise ValueError(f"base_url {endpoint!r} has no scheme: write it as https://api.aimlapi.com")
@@ -257,15 +257,15 @@ def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword 
     client_request_id: str,
     created_at: datetime,
 ) -> Generation:
-    """Read any of the answer shapes that the service is known to send.
+    """Parse any of the response formats that the service is known to send.
 
-    `{"data": [{"url" | "b64_json"}], "meta"}` as its schema says, `{"images": [{"url", ...}], "seed",
-    "has_nsfw_concepts"}` as its samples show, and both at once. Images sent inline come out as `data:`
-    URIs in `GeneratedImage.url`.
+    `{"data": [{"url" | "b64_json"}], "meta"}` as in its schema, `{"images": [{"url", ...}], "seed",
+    "has_nsfw_concepts"}` as in its samples, or both at once. Inline images become `data:` URIs in
+    `GeneratedImage.url`.
 
     Raises:
-        InvalidResponse: the body is no JSON object, or its lists hold something else than images.
-        EmptyGeneration: no image is in it.
+        InvalidResponse: the body is not a JSON object, or its lists contain something other than images.
+        EmptyGeneration: the body has no image.
     """
     cost = _read_cost(body, headers)
     if not isinstance(body, dict):
@@ -325,10 +325,10 @@ def parse_generation(  # noqa: PLR0913 - two parts of an answer, and by keyword 
 
 
 def parse_log(body: Any) -> list[LogEntry]:
-    """Read one page of the log, in the service's order, one entry a row. Fields that are missing or odd are None.
+    """Parse one page of the log, in the service's order, one entry per row. Missing or invalid fields are None.
 
     Raises:
-        InvalidResponse: the body holds no list of rows.
+        InvalidResponse: the body has no list of rows.
     """
     return [
         LogEntry(
@@ -344,13 +344,13 @@ def parse_log(body: Any) -> list[LogEntry]:
 
 
 def _read_rows(body: Any) -> list[dict[str, Any]]:
-    # {"data": [...], "pagination": {...}} is what the service documents. The endpoint is young, and the balance's has
-    # changed its shape before: a list under another likely name, or a bare one, says as much.
+    # The service documents {"data": [...], "pagination": {...}}. The endpoint is new, and the format of the balance
+    # has changed before, so a list under another likely name, or a bare list, is accepted too.
     lists = [body.get(name) for name in ("data", "logs", "items")] if isinstance(body, dict) else [body]
     rows = next((value for value in lists if isinstance(value, list)), None)
     if rows is None or not all(isinstance(row, dict) for row in rows):
         raise InvalidResponse(
-            f"The service's log came as {_kind(body)} without a list of requests in data.", billed=Billed.NO
+            f"The service's log is {_kind(body)} without a list of requests in data.", billed=Billed.NO
         )
     return rows
 
@@ -365,14 +365,14 @@ def _read_log_cost(cost: Any) -> float | None:
 def _read_time(value: Any) -> datetime | None:
     try:
         time = _TIME.validate_python(value)
-        # "A value without a UTC offset is read as UTC", says the service of the times that it takes.
+        # The service documents for its parameters: "A value without a UTC offset is read as UTC".
         return time.replace(tzinfo=timezone.utc) if time.tzinfo is None else time.astimezone(timezone.utc)
     except (ValidationError, OverflowError):
         return None
 
 
 def _digest(text: str) -> str:
-    # 128 bits: no two requests of this world meet, and object keys stay short enough to read out.
+    # 128 bits: collisions are practically impossible, and object keys stay short.
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -438,7 +438,7 @@ def _read_url(item: dict[str, Any], output_format: OutputFormat) -> str | None:
 def _read_text(value: Any) -> str | None:
     if not isinstance(value, str) or not value:
         return None
-    # JSON can spell lone surrogates, which no URL and no record can hold.
+    # JSON can contain lone surrogates, which neither a URL nor a record can hold.
     return value if value.encode("utf-8", errors="replace").decode("utf-8") == value else None
 
 

@@ -1,22 +1,22 @@
-"""The in-flight limit that learns: how many paid calls one process may have open at once.
+"""An adaptive in-flight limit: how many paid calls one process may have open at once.
 
-A service that refuses calls for being too many says so by 429, or by 503 with a time to come back. Nobody tells
-how many it would take, so a `Pacer` finds out by these rules:
+A service refuses excess calls with 429, or with 503 and Retry-After. It does not report how many calls it would accept,
+so a `Pacer` determines that by these rules:
 
-- It starts with all of `max_in_flight`, or where `resume` says. Only refusals make it slower.
-- A refusal stops everybody until the time that it names, and halves the limit. The calls that were in flight then
-  are one burst: those of them that are refused as well do not halve the limit again, they lower it to what the
-  service still holds, never under 1. Fifty calls of which all but seven are refused leave a limit of 7, not of 25.
-- What the service held when it refused is its ceiling, and is remembered. No ceiling is shown where it held less
-  than the halved limit: then there were few calls, or it takes none at all, and the reason is another one.
-- Below the ceiling the limit grows by one with each accepted call: that much was held before, so it is back at the
-  ceiling after about one call's time.
-- At the ceiling it waits for 16 full windows (a window: as many accepted calls as the limit, while the limit is in
-  full use) and for 16 times the pause of the last refusal, then probes with one call more. A full window with it
-  proves that the service has grown, and the ceiling is forgotten. A refused probe doubles the 16, up to 64: what
-  looking for more costs in pauses is a sixteenth of the time at first and a sixty-fourth in the end, at a ceiling of
-  7 one call in 450 is refused, and a service that takes 10 seconds a call is still asked again every 11 minutes.
-- Where no ceiling is known, the limit grows by one after each window of accepted calls.
+- The limit starts at `max_in_flight`, or at the argument of `resume`. Only refusals lower it.
+- A refusal pauses all calls until the time that the service requests, and halves the limit. The calls in flight at that
+  moment are one burst: further refusals among them do not halve the limit again but lower it to the number of calls
+  that the service still accepts, at least 1. If all but seven of fifty calls are refused, the limit is 7, not 25.
+- The number of calls that the service still accepted at a refusal is stored as its ceiling, unless it is less than the
+  halved limit: then few calls were open, or all were refused, and the number of calls was not the cause.
+- Below the ceiling the limit grows by one with each accepted call, as the service has accepted that many before. It is
+  back at the ceiling after about the duration of one call.
+- At the ceiling the pacer waits for 16 full windows (a window: as many accepted calls as the limit, while the limit is
+  fully used) and for 16 times the pause of the last refusal, then probes with one more call. A full window with that
+  call proves that the service accepts more, and the ceiling is dropped. A refused probe doubles the 16, up to 64. So
+  pauses for probes cost a sixteenth of the time at first and a sixty-fourth in the long run. At a ceiling of 7, one
+  call in 450 is refused, and a service that takes 10 seconds a call is still probed every 11 minutes.
+- Without a known ceiling, the limit grows by one after each window of accepted calls.
 
 One pacer serves all threads and event loops of a process.
 """
@@ -42,22 +42,22 @@ __all__ = ["AdaptiveLimit", "Pacer", "PacingTimeout", "Turn", "shared_pacer"]
 
 logger = logging.getLogger(__name__)
 
-_SOONEST_PROBE, _LATEST_PROBE = 16, 64  # full windows, and pauses, before a probe: at first, after refused ones
+_SOONEST_PROBE, _LATEST_PROBE = 16, 64  # full windows, and pauses, before a probe: initial and highest
 
 
 class PacingTimeout(TimeoutError):
-    """The service refused calls for longer than a call had max_wait to wait."""
+    """The service refused calls for longer than a call's `max_wait`."""
 
 
 @dataclass(eq=False)
 class Turn:
-    """One call's place in the line of a pacer, kept over all its refusals. Made by `Pacer.turn`.
+    """One call's position in the queue of a pacer, kept over all its refusals. Created by `Pacer.turn`.
 
     Attributes:
-        max_wait: seconds to go on waiting while the service refuses.
-        ticket: its place: who asked first goes first, also after a refusal.
-        requested_at: when it was made, on the clock of `time.monotonic`.
-        refused_at: when the service first refused this very call.
+        max_wait: seconds to keep waiting while the service refuses calls.
+        ticket: its position. Earlier turns go first, also after a refusal.
+        requested_at: time of its creation, on the clock of `time.monotonic`.
+        refused_at: time of the first refusal of this call.
     """
 
     max_wait: float
@@ -65,25 +65,25 @@ class Turn:
     requested_at: float
     refused_at: float | None = None
     holds_slot: bool = field(default=False, init=False)
-    was_refused: bool = field(default=False, init=False)  # in the slot that it holds
+    was_refused: bool = field(default=False, init=False)  # in its current slot
     round: int = field(default=0, init=False)
     wakeup: concurrent.futures.Future[None] | None = field(default=None, init=False, repr=False)
-    wakes_at: float = field(default=-math.inf, init=False, repr=False)  # when it wakes though nobody rings
+    wakes_at: float = field(default=-math.inf, init=False, repr=False)  # when it wakes up by itself
 
     def wake(self) -> None:
-        """Wake whoever waits with this turn, on its own event loop."""
+        """Wake the waiter of this turn, on its own event loop."""
         wakeup, self.wakeup = self.wakeup, None
         if wakeup is not None and wakeup.set_running_or_notify_cancel():
             wakeup.set_result(None)
 
 
 class AdaptiveLimit:
-    """The rules of the module's docstring as plain arithmetic, with no clock and no lock of its own.
+    """The rules of this module as plain arithmetic, without a clock or a lock.
 
     Attributes:
         limit: calls that may be open at once now.
-        maximum: its upper bound.
-        ceiling: what the service held when it last refused, None where that is not known.
+        maximum: the limit's upper bound.
+        ceiling: calls that the service still accepted at its last refusal, or None if unknown.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -94,25 +94,25 @@ class AdaptiveLimit:
         self._no_probe_before = -math.inf
 
     def reset(self, limit: int) -> None:
-        """Take a limit for what the service holds."""
+        """Set the limit and the ceiling to a known value."""
         self.limit = min(limit, self.maximum)
         self.ceiling = limit
         self._probe_after = _SOONEST_PROBE
         self._taken = 0
 
     def set_maximum(self, maximum: int) -> None:
-        """Change the upper bound. A limit that no refusal has touched goes with it."""
+        """Change the upper bound. A limit that no refusal has lowered changes with it."""
         untouched = self.limit == self.maximum and self.ceiling is None
         self.maximum = maximum
         self.limit = maximum if untouched else min(self.limit, maximum)
 
     def refuse(self, held: int, now: float, pause: float) -> None:
-        """The first refusal of a burst.
+        """Record the first refusal of a burst.
 
         Args:
             held: calls in flight that are not refused.
-            now: when it came, in seconds on the clock that `accept` reads too.
-            pause: seconds for which everybody stops.
+            now: time of the refusal, in seconds on the same clock as for `accept`.
+            pause: seconds for which all calls pause.
         """
         self._probe_after = min(2 * self._probe_after, _LATEST_PROBE) if self._is_probing() else _SOONEST_PROBE
         self._no_probe_before = now + self._probe_after * pause
@@ -121,19 +121,19 @@ class AdaptiveLimit:
         self._see_ceiling(held)
 
     def refuse_more(self, held: int) -> None:
-        """A further refusal of the same burst, with so many calls still in flight and not refused."""
+        """Record a further refusal of the same burst, with `held` calls in flight that are not refused."""
         self.limit = max(1, min(self.limit, held))
         self._see_ceiling(held)
 
     def accept(self, in_flight: int, now: float) -> None:
-        """A call was taken; with it, so many are in flight."""
+        """Record an accepted call, with `in_flight` calls in flight including it."""
         if self.ceiling is None:
             self._taken += 1
             if self._taken >= self.limit:
                 self._grow()
         elif self.limit < self.ceiling:
             self._grow()
-        elif in_flight >= self.limit:  # calls that leave room prove nothing of what is beyond
+        elif in_flight >= self.limit:  # below the limit, an accepted call proves nothing
             self._taken += 1
             if self._is_probing():
                 if self._taken >= self.limit:
@@ -154,7 +154,7 @@ class AdaptiveLimit:
 
 
 class Pacer:
-    """At most `limit` calls at once, in the order in which they asked.
+    """Admits at most `limit` calls at once, in the order of their turns.
 
     Example:
         ```python
@@ -171,11 +171,11 @@ class Pacer:
         self._lock = threading.Lock()  # held for microseconds, never over an await
         self._adaptive = AdaptiveLimit(max_in_flight)
         self._in_flight = 0
-        self._refused_in_flight = 0  # refused, and about to give their slots back
+        self._refused_in_flight = 0  # refused, and about to release their slots
         self._waiting: dict[int, Turn] = {}  # by ticket
-        self._queue: list[int] = []  # a heap of their tickets; those of withdrawn turns are passed over when it is read
+        self._queue: list[int] = []  # a heap of their tickets; those of withdrawn turns are skipped on reading
         self._tickets = itertools.count()
-        self._round = 0  # one more with each burst of refusals
+        self._round = 0  # incremented with each burst of refusals
         self._paused_until = -math.inf
         self._refusing_since: float | None = None
 
@@ -184,28 +184,28 @@ class Pacer:
 
     @property
     def limit(self) -> int:
-        """How many calls may be open at once now, 1 to `max_in_flight`."""
+        """The number of calls that may be open at once now, 1 to `max_in_flight`."""
         return self._adaptive.limit
 
     @property
     def ceiling(self) -> int | None:
-        """How many calls the service held when it last refused one; what `limit` settles at.
+        """The number of calls that the service still accepted at its last refusal: the value at which `limit` settles.
 
-        None where no refusal has shown it, and once the service has proved to take more.
+        None if no refusal has shown it, or once the service has accepted more.
         """
         return self._adaptive.ceiling
 
     @property
     def learned_limit(self) -> int | None:
-        """How many calls the service takes, as far as its refusals have shown: the ceiling, else a lowered limit.
+        """The number of calls that the service accepts, as learned from refusals: the ceiling, else a lowered limit.
 
-        None where no refusal has lowered the limit: that one was only asked for.
+        None if no refusal has lowered the limit.
         """
         return self.ceiling or (self.limit if self.limit < self.max_in_flight else None)
 
     @property
     def in_flight(self) -> int:
-        """How many slots are held now. For a moment after a halving it may be over `limit`."""
+        """The number of slots held now. It can exceed `limit` for a moment after a halving."""
         return self._in_flight
 
     @property
@@ -221,18 +221,18 @@ class Pacer:
             self._admit()
 
     def resume(self, limit: int) -> None:
-        """Begin with what an earlier process has learnt, as the limit and as the ceiling."""
+        """Start with the limit that an earlier process has learned, as the limit and as the ceiling."""
         _check_limit(limit)
         with self._lock:
             self._adaptive.reset(limit)
             self._admit()
 
     def turn(self, max_wait: float) -> Turn:
-        """A place at the end of the line.
+        """Create a turn at the end of the queue.
 
         Args:
-            max_wait: seconds to go on waiting while the service refuses. Waiting for other calls of this
-                process, which the service does take, is not counted.
+            max_wait: seconds to keep waiting while the service refuses calls. Time spent waiting for other calls of
+                this process, which the service accepts, does not count.
         """
         with self._lock:
             return Turn(max_wait=max_wait, ticket=next(self._tickets), requested_at=time.monotonic())
@@ -241,12 +241,12 @@ class Pacer:
     async def slot(self, turn: Turn) -> AsyncIterator[None]:
         """Hold one of `limit` slots, waiting until one is free and any pause is over.
 
-        A cancelled waiter gives back what it was given. One turn may hold one slot at a time.
+        A cancelled waiter releases its slot. One turn may hold one slot at a time.
 
         Raises:
-            PacingTimeout: a `TimeoutError`. The service has refused this call (or, where this call was never sent,
-                all calls since this one asked) for `turn.max_wait` seconds, or the pause that it asked for
-                lasts longer than that: then at once, as no waiting helps.
+            PacingTimeout: a `TimeoutError`. The service has refused this call (or, if this call was never sent,
+                all calls since its turn was created) for `turn.max_wait` seconds, or the requested pause exceeds that
+                time: then at once, as waiting would not help.
         """
         await self._enter(turn)
         try:
@@ -255,11 +255,11 @@ class Pacer:
             self._leave(turn)
 
     def refused(self, turn: Turn, pause: float) -> None:
-        """The service refused a call for being one too many: halve the limit and pause everybody.
+        """Record that the service refused a call: halve the limit and pause all calls.
 
-        Calls that were in flight when the limit was halved do not halve it again: they belong to the
-        same burst. They lower it to what the service still holds, and their pause counts where it is the longer one.
-        Costs a look at every waiting call.
+        Calls that were in flight when the limit was halved belong to the same burst and do not halve it again. They
+        lower it to the number of calls that the service still accepts, and the longest of their pauses applies.
+        Costs a check of every waiting call.
 
         Args:
             turn: the call, while it holds its slot.
@@ -291,10 +291,10 @@ class Pacer:
             logger.warning("the service asked to slow down; at most %d calls at once, the next in %.1f s", limit, wait)
 
     def accepted(self, turn: Turn) -> None:
-        """The service took a call, which still holds its slot: the limit may grow."""
+        """Record that the service accepted a call, which still holds its slot. The limit may grow."""
         with self._lock:
             if turn.round != self._round:
-                return  # sent before the last halving: it says nothing of the limit since
+                return  # sent before the last halving, so it proves nothing about the current limit
             self._refusing_since = None
             self._adaptive.accept(self._in_flight, time.monotonic())
             self._admit()
@@ -320,11 +320,11 @@ class Pacer:
         now = time.monotonic()
         turn.wakes_at = self._wake_time(turn, now)
         if turn.wakes_at <= now:
-            raise PacingTimeout("the service refuses calls for longer than this call can wait")
+            raise PacingTimeout("the service has refused calls for longer than this call may wait")
         return None if turn.wakes_at == math.inf else turn.wakes_at - now
 
     def _wake_time(self, turn: Turn, now: float) -> float:
-        """When a waiting call has to wake by itself. Not later than now where no waiting helps."""
+        """The time at which a waiting call wakes up by itself; not later than now if waiting would not help."""
         end = math.inf
         if turn.refused_at is not None:
             end = turn.refused_at + turn.max_wait
@@ -353,7 +353,7 @@ class Pacer:
 
     def _withdraw(self, turn: Turn) -> None:
         with self._lock:
-            if turn.holds_slot:  # given at the very moment in which its waiter was cancelled
+            if turn.holds_slot:  # admitted at the moment of its waiter's cancellation
                 self._take_back(turn)
             else:
                 turn.wakeup = None
@@ -366,16 +366,15 @@ class Pacer:
         self._admit()
 
 
-_SHARING = threading.Lock()  # a cache alone may build two pacers where two threads miss it at once
+_SHARING = threading.Lock()  # a cache alone could build two pacers if two threads miss it at once
 
 
 def shared_pacer(endpoint: str, max_in_flight: int) -> Pacer:
-    """The one pacer of this process for an endpoint, whichever way its URL is written.
+    """Return this process's only pacer for an endpoint, however its URL is written.
 
-    The service limits an account, so all clients of a process share what was learnt. The last caller's
-    `max_in_flight` holds for all of them: a worker that lives for weeks follows a changed setting without
-    a restart. Where it is lowered, calls in flight are let finish; where it is raised, a limit that
-    was halved still grows one by one.
+    The service limits accounts, so all clients of a process share the learned limit. The last caller's `max_in_flight`
+    applies to all of them, so a long-running worker follows a changed setting without a restart. If it is lowered,
+    calls in flight finish; if it is raised, a limit that was halved still grows by one at a time.
 
     Example:
         ```python

@@ -1,4 +1,4 @@
-"""How long to wait before a call is sent again, as pure functions."""
+"""Delays before a call is sent again, as pure functions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from email.utils import parsedate_to_datetime
 __all__ = ["backoff", "parse_retry_after"]
 
 _SECONDS = re.compile(r"\d+(\.\d+)?", re.ASCII)
-_MOST_DOUBLINGS = 63  # 2 to the power of more overflows a float, and no cap is that far away
+_MOST_DOUBLINGS = 63  # a larger power of 2 overflows a float, and no cap is that high
 
 
 def parse_retry_after(value: str | None, now: datetime) -> float | None:
-    """The seconds that a Retry-After header asks for, by its two forms: seconds, or an HTTP date.
+    """Parse a Retry-After header, in seconds or as an HTTP date (RFC 9110, 10.2.3), into seconds.
 
-    Never negative, and 0 for a date that is past. None for no header and for one that says nothing
-    (RFC 9110, 10.2.3). The caller caps it: a server may ask for a year.
+    Never negative; 0 for a date in the past. None without a header or for an invalid one. The caller caps it: a
+    server may ask for a year.
 
     Args:
-        value: the header as it came.
-        now: the present, with a time zone.
+        value: the header's value.
+        now: the current time, with a time zone.
     """
     if value is None:
         return None
@@ -40,15 +40,15 @@ def parse_retry_after(value: str | None, now: datetime) -> float | None:
 
 
 def backoff(attempt: int, base: float, cap: float, random: Callable[[], float]) -> float:
-    """Seconds to wait after the refusal number `attempt` (from 0) where the other side named none.
+    """Draw the seconds to wait after refusal number `attempt` (from 0), for a server that requested no delay.
 
-    Full jitter: evenly from 0 to `base` doubled `attempt` times, at most `cap`, so that callers refused
-    together do not come back together.
+    Full jitter: uniform between 0 and `base` doubled `attempt` times, at most `cap`, so that callers that were
+    refused together do not return together.
 
     Args:
         attempt: refusals before this one.
-        base: the longest first wait, seconds.
-        cap: the longest wait of all, seconds.
-        random: draws evenly from [0, 1).
+        base: the longest first delay, in seconds.
+        cap: the longest delay, in seconds.
+        random: draws uniformly from [0, 1).
     """
     return min(cap, base * 2.0 ** min(attempt, _MOST_DOUBLINGS)) * random()

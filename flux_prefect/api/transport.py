@@ -1,9 +1,9 @@
-"""httpx's requests and answers over aiohttp's connections, at a quarter of the CPU time.
+"""An httpx transport over aiohttp's connections, at a quarter of the CPU time.
 
-The package httpx-aiohttp does much the same, but writes URLs anew (a signed one may not survive that), lets some of
-aiohttp's errors through as they are, and tells a connection that broke after sending as one that was never made, which
-here decides what may have been paid. And requests go to transports without an `httpx.AsyncClient` around them, whose
-cookies, redirects and logins, which nothing here has, cost as much again as the request.
+The package httpx-aiohttp is similar, but it re-encodes URLs (which can break signed ones), lets some of aiohttp's
+errors through, and reports a connection that broke after sending as one that was never made; here that distinction
+decides what may have been paid for. Requests go to transports directly, without an `httpx.AsyncClient`, as its cookies,
+redirects and logins, which are not used here, would double the cost of a request.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from yarl import URL
 
 __all__ = ["AiohttpTransport", "find_proxy", "open_transport", "send"]
 
-_READ_BUFFER = 256 * 1024  # bytes: an image in some two or three pieces
-_LONGEST_HEADER = 64 * 1024  # bytes: signed addresses to redirect to are long
+_READ_BUFFER = 256 * 1024  # bytes: an image in two or three pieces
+_LONGEST_HEADER = 64 * 1024  # bytes: signed URLs in redirects are long
 
 
 def find_proxy(url: httpx.URL) -> str | None:
-    """The proxy that the environment names for a URL."""
+    """The proxy for a URL according to the environment, or None."""
     if urllib.request.proxy_bypass(url.host):
         return None
     proxies = urllib.request.getproxies()
@@ -38,13 +38,13 @@ def find_proxy(url: httpx.URL) -> str | None:
 def open_transport(
     *, tls: ssl.SSLContext, keep_alive: bool, proxy: str | None = None, resolver: AbstractResolver | None = None
 ) -> httpx.AsyncBaseTransport:
-    """Connections for one event loop: through a proxy httpx's own, else aiohttp's.
+    """Open a transport for one event loop: httpx's own with a proxy, else aiohttp's.
 
     Args:
         tls: the TLS context.
-        keep_alive: whether connections are kept for the next request to the same host.
-        proxy: its URL.
-        resolver: looks up every name that is connected to, where there is no proxy.
+        keep_alive: whether connections are reused for later requests to the same host.
+        proxy: the proxy's URL, or None.
+        resolver: resolves every name that is connected to, if there is no proxy.
     """
     if proxy is None:
         return AiohttpTransport(tls=tls, keep_alive=keep_alive, resolver=resolver)
@@ -54,12 +54,12 @@ def open_transport(
 
 @asynccontextmanager
 async def send(transport: httpx.AsyncBaseTransport, request: httpx.Request) -> AsyncIterator[httpx.Response]:
-    """Send a request as it is, once, and hold its answer open for the block; the body is not read yet.
+    """Send a request unchanged, once, and keep its response open inside the block. The body is not read yet.
 
-    No redirect is followed, no proxy or login of the environment is used.
+    No redirect is followed, and no proxy or login from the environment is used.
 
     Raises:
-        httpx.TransportError: also inside of the block. It does not hold the request, whose headers may be secret.
+        httpx.TransportError: also inside the block. It does not reference the request, whose headers may be secret.
     """
     try:
         response = await transport.handle_async_request(request)
@@ -73,18 +73,18 @@ async def send(transport: httpx.AsyncBaseTransport, request: httpx.Request) -> A
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """Connections for one event loop. Proxies of the environment are not used.
+    """A transport for one event loop. Proxies from the environment are not used.
 
-    No POST is ever repeated. Requests must have their bodies in memory. Their time-outs for connect (the look-up of
-    the name and TLS in it) and read are obeyed.
+    No POST is ever repeated. The bodies of requests must be in memory. Their connect time-out (including DNS and TLS)
+    and read time-out apply.
 
-    Every failure is an `httpx.TransportError`, and `ConnectError`, `ConnectTimeout` and `UnsupportedProtocol` mean that
-    nothing was sent, not a byte.
+    Every failure is an `httpx.TransportError`. `ConnectError`, `ConnectTimeout` and `UnsupportedProtocol` mean that
+    not a byte was sent.
 
     Args:
         tls: the TLS context.
-        keep_alive: whether connections are kept for the next request to the same host.
-        resolver: looks up every name that is connected to; what it raises, other than OSError, comes out as it is.
+        keep_alive: whether connections are reused for later requests to the same host.
+        resolver: resolves every name that is connected to. Its exceptions other than OSError are raised unchanged.
     """
 
     def __init__(self, *, tls: ssl.SSLContext, keep_alive: bool, resolver: AbstractResolver | None = None) -> None:
@@ -94,10 +94,10 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         self._session: aiohttp.ClientSession | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send the request and wait for the head of its answer."""
+        """Send the request and wait for the head of its response."""
         limits = request.extensions.get("timeout", {})
         headers = CIMultiDict(request.headers.multi_items())
-        headers.pop("connection", None)  # that is the connection's own affair
+        headers.pop("connection", None)  # aiohttp sets it
         with _as_httpx_errors():
             response = await self._open().request(
                 request.method,
@@ -131,7 +131,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                     ssl=self._tls, limit=0, force_close=not self._keep_alive, resolver=self._resolver
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,  # httpx does
+                auto_decompress=False,  # httpx decompresses
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
                 read_bufsize=_READ_BUFFER,
                 max_line_size=_LONGEST_HEADER,
@@ -141,7 +141,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
 
 class _Body(httpx.AsyncByteStream):
-    """The body of an answer, in the pieces in which it comes."""
+    """The body of a response, in chunks as they arrive."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -166,11 +166,11 @@ def _as_httpx_errors() -> Iterator[None]:
     except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
         failure = _kind(error)(_reason(error))
     if failure is not None:
-        raise failure  # not from aiohttp's own error, which may hold the request's headers, and the key among them
+        raise failure  # without aiohttp's error as its cause, which may hold the request's headers with the key
 
 
 def _kind(error: Exception) -> type[httpx.TransportError]:
-    kinds: tuple[tuple[type[Exception], type[httpx.TransportError]], ...] = (  # the first that fits
+    kinds: tuple[tuple[type[Exception], type[httpx.TransportError]], ...] = (  # the first match counts
         (aiohttp.InvalidURL, httpx.UnsupportedProtocol),
         (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout),
         (aiohttp.ClientConnectorError, httpx.ConnectError),
@@ -181,7 +181,7 @@ def _kind(error: Exception) -> type[httpx.TransportError]:
 
 
 def _reason(error: Exception) -> str:
-    # Where aiohttp's own text has the URL in it, which may be a signed one, it is left out.
+    # Messages of aiohttp that contain the URL, which may be a signed one, are left out.
     if isinstance(error, aiohttp.ClientResponseError):
         return error.message
     return "" if isinstance(error, (aiohttp.InvalidURL, aiohttp.ConnectionTimeoutError)) else str(error)

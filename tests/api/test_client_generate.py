@@ -477,7 +477,7 @@ async def test_when_the_time_for_waiting_is_over_the_refusal_is_final(
     assert type(error) is kind
     assert (error.retryable, error.billed) == (False, Billed.NO)
     assert 2 <= len(service.requests) <= 4
-    assert f"{len(service.requests)} tries" in error.message
+    assert f"refused {len(service.requests)} times" in error.message
     assert "pacing" in error.message
 
 
