@@ -15,8 +15,7 @@ import prefect
 import pytest
 from test_layers import FLOORS
 
-from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.cli.app import main as flux_prefect_command
 from flux_prefect.sandbox.launching import RunningSandbox
 from flux_prefect.settings import FluxSettings
 
@@ -28,58 +27,80 @@ PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "deployments").r
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def run_snippet(number: int) -> dict[str, Any]:
-    """Run one snippet as a module of its own; its names."""
-    names: dict[str, Any] = {"__name__": f"readme_{number}"}
-    exec(compile(SNIPPETS[number], str(ROOT / "README.md"), "exec"), names)  # noqa: S102 - the README's own code
-    return names
-
-
 @pytest.mark.usefixtures("prefect_server")
 async def test_the_flow_of_ones_own_publishes_an_image(sandbox: RunningSandbox) -> None:
     """Copied as it stands, with the sandbox's environment."""
-    names = run_snippet(0)
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(SNIPPETS[0], str(ROOT / "README.md"), "exec"), names)  # noqa: S102 - the README's own code
     uri = await names["publish_cover"]("a lighthouse in the README", 7)
 
     assert re.fullmatch(r"s3://images/covers/[0-9a-f]{32}-0\.jpg", uri)
     assert sandbox.control.summary().billed_calls == 1
 
 
-@pytest.mark.usefixtures("prefect_server")
-def test_the_blocks_are_saved_for_the_team(sandbox: RunningSandbox) -> None:
-    """And can be loaded by name."""
-    run_snippet(1)
-
-    credentials, bucket = AimlApiCredentials.load("studio"), ImageBucket.load("catalogue")
-    assert isinstance(credentials, AimlApiCredentials)
-    assert isinstance(bucket, ImageBucket)
-    assert credentials.base_url == sandbox.url
-    assert bucket.uri == "s3://images/catalogue"
+def test_the_readme_is_short() -> None:
+    """At most 900 words, with one snippet that has one import line of the package."""
+    assert len(README.split()) <= 900
+    (snippet,) = SNIPPETS
+    assert len(re.findall(r"^(?:from|import) flux_prefect\b", snippet, re.MULTILINE)) == 1
 
 
-def test_no_snippet_goes_untested() -> None:
-    """A new one needs a test here."""
-    assert len(SNIPPETS) == 2
+def test_every_page_is_in_the_readme() -> None:
+    """A reader of the README reaches each page of the documentation in one step."""
+    linked = {ROOT / link for link in re.findall(r"\]\(([^)#\s]+)\)", README)}
+
+    assert set(DOCS.glob("*.md")) <= linked
+
+
+def find_commands() -> dict[str, set[str]]:
+    """The commands that the pages show, each with the options that they show with it."""
+    commands: dict[str, set[str]] = {}
+    for page in PAGES:
+        text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+        for words, rest in re.findall(r"flux-prefect((?: [a-z]+)+)(?=[\s`])([^\n`]*)", text):
+            commands.setdefault(words.strip(), set()).update(re.findall(r"--[a-z-]+", rest))
+    return commands
+
+
+COMMANDS = find_commands()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each has the options that a page shows with it."""
+    try:
+        status: object = flux_prefect_command([*command.split(), "--help"])
+    except SystemExit as end:  # of a parser of the command's own
+        status = end.code
+    assert status == 0
+
+    usage = capsys.readouterr().out
+    assert f"flux-prefect {command}" in usage
+    assert COMMANDS[command] <= {*re.findall(r"--[a-z-]+", usage), "--version"}
 
 
 @pytest.mark.parametrize(
-    "command",
+    "module",
     sorted(
-        {found for page in PAGES for found in re.findall(r"python -m ([a-z_.]+)", page.read_text(encoding="utf-8"))}
+        {
+            module
+            for page in DOCS.glob("*.md")
+            for module in re.findall(r"python -m ([a-z_.]+)", page.read_text(encoding="utf-8"))
+        }
     ),
 )
-def test_the_commands_exist(command: str) -> None:
-    """Each tells its usage."""
-    told = subprocess.run(
-        [sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+def test_the_modules_can_be_run(module: str) -> None:
+    """Those that a page names outside of `flux-prefect`."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.startswith((f"usage: python -m {command}", "Usage: flux-prefect"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python -m {module}")
 
 
 def test_the_blocks_are_registered_by_the_package(prefect_server: str) -> None:
     """`prefect block register -m flux_prefect` finds both."""
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "prefect", "block", "register", "-m", "flux_prefect"],
         env={**os.environ, "PREFECT_API_URL": prefect_server},
         capture_output=True,
@@ -87,9 +108,9 @@ def test_the_blocks_are_registered_by_the_package(prefect_server: str) -> None:
         check=False,
         timeout=60,
     )
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert "AIMLAPI Credentials" in told.stdout
-    assert "Image Bucket" in told.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "AIMLAPI Credentials" in done.stdout
+    assert "Image Bucket" in done.stdout
 
 
 def read_page(name: str) -> str:
@@ -98,7 +119,7 @@ def read_page(name: str) -> str:
 
 
 def texts(path: Path) -> Iterator[str]:
-    """Every text of a module, as it is told: what is filled in stands as an ellipsis."""
+    """Every text of a module, with an ellipsis for each value that is filled in."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
@@ -119,10 +140,10 @@ def test_every_setting_is_in_the_table() -> None:
     for path in our_files():
         for text in texts(path):
             read |= set(re.findall(r"\b(?:AIML_?API|FLUX_SANDBOX)_[A-Z0-9_]*[A-Z0-9]\b", text))
-    told = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", read_page("settings")))
+    listed = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", read_page("settings")))
 
-    assert read - told == set()
-    assert {name for name in told - read if name.startswith(("FLUX_", "AIML"))} == set()
+    assert read - listed == set()
+    assert {name for name in listed - read if name.startswith(("FLUX_", "AIML"))} == set()
 
 
 def test_the_defaults_in_the_table_are_those_of_the_settings() -> None:
@@ -130,12 +151,12 @@ def test_the_defaults_in_the_table_are_those_of_the_settings() -> None:
     table = dict(
         re.findall(r"^\| `FLUX_PREFECT_(\w+)` \|.*\| `?([\[\d][^|`]*?)`? \|$", read_page("settings"), re.MULTILINE)
     )
-    told = {name.lower(): ast.literal_eval(value.replace(",000", "000")) for name, value in table.items()}
+    listed = {name.lower(): ast.literal_eval(value.replace(",000", "000")) for name, value in table.items()}
     defaults = {
         name: field.default for name, field in FluxSettings.model_fields.items() if field.default_factory is None
     }
 
-    assert told == defaults
+    assert listed == defaults
 
 
 def test_the_symptoms_are_what_the_code_prints() -> None:
@@ -168,7 +189,7 @@ def test_the_links_lead_somewhere(page: Path) -> None:
             continue
         name, _, heading = link.partition("#")
         target = page.parent / name if name else page
-        assert target.is_file(), link
+        assert target.exists(), link
         if heading:
             titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}, link
