@@ -57,6 +57,10 @@ app.command(
     help="Forecast the time, the cost and the S3 requests of a batch by simulating it. Times are in seconds.",
 )
 
+app.command(
+    "flux_prefect.cli.deploy:deploy", name="deploy", help="Register the flows that ship as deployments on a work pool."
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status.
