@@ -33,7 +33,8 @@
     │   ├── BucketUnavailable           the server can't be reached, or is temporarily overloaded
     │   ├── ImageChanged                the file no longer has the bytes that were checked
     │   ├── KeyOccupied                 another object is stored under an image's key
-    │   └── ConditionsIgnored           the server does not honour conditional writes
+    │   ├── ConditionsIgnored           the server does not honour conditional writes
+    │   └── ChecksumsRefused            the server accepts no checksum headers
     ├── LeaseLost                       another machine may hold the lease by now
     ├── SpoolUnwritable                 the spool folder can't be written
     ├── SpoolUnreadable                 a record of the spool can't be read now
@@ -82,6 +83,7 @@ __all__ = [
     "BucketMissing",
     "BucketUnavailable",
     "BudgetExhausted",
+    "ChecksumsRefused",
     "ConditionsIgnored",
     "ContentFlagged",
     "DownloadError",
@@ -396,6 +398,12 @@ class KeyOccupied(BucketError):
 
 class ConditionsIgnored(BucketError):
     """The server ignores If-None-Match and If-Match, so its buckets can't hold leases or shared state."""
+
+    fatal = True
+
+
+class ChecksumsRefused(BucketError):
+    """The server accepts no checksum headers. The message names the setting that leaves them out."""
 
     fatal = True
 

@@ -277,7 +277,7 @@ class _Producer:
     async def _make(self, wanted: list[int]) -> None:
         production = self.production
         try:
-            await self.bucket.check_once()  # a HEAD can't tell a missing bucket from a missing image
+            await self.bucket.prove_writable()
             generation = await self.run(generate_image, production.request, self.credentials)
             await self._deliver_all(generation, wanted)
             gone = [index for index in wanted if isinstance(production.outcomes[index].error, ImageGone)]

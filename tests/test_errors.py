@@ -80,6 +80,7 @@ def test_only_what_stops_every_call_is_fatal() -> None:
         "BalanceTooLow",
         "BucketAccessDenied",
         "BucketMissing",
+        "ChecksumsRefused",
         "ConditionsIgnored",
         "ImageUnwritable",
         "ManifestUnwritable",

@@ -1,11 +1,13 @@
 """The bucket that images are published to, as a Prefect block over boto3.
 
-Works with any S3 server that verifies SHA-256 checksums and refuses a second write under `If-None-Match: *`.
+Works with any S3 server that refuses a second write under `If-None-Match: *`. One that accepts no SHA-256 headers needs
+`checksums="when_required"`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -36,9 +38,16 @@ from flux_prefect.bucket.keys import (
     object_key,
     sidecar_key,
 )
-from flux_prefect.bucket.object_operations import ObjectHeaders, ObjectOperations
+from flux_prefect.bucket.object_operations import Checksums, ObjectHeaders, ObjectOperations
 from flux_prefect.bucket.published_image import ImageMetadata, PublishedImage, PublishingRun, write_sidecar
-from flux_prefect.bucket.resolving import AwsAccess, Location, locate_aws_block, locate_text, parse_address
+from flux_prefect.bucket.resolving import (
+    ACCESS_POINT,
+    AwsAccess,
+    Location,
+    locate_aws_block,
+    locate_text,
+    parse_address,
+)
 from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import (
     BucketError,
@@ -54,6 +63,12 @@ if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
 
 __all__ = ["ImageBucket"]
+
+_OF_THE_PROCESS = {"_client", "_client_lock", "_proof_lock"}
+_WRITE_CHECK = "manifests/write-check.json"
+_WRITE_CHECK_CONTENT = b'{"about": "proves that flux_prefect may write here; can be deleted at any time"}\n'
+_TAG = re.compile(r"[\w\s+\-=.:/@]*")
+_MOST_TAGS, _MOST_OF_A_TAG_KEY, _MOST_OF_A_TAG = 10, 128, 256
 
 
 class ImageBucket(WritableFileSystem):
@@ -81,7 +96,7 @@ class ImageBucket(WritableFileSystem):
         "https://boto3.amazonaws.com/v1/documentation/api/latest/guide/credentials.html"
     )
 
-    bucket_name: str = Field(min_length=1, description="The bucket's name, without s3://.")
+    bucket_name: str = Field(min_length=1, description="The bucket's name, without s3://, or an access point's ARN.")
     prefix: str = Field(default="", description="All keys begin with this, and never leave it.")
     endpoint_url: str | None = Field(
         default=None, title="Endpoint URL", description="The S3 server, where it is not AWS."
@@ -112,11 +127,33 @@ class ImageBucket(WritableFileSystem):
         default="public, max-age=31536000, immutable",
         description="The Cache-Control header of published images. A key's bytes never change.",
     )
-    storage_class: str | None = Field(default=None, description="The S3 storage class, such as STANDARD_IA.")
+    storage_class: str | None = Field(
+        default=None,
+        description=(
+            "The S3 storage class, such as STANDARD_IA, of all that is written. GLACIER and DEEP_ARCHIVE are for the "
+            "images alone, as manifests and records are read again."
+        ),
+    )
     server_side_encryption: Literal["AES256", "aws:kms"] | None = Field(
         default=None, description="Encryption at rest. Default: the bucket's own setting."
     )
     kms_key_id: str | None = Field(default=None, title="KMS key ID", description="Goes with aws:kms.")
+    tags: dict[str, str] = Field(
+        default_factory=dict, description="Tags of every object that is written, at most 10. Need s3:PutObjectTagging."
+    )
+    expected_bucket_owner: str | None = Field(
+        default=None,
+        description=(
+            "The 12-digit AWS account that must own the bucket: requests to another account's bucket are refused."
+        ),
+    )
+    checksums: Checksums = Field(
+        default="when_supported",
+        description=(
+            "How the server verifies what it stores. when_supported: by a SHA-256 header. when_required: by an MD5, "
+            "for servers that accept no checksum headers."
+        ),
+    )
     lease_seconds: float | None = Field(
         default=None,
         ge=5,
@@ -131,28 +168,56 @@ class ImageBucket(WritableFileSystem):
 
     model_config = ConfigDict(hide_input_in_errors=True)  # the input of a bad block holds its keys
 
-    _checked: str | None = PrivateAttr(default=None)
+    _proven: tuple[str, str] | None = PrivateAttr(default=None)
     _client: Any = PrivateAttr(default=None)
     _access: AwsAccess | None = PrivateAttr(default=None)
     _client_lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
+    _proof_lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict[Any, Any]:
         # A client and a lock stay in their process: Dask and Ray pickle what tasks are given.
         state = super().__getstate__()
         private = state["__pydantic_private__"] or {}
-        kept = {name: value for name, value in private.items() if name not in {"_client", "_client_lock"}}
+        kept = {name: value for name, value in private.items() if name not in _OF_THE_PROCESS}
         return {**state, "__pydantic_private__": kept}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         super().__setstate__(state)
-        self._client, self._client_lock = None, threading.Lock()
+        self._client, self._client_lock, self._proof_lock = None, threading.Lock(), threading.Lock()
 
     @field_validator("bucket_name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
-        if "/" in name or ":" in name:
-            raise ValueError(f"bucket_name {name!r} is no plain name: use ImageBucket.from_uri for s3://name/prefix")
+        if ("/" in name or ":" in name) and not ACCESS_POINT.fullmatch(name):
+            raise ValueError(
+                f"bucket_name {name!r} is no plain name and no access point's ARN "
+                "(arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME): use ImageBucket.from_uri for s3://name/prefix"
+            )
         return name
+
+    @field_validator("expected_bucket_owner")
+    @classmethod
+    def _valid_owner(cls, owner: str | None) -> str | None:
+        if owner is not None and not re.fullmatch("[0-9]{12}", owner):
+            raise ValueError(f"expected_bucket_owner {owner!r} is no AWS account: it has 12 digits")
+        return owner
+
+    @field_validator("tags")
+    @classmethod
+    def _valid_tags(cls, tags: dict[str, str]) -> dict[str, str]:
+        if len(tags) > _MOST_TAGS:
+            raise ValueError(f"S3 takes at most {_MOST_TAGS} tags an object, and tags has {len(tags)}")
+        for key, value in tags.items():
+            if not 1 <= len(key) <= _MOST_OF_A_TAG_KEY or len(value) > _MOST_OF_A_TAG:
+                raise ValueError(
+                    f"the tag {key[:40]!r} can't be stored: its name needs 1 to {_MOST_OF_A_TAG_KEY} characters, "
+                    f"its value at most {_MOST_OF_A_TAG} characters"
+                )
+            if not _TAG.fullmatch(key + value):
+                raise ValueError(
+                    f"the tag {key!r} can't be stored: S3 takes letters, digits, spaces and + - = . _ : / @"
+                )
+        return tags
 
     @field_validator("prefix")
     @classmethod
@@ -181,7 +246,7 @@ class ImageBucket(WritableFileSystem):
 
     @classmethod
     async def resolve(cls, bucket: Block | str) -> ImageBucket:
-        """The block itself, the bucket of an `s3://` address, or the saved block of that name.
+        """The block itself, the bucket of an `s3://` address, or the saved block `NAME` or `image-bucket/NAME`.
 
         Saved blocks of prefect-aws do as well: an `S3Bucket` itself or as `s3-bucket/NAME`, and the keys of an
         `AwsCredentials` as `s3://NAME@bucket/prefix`.
@@ -193,8 +258,8 @@ class ImageBucket(WritableFileSystem):
             return bucket
         if isinstance(bucket, Block):
             return cls._at(locate_aws_block(bucket))
-        location = await locate_text(bucket)
-        return await cls.aload(bucket) if location is None else cls._at(location)
+        found = await locate_text(bucket)
+        return await cls.aload(found) if isinstance(found, str) else cls._at(found)
 
     @classmethod
     def _at(cls, location: Location) -> ImageBucket:
@@ -232,6 +297,8 @@ class ImageBucket(WritableFileSystem):
             read_timeout=60,
             max_pool_connections=64,
             retries={"mode": "standard", "total_max_attempts": 3},
+            request_checksum_calculation=self.checksums,
+            response_checksum_validation=self.checksums,
         )
         if self._access is None:
             options: dict[str, Any] = {"endpoint_url": self.endpoint_url}
@@ -250,11 +317,6 @@ class ImageBucket(WritableFileSystem):
         client: S3Client = session.client("s3", config=config, **options)
         return client
 
-    async def check_once(self) -> None:
-        """`check`, unless this block has passed it before."""
-        if self._checked != self.bucket_name:
-            await self.check()
-
     async def check(self) -> None:
         """Prove that the bucket is there and the keys are good, before anything is paid for. One HEAD.
 
@@ -262,7 +324,27 @@ class ImageBucket(WritableFileSystem):
             BucketMissing, BucketAccessDenied, BucketUnavailable: with what to correct.
         """
         await run_in_thread(self.objects.check_bucket)
-        self._checked = self.bucket_name
+
+    async def prove_writable(self) -> None:
+        """Prove, once for a block, that images can be written here, before anything is paid for. One small PUT.
+
+        It shows missing permissions, checksums or tags that the server refuses, and a server without conditional
+        writes. The first time in a prefix two PUTs, and `manifests/write-check.json` stays.
+
+        Raises:
+            BucketMissing, BucketAccessDenied, BucketUnavailable, ChecksumsRefused, ConditionsIgnored: with what to
+                correct.
+        """
+        place = (self.bucket_name, self.prefix)
+
+        def prove() -> None:
+            with self._proof_lock:
+                if self._proven != place:
+                    self.objects.prove_writable(self._result_key(_WRITE_CHECK), _WRITE_CHECK_CONTENT)
+                    self._proven = place
+
+        if self._proven != place:
+            await run_in_thread(prove)
 
     def key_of(self, request: ImageRequest, fingerprint: str, index: int) -> str:
         """The key of one image in this bucket."""
@@ -275,7 +357,7 @@ class ImageBucket(WritableFileSystem):
             KeyOccupied: the key holds something that was not published as this image.
             BucketError: the bucket can't say.
         """
-        return await self._head(self.key_of(request, fingerprint, index))
+        return await self._head(self.key_of(request, fingerprint, index), fingerprint, index)
 
     async def list_keys(self, *, most: int) -> frozenset[str] | None:
         """All keys below the prefix, or None where there are more than `most`. A request a thousand keys.
@@ -309,13 +391,13 @@ class ImageBucket(WritableFileSystem):
 
         def put() -> str | None:
             self.objects.put_new(record_key, record, ObjectHeaders("application/json", self.cache_control))
-            headers = ObjectHeaders(file.content_type, self.cache_control, metadata.headers())
+            headers = ObjectHeaders(file.content_type, self.cache_control, metadata.headers(), archivable=True)
             with _open_image(file) as body:
                 return self.objects.put_new(key, body, headers, sha256=file.sha256)
 
         etag = await run_in_thread(put)
         if etag is None:
-            there = await self._head(key)
+            there = await self._head(key, generation.fingerprint, file.index)
             if there is None:
                 raise BucketUnavailable(
                     f"{self.bucket_name}/{key} was there and is gone again: something deletes objects while they "
@@ -407,6 +489,9 @@ class ImageBucket(WritableFileSystem):
             connect=self.get_client,
             encryption={name: value for name, value in encryption.items() if value},
             storage_class=self.storage_class,
+            tags=self.tags,
+            owner=self.expected_bucket_owner,
+            checksums=self.checksums,
         )
 
     def _result_key(self, path: str) -> str:
@@ -418,7 +503,7 @@ class ImageBucket(WritableFileSystem):
     def _public_url(self, key: str) -> str | None:
         return f"{self.public_base_url.rstrip('/')}/{quote(key)}" if self.public_base_url else None
 
-    async def _head(self, key: str) -> PublishedImage | None:
+    async def _head(self, key: str, fingerprint: str, index: int) -> PublishedImage | None:
         found = await run_in_thread(self.objects.head, key)
         if found is None:
             return None
@@ -429,6 +514,12 @@ class ImageBucket(WritableFileSystem):
                 f"s3://{self.bucket_name}/{key} is there but was not published as an image "
                 f"(its metadata lacks or spoils {error}). Remove it, or publish under another prefix."
             ) from error
+        if (metadata.fingerprint, metadata.index) != (fingerprint, index):
+            raise KeyOccupied(
+                f"s3://{self.bucket_name}/{key} holds another request's image (image {metadata.index} of "
+                f"{metadata.fingerprint[:16]}…, not image {index} of {fingerprint[:16]}…): it was copied or renamed. "
+                "Remove it, or publish under another prefix."
+            )
         return self._describe(
             key,
             metadata,

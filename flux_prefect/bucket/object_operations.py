@@ -1,17 +1,19 @@
 """Every request to S3: reading, writing, listing, copying and deleting objects of one bucket.
 
-All of the package's writes pass through `ObjectOperations`, so that encryption, storage class and checksums are the
-same on each. Errors of boto3 come out as this package's own, with what to correct.
+All of the package's writes pass through `ObjectOperations`, so that encryption, storage class, tags and checksums are
+the same on each. Errors of boto3 come out as this package's own, with what to correct.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from urllib.parse import quote, urlencode
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -26,6 +28,7 @@ from flux_prefect.errors import (
     BucketError,
     BucketMissing,
     BucketUnavailable,
+    ChecksumsRefused,
     ConditionsIgnored,
     ImageChanged,
 )
@@ -34,7 +37,10 @@ if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
     from types_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
-__all__ = ["ObjectHeaders", "ObjectOperations", "Version"]
+__all__ = ["Checksums", "ObjectHeaders", "ObjectOperations", "Version"]
+
+Checksums = Literal["when_supported", "when_required"]
+"""`when_supported`: a SHA-256 header with every write. `when_required`: an MD5, which every S3 server knows."""
 
 _CHUNK = 1024 * 1024
 _PASSING = {
@@ -47,6 +53,9 @@ _PASSING = {
 }
 _ACCESS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403"}
 _CHECKSUM = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "BadChecksum"}
+_ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
+_CHECKSUM_WORDS = ("checksum", "trailer", "x-amz-sdk", "aws-chunked")
+_BAD_REQUEST, _UNAUTHORIZED, _FORBIDDEN = 400, 401, 403
 _NOT_FOUND, _CONFLICT, _PRECONDITION_FAILED, _SERVER_ERROR, _NOT_IMPLEMENTED = 404, 409, 412, 500, 501
 
 
@@ -58,11 +67,13 @@ class ObjectHeaders:
         content_type: the MIME type.
         cache_control: how long others may keep it.
         metadata: stored with it, and read back by one HEAD.
+        archivable: whether an archive class may take it. False for what this package reads again.
     """
 
     content_type: str | None = None
     cache_control: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    archivable: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """The headers as arguments of boto3."""
@@ -94,13 +105,19 @@ class ObjectOperations:
         bucket_name: the bucket.
         connect: the client, made once and shared between threads.
         encryption: arguments of every write that name the encryption at rest.
-        storage_class: of every object; None for the bucket's own.
+        storage_class: of every object; None for the bucket's own. An archive class is for images alone.
+        tags: of every object.
+        owner: the account that must own the bucket; None for any.
+        checksums: how the server verifies the content of a write.
     """
 
     bucket_name: str
     connect: Callable[[], S3Client]
-    encryption: Mapping[str, str]
-    storage_class: str | None
+    encryption: Mapping[str, str] = field(default_factory=dict)
+    storage_class: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    owner: str | None = None
+    checksums: Checksums = "when_supported"
 
     @property
     def server(self) -> str:
@@ -204,6 +221,19 @@ class ObjectOperations:
                     return None
                 raise
 
+    def prove_writable(self, key: str, content: bytes) -> None:
+        """Prove that an image could be written now: keys, checksums, encryption, tags and conditional writes.
+
+        One PUT; the first time two, and an object stays under the key.
+
+        Raises:
+            ChecksumsRefused: the server accepts no checksum headers.
+            ConditionsIgnored: the server has no conditional writes.
+        """
+        headers = ObjectHeaders("application/json", "no-store")
+        if self.put_new(key, content, headers) is not None and self.put_new(key, content, headers) is not None:
+            raise self.conditions_ignored()
+
     def put_over(self, key: str, body: bytes, headers: ObjectHeaders, *, etag: str | None) -> str | None:
         """Write an object over the version with this ETag; None: where there is no object.
 
@@ -226,9 +256,17 @@ class ObjectOperations:
 
     def copy(self, key: str, target: str) -> None:
         """Copy an object to another key, replacing what is there. Headers and metadata are copied with it."""
-        source = {"Bucket": self.bucket_name, "Key": key}
+        arguments: dict[str, Any] = {
+            **self._place,
+            **self._stored(archivable=False),
+            "CopySource": {"Bucket": self.bucket_name, "Key": key},
+        }
+        if self.tags:
+            arguments["TaggingDirective"] = "REPLACE"
+        if self.owner is not None:
+            arguments["ExpectedSourceBucketOwner"] = self.owner
         with self._request(key) as client:
-            client.copy_object(Key=target, CopySource=source, **self._place, **self._at_rest)  # type: ignore[arg-type]
+            client.copy_object(Key=target, **arguments)
 
     def delete(self, key: str) -> None:
         """Delete an object. One that is not there is no error."""
@@ -253,18 +291,24 @@ class ObjectOperations:
     def conditions_ignored(self) -> ConditionsIgnored:
         """The error for a server that has no conditional writes or ignores them."""
         return ConditionsIgnored(
-            f"{self.server} does not keep to conditional writes (If-None-Match, If-Match) in the bucket "
-            f"{self.bucket_name!r}, and leases need them: leave lease_seconds of the ImageBucket block empty and "
-            "publish from one machine, or use an S3 server that has them."
+            f"{self.server} does not support conditional writes (If-None-Match, If-Match) in the bucket "
+            f"{self.bucket_name!r}. Publishing needs the first, so that no publisher replaces what another has "
+            "published: use an S3 server that has them. Where only If-Match is missing, leave lease_seconds of the "
+            "Image Bucket block empty and publish from one machine."
         )
 
     @property
     def _place(self) -> dict[str, Any]:
-        return {"Bucket": self.bucket_name}
+        place = {"Bucket": self.bucket_name}
+        return place if self.owner is None else {**place, "ExpectedBucketOwner": self.owner}
 
-    @property
-    def _at_rest(self) -> dict[str, Any]:
-        return {**self.encryption, **({"StorageClass": self.storage_class} if self.storage_class else {})}
+    def _stored(self, *, archivable: bool) -> dict[str, Any]:
+        stored = dict(self.encryption)
+        if self.storage_class and (archivable or self.storage_class not in _ARCHIVES):
+            stored["StorageClass"] = self.storage_class
+        if self.tags:
+            stored["Tagging"] = urlencode(self.tags, quote_via=quote, safe="")
+        return stored
 
     def _put(
         self,
@@ -276,11 +320,41 @@ class ObjectOperations:
         sha256: str | None = None,
         **condition: str,
     ) -> str:
-        digest = bytes.fromhex(sha256) if sha256 is not None else _digest(body)
-        arguments: dict[str, Any] = {**self._place, **self._at_rest, **headers.arguments(), **condition}
-        # As a header, also over TLS: boto3's own checksums travel in a trailer there, which some servers refuse.
-        arguments["ChecksumSHA256"] = base64.b64encode(digest).decode()
-        return client.put_object(Key=key, Body=body, **arguments)["ETag"]
+        arguments: dict[str, Any] = {
+            **self._place,
+            **self._stored(archivable=headers.archivable),
+            **headers.arguments(),
+            **condition,
+            **self._digests(key, body, sha256),
+        }
+        try:
+            return client.put_object(Key=key, Body=body, **arguments)["ETag"]
+        except ClientError as error:
+            if condition and _refuses_conditions(error):
+                raise self.conditions_ignored() from error
+            if self.checksums == "when_supported" and _refuses_checksums(error):
+                raise self._checksums_refused(error, key) from error
+            raise
+
+    def _digests(self, key: str, body: bytes | BinaryIO, sha256: str | None) -> dict[str, str]:
+        """The digest that the server verifies, as a header.
+
+        boto3's own checksums travel in a trailer over TLS, which some servers refuse.
+        """
+        if self.checksums == "when_supported":
+            digest = bytes.fromhex(sha256) if sha256 is not None else _hash(body, hashlib.sha256())[0]
+            return {"ChecksumSHA256": base64.b64encode(digest).decode()}
+        digest, md5 = _hash(body, hashlib.sha256(), hashlib.md5(usedforsecurity=False))
+        if sha256 is not None and digest.hex() != sha256:
+            raise ImageChanged(f"The file for s3://{self.bucket_name}/{key} changed since it was checked.")
+        return {"ContentMD5": base64.b64encode(md5).decode()}
+
+    def _checksums_refused(self, error: ClientError, key: str) -> ChecksumsRefused:
+        return ChecksumsRefused(
+            f"{self.server} refuses the checksum header of a write to s3://{self.bucket_name}/{key} "
+            f"({_answer(error)}): set checksums of the Image Bucket block to when_required. If that changes nothing, "
+            "check the keys."
+        )
 
     @contextmanager
     def _request(self, key: str) -> Iterator[S3Client]:
@@ -310,8 +384,7 @@ class ObjectOperations:
             ) from error
 
     def _translate(self, error: ClientError, where: str) -> BucketError:
-        code, status, operation = _code(error), _status(error), error.operation_name
-        answer = f"{code}: {error.response.get('Error', {}).get('Message', '')}".rstrip(": ")
+        code, status, operation, answer = _code(error), _status(error), error.operation_name, _answer(error)
         # A HEAD has no body, so its error has no code but the status.
         if code == "NoSuchBucket" or (code == "404" and operation == "HeadBucket"):
             return BucketMissing(
@@ -319,7 +392,7 @@ class ObjectOperations:
             )
         if code in _CHECKSUM:
             return ImageChanged(f"The file for {where} changed since it was checked; S3 refused it ({answer}).")
-        if code in _ACCESS or status in {401, 403}:
+        if code in _ACCESS or status in {_UNAUTHORIZED, _FORBIDDEN}:
             return BucketAccessDenied(
                 f"{self.server} refuses {operation} on {where} ({answer}): check the keys, and that they "
                 "allow s3:ListBucket, s3:GetObject and s3:PutObject, and with lease_seconds s3:DeleteObject."
@@ -327,23 +400,39 @@ class ObjectOperations:
         if code == "NotImplemented" or status == _NOT_IMPLEMENTED:
             return BucketError(
                 f"{self.server} does not support {operation} on {where} as requested ({answer}): "
-                "clear the fields of the Image Bucket block that it has no support for, such as storage_class, "
-                "or use another server."
+                "clear the fields of the Image Bucket block that it has no support for, such as storage_class or tags, "
+                "or use another server. Publishing also needs conditional writes (If-None-Match)."
             )
         if code in _PASSING or status >= _SERVER_ERROR:
             return BucketUnavailable(f"{self.server} could not do {operation} on {where} now ({answer}).")
         return BucketError(f"{self.server} refused {operation} on {where} ({answer}).")
 
 
-def _digest(body: bytes | BinaryIO) -> bytes:
-    """The SHA-256 of bytes, or of a file from its position to its end; the position stays."""
-    if isinstance(body, bytes):
-        return hashlib.sha256(body).digest()
-    start, digest = body.tell(), hashlib.sha256()
-    while piece := body.read(_CHUNK):
-        digest.update(piece)
-    body.seek(start)
-    return digest.digest()
+def _hash(body: bytes | BinaryIO, *hashes: hashlib._Hash) -> list[bytes]:
+    """The digests of bytes, or of a file from its position to its end; the position stays."""
+    file = io.BytesIO(body) if isinstance(body, bytes) else body
+    start = file.tell()
+    while piece := file.read(_CHUNK):
+        for each in hashes:
+            each.update(piece)
+    file.seek(start)
+    return [each.digest() for each in hashes]
+
+
+def _refuses_conditions(error: ClientError) -> bool:
+    """Whether the server names the condition as what it does not support."""
+    named = f"{error.response.get('Error', {}).get('Header', '')} {_answer(error)}".lower()
+    return _status(error) == _NOT_IMPLEMENTED and any(name in named for name in ("if-none-match", "if-match"))
+
+
+def _refuses_checksums(error: ClientError) -> bool:
+    """Whether a server does not know the checksum header. Wrong keys are a 403; some servers answer 401 to it."""
+    if _code(error) in _CHECKSUM:
+        return False
+    status, answer = _status(error), _answer(error).lower()
+    return status == _UNAUTHORIZED or (
+        status in {_BAD_REQUEST, _NOT_IMPLEMENTED} and any(word in answer for word in _CHECKSUM_WORDS)
+    )
 
 
 def _is_absence(error: ClientError) -> bool:
@@ -357,6 +446,10 @@ def _is_refusal(error: ClientError) -> bool:
 
 def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _answer(error: ClientError) -> str:
+    return f"{_code(error)}: {error.response.get('Error', {}).get('Message', '')}".rstrip(": ")
 
 
 def _status(error: ClientError) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,14 @@ from urllib.parse import urlsplit
 import boto3
 from prefect.blocks.core import Block, UnknownBlockType
 
-__all__ = ["AwsAccess", "Location", "locate_aws_block", "locate_text", "parse_address"]
+__all__ = ["ACCESS_POINT", "AwsAccess", "Location", "locate_aws_block", "locate_text", "parse_address"]
 
+_OUR_BUCKET = "image-bucket"
 _AWS_BUCKET, _AWS_CREDENTIALS = "s3-bucket", "aws-credentials"  # types of saved blocks that prefect-aws has
+
+
+ACCESS_POINT = re.compile(r"arn:aws[a-z-]*:s3:[a-z0-9-]+:[0-9]{12}:accesspoint[/:][a-z0-9-]{3,50}")
+"""The ARN of an S3 access point, which stands for a bucket's name in every request."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Location:
 
 
 def parse_address(uri: str) -> Location:
-    """The bucket and the prefix of `s3://name/prefix`.
+    """The bucket and the prefix of `s3://name/prefix`. The name may be an access point's ARN.
 
     Raises:
         ValueError: it is not such an address.
@@ -54,21 +60,27 @@ def parse_address(uri: str) -> Location:
     parts = urlsplit(uri)
     if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
         raise ValueError(f"bucket {uri!r} is no S3 address: write it as s3://name or s3://name/prefix")
+    # An access point's name comes after a slash: s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/prefix.
+    found = ACCESS_POINT.match(f"{parts.netloc}{parts.path}")
+    if found is not None and f"{parts.netloc}{parts.path}"[found.end() : found.end() + 1] in {"", "/"}:
+        return Location(found.group(), f"{parts.netloc}{parts.path}"[found.end() :])
     return Location(parts.netloc, parts.path)
 
 
-async def locate_text(text: str) -> Location | None:
-    """The bucket that an address or `s3-bucket/NAME` stands for; None for the name of a saved Image Bucket block.
+async def locate_text(text: str) -> Location | str:
+    """The bucket that an address or `s3-bucket/NAME` stands for, else the name of a saved Image Bucket block.
 
     Raises:
-        ValueError: it is neither an address nor the name of a saved block.
+        ValueError: the block of prefect-aws that it names can't be loaded.
     """
     kind, _, name = text.partition("/")
+    if kind == _OUR_BUCKET:
+        return name
     if kind == _AWS_BUCKET:
         return locate_aws_block(await _load_aws_block(_AWS_BUCKET, name))
     if "://" in text:
         return await _locate_address(text)
-    return None
+    return text
 
 
 def locate_aws_block(block: Any) -> Location:

@@ -125,6 +125,9 @@ def _compare(found: HeadObjectOutputTypeDef, image: PublishedImage) -> str | Non
     stored = found["Metadata"].get("flux-sha256")
     if stored is None:
         return "its key holds an object that was not published as an image"
+    owner = (found["Metadata"].get("flux-fingerprint"), found["Metadata"].get("flux-index"))
+    if owner != (image.fingerprint, str(image.index)):
+        return "its key holds another request's image"
     if stored != image.sha256:
         return f"it was published with the SHA-256 {stored[:16]}…, not {image.sha256[:16]}…"
     if found["ContentLength"] != image.size:

@@ -26,7 +26,7 @@ import anyio.to_thread
 from typing_extensions import Self
 
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.errors import BucketError, ManifestUnwritable, TableError
+from flux_prefect.errors import BucketError, BucketUnavailable, ManifestUnwritable, TableError
 from flux_prefect.manifest.parquet import IMAGE_COLUMNS, write_parquet
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.tables.file_views import open_view
@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 UPLOAD_SECONDS = 30.0
 """The shortest time between two uploads of a growing manifest, in seconds."""
 
+CLOSE_SECONDS = 120.0
+"""How long the whole manifest is offered to a bucket that is unavailable when the run ends."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 15.0
 _JSONL, _PARQUET = "application/x-ndjson", "application/vnd.apache.parquet"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -56,16 +60,18 @@ class ManifestWriter:
         run: the flow run's id; part of the key.
         folder: the folder of the local file, created where it is missing. The file is never removed.
         upload_every: seconds between two uploads of a growing manifest.
+        patience: seconds for which an upload at the end is repeated while the bucket is unavailable.
         copies: the name of the copies for the run that ended last; None for a run that is part of another one.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options, each with its name
         self,
         bucket: ImageBucket,
         run: str,
         folder: Path,
         *,
         upload_every: float = UPLOAD_SECONDS,
+        patience: float = CLOSE_SECONDS,
         copies: str | None = "latest",
     ) -> None:
         if not _PLAIN_NAME.fullmatch(run):
@@ -74,6 +80,7 @@ class ManifestWriter:
         self._bucket = bucket
         self._run = run
         self._upload_every = upload_every
+        self._patience = patience
         self._copies = copies
         self._uploading = anyio.Lock()
         self._uploaded = 0
@@ -100,6 +107,8 @@ class ManifestWriter:
     ) -> None:
         with anyio.CancelScope(shield=True):
             try:
+                if error is not None:
+                    self._patience = 0.0  # a process that is to end may have seconds left
                 await self.close()
             except (BucketError, ManifestUnwritable) as failure:
                 if error is None:
@@ -146,6 +155,8 @@ class ManifestWriter:
     async def close(self) -> None:
         """Upload the complete manifest in the table's order and in every format. A second call does nothing.
 
+        A bucket that is unavailable or asks for patience is tried again for `patience` seconds.
+
         Raises:
             BucketError: an upload failed. The local file has all records.
             ManifestUnwritable: there is no space for a sorted copy of it.
@@ -183,15 +194,28 @@ class ManifestWriter:
     async def _finish(self) -> None:
         folder = self.path.parent
         with tempfile.TemporaryFile(dir=folder) as lines, tempfile.TemporaryFile(dir=folder) as columns:
+            put = partial(self._put_patiently, anyio.current_time() + self._patience)
             await anyio.to_thread.run_sync(_order, self.path, lines)
-            await self._put(lines, f"{self._run}/manifest.jsonl", _JSONL)
+            await put(lines, f"{self._run}/manifest.jsonl", _JSONL)
             if self._with_parquet:
                 await anyio.to_thread.run_sync(write_parquet, partial(_iterate, lines), columns)
-                await self._put(columns, f"{self._run}/manifest.parquet", _PARQUET)
+                await put(columns, f"{self._run}/manifest.parquet", _PARQUET)
                 if self._copies is not None:
-                    await self._put(columns, f"{self._copies}.parquet", _PARQUET)
+                    await put(columns, f"{self._copies}.parquet", _PARQUET)
             if self._copies is not None:
-                await self._put(lines, f"{self._copies}.jsonl", _JSONL)
+                await put(lines, f"{self._copies}.jsonl", _JSONL)
+
+    async def _put_patiently(self, deadline: float, file: BinaryIO, name: str, content_type: str) -> None:
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return await self._put(file, name, content_type)
+            except BucketUnavailable as error:
+                if anyio.current_time() + pause > deadline:
+                    raise
+                logger.warning("The manifest is not uploaded yet, and will be tried again. %s", error.message)
+            await anyio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
 
     async def _put(self, file: BinaryIO, name: str, content_type: str) -> None:
         """Upload a file's present content under a name, without bytes that are appended meanwhile."""

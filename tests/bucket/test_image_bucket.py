@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import io
 import json
 import pickle
-from datetime import datetime, timezone
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
-from PIL import Image
 from prefect.blocks.core import Block
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
+from support.images import make_file
 from support.s3_proxy import Answer, Passing, open_proxy
 
-from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
+from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishingRun
 from flux_prefect.errors import (
@@ -48,38 +44,6 @@ class TestBlock(BlockStandardTestSuite):
     def test_has_a_valid_image(self, block: type[Block]) -> None:
         """The logo is the one that Prefect hosts for its file systems; the suite would fetch it from the network."""
         assert str(block._logo_url) == str(LocalFileSystem._logo_url)
-
-
-def make_file(folder: Path, request: ImageRequest, color: tuple[int, int, int] = (40, 90, 160)) -> ImageFile:
-    """An image in custody, as the download step leaves it."""
-    stream = io.BytesIO()
-    Image.new("RGB", (48, 32), color).save(stream, request.output_format.upper())
-    content = stream.getvalue()
-    path = folder / f"{uuid4().hex}.{request.output_format}"
-    path.write_bytes(content)
-    generation = Generation(
-        request=request,
-        endpoint=ENDPOINT,
-        fingerprint=request.fingerprint(ENDPOINT),
-        images=(GeneratedImage(index=0, url=f"{ENDPOINT}/files/1.jpg"),),
-        seed=request.seed,
-        reported_seed=request.seed,
-        credits_used=168_000,
-        client_request_id="fp-1",
-        created_at=datetime.now(timezone.utc),
-    )
-    return ImageFile(
-        path=path,
-        index=0,
-        sha256=hashlib.sha256(content).hexdigest(),
-        size=len(content),
-        format=request.output_format,
-        content_type=f"image/{request.output_format}",
-        width=48,
-        height=32,
-        black=False,
-        generation=generation,
-    )
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import resource
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,11 +23,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import PrivateAttr
+from support.s3_proxy import Answer, Passing, open_proxy
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage
-from flux_prefect.errors import BucketMissing, ManifestUnwritable, TableError
+from flux_prefect.errors import BucketMissing, BucketUnavailable, ManifestUnwritable, TableError
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.sandbox.launching import RunningSandbox
@@ -379,6 +380,38 @@ class TestWhileItGrows:
                 manifest.append(_record(2))
                 await asyncio.to_thread(lambda: bucket.get_client().create_bucket(Bucket=later.bucket_name))
                 await _until(lambda: self._has_uploaded(later, [1, 2]))
+
+    async def test_a_busy_bucket_is_tried_again_at_the_end(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """A run whose images are all published does not fail for a server that asks to slow down."""
+        with self._busy(bucket, refusals=4) as busy:
+            await _write(busy, tmp_path, _record(1))
+        for path in (f"manifests/{RUN}/manifest.jsonl", "manifests/latest.jsonl"):
+            assert [line["row"] for line in await _lines(bucket, path)] == [1]
+
+    async def test_patience_with_a_busy_bucket_ends(self, bucket: ImageBucket, tmp_path: Path) -> None:
+        """The error then says where the manifest is."""
+        with self._busy(bucket, refusals=1000) as busy, pytest.raises(BucketUnavailable, match="SlowDown") as failure:
+            async with ManifestWriter(busy, RUN, tmp_path, patience=0.0) as manifest:
+                manifest.append(_record(1))
+        assert f"The complete manifest is in {tmp_path}" in failure.value.message
+
+    @contextmanager
+    def _busy(self, bucket: ImageBucket, *, refusals: int) -> Iterator[ImageBucket]:
+        """The bucket behind a server that refuses the first writes of copies: each try of ours is three of boto3's."""
+        left = refusals
+
+        def meddle(request: Passing) -> Answer:
+            nonlocal left
+            if request.method == "PUT" and "latest.jsonl" in request.path and left:
+                left -= 1
+                return Answer(503, {}, b"<Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>")
+            return request.forward()
+
+        assert bucket.endpoint_url is not None
+        with open_proxy(bucket.endpoint_url) as proxy:
+            proxy.meddle = meddle
+            fields = {name: getattr(bucket, name) for name in ImageBucket.model_fields}
+            yield ImageBucket.model_validate({**fields, "endpoint_url": proxy.url})
 
     async def test_a_failure_of_the_last_upload_is_raised(self, bucket: ImageBucket, tmp_path: Path) -> None:
         """The error has the path of the complete local manifest."""

@@ -44,6 +44,38 @@ def answer(request: ImageRequest) -> Generation:
     )
 
 
+def make_file(folder: Path, request: ImageRequest, color: tuple[int, int, int] = (40, 90, 160)) -> ImageFile:
+    """An image in custody, as the download step leaves it."""
+    stream = io.BytesIO()
+    Image.new("RGB", (48, 32), color).save(stream, request.output_format.upper())
+    content = stream.getvalue()
+    path = folder / f"{uuid4().hex}.{request.output_format}"
+    path.write_bytes(content)
+    generation = Generation(
+        request=request,
+        endpoint=ENDPOINT,
+        fingerprint=request.fingerprint(ENDPOINT),
+        images=(GeneratedImage(index=0, url=f"{ENDPOINT}/files/1.jpg"),),
+        seed=request.seed,
+        reported_seed=request.seed,
+        credits_used=168_000,
+        client_request_id="fp-1",
+        created_at=datetime.now(timezone.utc),
+    )
+    return ImageFile(
+        path=path,
+        index=0,
+        sha256=hashlib.sha256(content).hexdigest(),
+        size=len(content),
+        format=request.output_format,
+        content_type=f"image/{request.output_format}",
+        width=48,
+        height=32,
+        black=False,
+        generation=generation,
+    )
+
+
 async def publish(bucket: ImageBucket, folder: Path, request: ImageRequest, content: bytes) -> PublishedImage:
     """An image in the bucket."""
     path = folder / f"{uuid4().hex}.jpg"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,8 +62,8 @@ class Proxy:
 
 
 @contextmanager
-def open_proxy(target: str) -> Iterator[Proxy]:
-    """Serve on loopback until the block ends. Signatures stay good, as they are not looked at here."""
+def open_proxy(target: str, *, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
+    """Serve on loopback until the block ends, over TLS where `tls` is given. Requests pass as they were signed."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -109,7 +110,9 @@ def open_proxy(target: str) -> Iterator[Proxy]:
             """A client that hung up is what some tests are about."""
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        proxy = Proxy(f"http://127.0.0.1:{server.server_port}")
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        proxy = Proxy(f"http{'' if tls is None else 's'}://127.0.0.1:{server.server_port}")
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
