@@ -120,7 +120,7 @@ class RowRenderer:
 
     def __init__(self, day: date, template: str | None, images: ImageSettings) -> None:
         self._day = day
-        self._environment = _make_environment()
+        self._environment = make_environment()
         self._settings = images.model_dump(exclude_none=True)
         try:
             self._template = None if _is_blank(template) else self._environment.from_string(template or "")
@@ -179,7 +179,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return attr not in _CLOCKS and super().is_safe_attribute(obj, attr, value)
 
 
-def _make_environment() -> _Sandbox:
+def make_environment() -> ImmutableSandboxedEnvironment:
+    """A Jinja2 environment whose results depend on the values alone: no clock, no random, no attributes of Python's."""
     environment = _Sandbox(
         autoescape=False,  # prompts are text, and escaped where they are shown
         undefined=jinja2.StrictUndefined,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import PrefectHTTPStatusError
+from support.deployed_runs import run_deployment
 
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.sandbox.launching import RunningSandbox
@@ -49,31 +46,13 @@ def served(prefect_server: str, sandbox: RunningSandbox, tmp_path: Path) -> Iter
         process.terminate()
 
 
-async def start(name: str, parameters: dict[str, Any]) -> State[Any]:
-    """Start a run as the form does, and wait for its end."""
-    async with get_client() as client:
-        for _ in range(300):
-            try:
-                deployment = await client.read_deployment_by_name(name)
-                break
-            except ObjectNotFound:
-                await asyncio.sleep(0.1)
-        run = await client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
-        for _ in range(600):
-            state = (await client.read_flow_run(run.id)).state
-            if state is not None and state.is_final():
-                return state
-            await asyncio.sleep(0.1)
-    raise AssertionError("the run never came to its end")
-
-
 @pytest.mark.usefixtures("served")
 async def test_a_run_from_the_form_publishes(bucket: ImageBucket, sandbox: RunningSandbox) -> None:
     """Models come as objects, the bucket as an address, the account from the worker's environment."""
     request = {"prompt": f"a form {uuid4().hex}", "seed": 3, "aspect_ratio": "1:1", "output_format": "png"}
-    one = await start("publish-image/form", {"request": request, "bucket": bucket.uri})
+    one = await run_deployment("publish-image/form", {"request": request, "bucket": bucket.uri})
     rows = [{"id": "a", "prompt": request["prompt"], "seed": 4}, {"id": "b", "prompt": ""}]
-    many = await start("publish-batch/form", {"source": rows, "bucket": bucket.uri, "max_failed": 1})
+    many = await run_deployment("publish-batch/form", {"source": rows, "bucket": bucket.uri, "max_failed": 1})
 
     assert one.is_completed(), one.message
     assert many.is_completed(), many.message
@@ -85,4 +64,6 @@ async def test_a_run_from_the_form_publishes(bucket: ImageBucket, sandbox: Runni
 async def test_a_bad_value_is_refused_before_a_run_exists(bucket: ImageBucket) -> None:
     """The server checks what the form sends against the flow's own bounds."""
     with pytest.raises(PrefectHTTPStatusError, match=r"aspect_ratio|not one of"):
-        await start("publish-image/form", {"request": {"prompt": "x", "aspect_ratio": "5:4"}, "bucket": bucket.uri})
+        await run_deployment(
+            "publish-image/form", {"request": {"prompt": "x", "aspect_ratio": "5:4"}, "bucket": bucket.uri}
+        )

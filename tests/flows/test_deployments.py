@@ -5,7 +5,6 @@ And the example pipeline among them: a product table in, the same table with an 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -24,11 +23,9 @@ from support.team import ROOT, Team, start_team
 from support.waiting import wait_for
 
 from deployments.serve import PREFECT_FILE, read_deployments
-from flows.products_to_catalogue import products_to_catalogue
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.tables.parquet import load_pyarrow
 
 TEMPLATE = "a {{ colour }} {{ name }}"
 DAILY, BATCH, AUDIT = "publish-daily/daily", "publish-batch/on-demand", "audit-bucket/after-each-batch"
@@ -181,114 +178,3 @@ def test_a_schedule_starts_a_day_and_its_batch_starts_the_audit(
     assert audit.state is not None
     assert audit.state.message == "1 images: 1 ok"
     assert not any(run.parameters.get("dry_run") for run in team.runs(DAILY))
-
-
-def products(**changes: Any) -> dict[str, list[Any]]:
-    """Two products that no other test has."""
-    lot = uuid4().hex
-    return {"sku": [7, 8], "name": [f"mug {lot}", f"lamp {lot}"], "colour": ["red", "brass"], **changes}
-
-
-async def put(bucket: ImageBucket, columns: dict[str, list[Any]]) -> str:
-    """Write a product table into the bucket; its address."""
-    pyarrow, parquet = load_pyarrow()
-    file = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), file)
-    await bucket.write_path("in/products.parquet", file.getvalue())
-    return f"{bucket.uri}/in/products.parquet"
-
-
-async def read_catalogue(bucket: ImageBucket) -> list[dict[str, Any]]:
-    """The rows of the catalogue."""
-    content = await bucket.read_path("catalogue/products.parquet")
-    _, parquet = load_pyarrow()
-    rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(content)).to_pylist()
-    return rows
-
-
-@pytest.mark.usefixtures("prefect_server")
-async def test_each_product_gets_its_image_and_keeps_it(
-    bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
-) -> None:
-    """Columns keep their values and types; the next night pays for the product that changed, and for no other."""
-    first = products()
-    source = await put(bucket, first)
-    report = await products_to_catalogue(source, bucket, TEMPLATE, "sku", credentials=credentials)
-    tonight = await read_catalogue(bucket)
-    await put(bucket, {**first, "colour": ["red", "copper"]})
-    await products_to_catalogue(source, bucket, TEMPLATE, "sku", credentials=credentials)
-    tomorrow = await read_catalogue(bucket)
-
-    assert report.catalogue == f"{bucket.uri}/catalogue/products.parquet"
-    assert [(row["sku"], row["colour"], row["image_status"]) for row in tonight] == [
-        (7, "red", "published"),
-        (8, "brass", "published"),
-    ]
-    images = {image.uri: image for item in report.batch.items for image in item.images}
-    assert all(images[row["image_uri"]].sha256 == row["image_sha256"] for row in tonight)
-    assert [row["image_status"] for row in tomorrow] == ["unchanged", "published"]
-    assert tomorrow[0]["image_uri"] == tonight[0]["image_uri"]
-    assert tomorrow[1]["image_uri"] != tonight[1]["image_uri"]
-    assert sandbox.control.summary().billed_calls == 3
-
-
-@pytest.mark.usefixtures("prefect_server")
-async def test_a_catalogue_is_a_product_table_again(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
-    """Read as the next run's source, its own columns are replaced, not doubled."""
-    source = await put(bucket, products())
-    report = await products_to_catalogue(source, bucket, TEMPLATE, "sku", credentials=credentials)
-    await products_to_catalogue(report.catalogue, bucket, TEMPLATE, "sku", credentials=credentials)
-
-    rows = await read_catalogue(bucket)
-    assert [row["image_status"] for row in rows] == ["unchanged"] * 2
-    assert len(rows[0]) == 3 + 7
-
-
-@pytest.mark.usefixtures("prefect_server")
-async def test_a_product_without_its_image_is_in_the_catalogue_all_the_same(
-    bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
-) -> None:
-    """The run is Failed and says how many; the table has the others' images and this one's reason."""
-    sandbox.control.inject("moderation", times=1)
-    source = await put(bucket, products())
-    state = await products_to_catalogue(
-        source, bucket, TEMPLATE, "sku", credentials=credentials, max_in_flight=1, return_state=True
-    )
-
-    assert state.is_failed()
-    assert state.message is not None
-    assert state.message.startswith("1 of 2 items without their images")
-    rows = await read_catalogue(bucket)
-    assert sorted(row["image_status"] for row in rows) == ["failed", "published"]
-    (failed,) = (row for row in rows if row["image_status"] == "failed")
-    assert failed["image_uri"] is None
-    assert failed["image_error"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "template", "reason"),
-    [
-        ({"sku": [7, 7]}, TEMPLATE, r"Product 2 has no sku of its own: '7'"),
-        ({"sku": [None, 8]}, TEMPLATE, r"Product 1 has no sku of its own: ''"),
-        ({}, "a {{ size }} {{ name }}", r"Product 1 \(7\) can't be rendered: 'size' is undefined"),
-        ({}, "a {{ name", r"template is broken"),
-        ({}, "{{ name.__class__.__mro__ }}", r"Product 1 \(7\) can't be rendered: .*unsafe"),
-    ],
-)
-@pytest.mark.usefixtures("prefect_server")
-async def test_nothing_is_paid_for_a_table_that_cannot_be_used(
-    changes: dict[str, Any],
-    template: str,
-    reason: str,
-    bucket: ImageBucket,
-    credentials: AimlApiCredentials,
-    sandbox: RunningSandbox,
-) -> None:
-    """The run ends before the first call, and says which product and why."""
-    source = await put(bucket, products(**changes))
-    state = await products_to_catalogue(source, bucket, template, "sku", credentials=credentials, return_state=True)
-
-    assert state.is_failed()
-    with pytest.raises(ValueError, match=reason):
-        await state.aresult()
-    assert sandbox.control.summary().calls == 0

@@ -1,1 +1,0 @@
-"""What gets deployed: each file one flow, thin."""
