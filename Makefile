@@ -10,7 +10,7 @@ READY := .venv/.ready
 REFERENCE := build/reference
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-prefect-versions test-all chaos bench reference screenshots lint format lock clean
+.PHONY: help demo test test-prefect-versions test-install test-all chaos bench reference screenshots lint format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 23
@@ -24,7 +24,10 @@ test: $(READY) ## Run the tests; ARGS go to pytest
 test-prefect-versions: $(READY) ## Run the core tests on the oldest Prefect that is allowed and on the newest
 	@UV="$(UV)" $(RUN) tests/prefect_versions.py $(ARGS)
 
-test-all: test test-prefect-versions chaos ## Run everything: the tests, both ends of the allowed Prefects, the long chaos
+test-install: $(READY) ## Install the wheel without the lock on Python 3.10 and 3.13 and run the demo there
+	@UV="$(UV)" $(RUN) tests/fresh_installs.py $(ARGS)
+
+test-all: test test-prefect-versions test-install chaos ## Run everything: the tests, the ends of the allowed Prefects and Pythons, the long chaos
 
 chaos: $(READY) ## Kill a batch of 200 images 200 times and verify what is left (about ten minutes)
 	@PYTHONPATH=. $(RUN) tests/chaos.py $(ARGS)
