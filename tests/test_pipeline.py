@@ -13,6 +13,7 @@ from prefect import flow
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from pydantic import SecretStr
 from support.leaks import OTHER_API_KEY
+from support.s3_proxy import Answer, Passing, open_proxy
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
@@ -347,10 +348,16 @@ async def test_a_failed_upload_keeps_what_was_paid_for(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """The next run publishes the image without a call or a download."""
-    frozen = ImageBucket.model_validate(
-        {**{name: getattr(bucket, name) for name in ImageBucket.model_fields}, "storage_class": "NO_SUCH_CLASS"}
-    )
-    failed = await produce(request_, frozen, credentials)
+
+    def meddle(request: Passing) -> Answer:
+        if request.method == "PUT" and request.path.endswith(".jpg"):
+            return Answer(403, {}, b"<Error><Code>AccessDenied</Code><Message>not this one</Message></Error>")
+        return request.forward()
+
+    assert bucket.endpoint_url is not None
+    with open_proxy(bucket.endpoint_url) as proxy:
+        proxy.meddle = meddle
+        failed = await produce(request_, _changed(bucket, endpoint_url=proxy.url), credentials)
     before = sandbox.control.summary()
     again = await produce(request_, bucket, credentials)
 
@@ -358,6 +365,16 @@ async def test_a_failed_upload_keeps_what_was_paid_for(
     assert before.billed_calls == 1
     assert again.images[0].status is Status.PUBLISHED
     assert sandbox.control.summary() == before
+
+
+async def test_a_setting_that_the_server_refuses_stops_before_paying(
+    sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
+) -> None:
+    """A small write with the block's own settings comes before the first paid call."""
+    failed = await produce(request_, _changed(bucket, storage_class="NO_SUCH_CLASS"), credentials)
+
+    assert isinstance(failed.error, BucketError)
+    assert sandbox.control.summary().calls == 0
 
 
 async def test_a_missing_bucket_stops_before_paying(
@@ -418,6 +435,11 @@ def _delete(bucket: ImageBucket, production: Production) -> None:
         bucket.get_client().delete_object(Bucket="images", Key=outcome.image.key)
 
 
+def _changed(bucket: ImageBucket, **fields: Any) -> ImageBucket:
+    return ImageBucket.model_validate({name: getattr(bucket, name) for name in ImageBucket.model_fields} | fields)
+
+
 def _keys(bucket: ImageBucket) -> list[str]:
+    """All keys below the prefix but for that of the proof that it can be written."""
     listed = bucket.get_client().list_objects_v2(Bucket="images", Prefix=bucket.prefix)
-    return [item["Key"] for item in listed.get("Contents", [])]
+    return [item["Key"] for item in listed.get("Contents", []) if not item["Key"].endswith("/write-check.json")]
