@@ -1,4 +1,4 @@
-"""`flux-prefect forecast`: what a batch is going to take."""
+"""`flux-prefect forecast`: forecast the duration, the cost and the S3 requests of a batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _read_delays(text: str) -> tuple[float, ...]:
     return tuple(float(seconds) for seconds in text.split(","))
 
 
-# How values are written that are not plain numbers or words, and what the help adds to their descriptions.
+# Parsers of values that are not plain numbers or words, and what the help adds to their descriptions.
 _WRITTEN: dict[str, tuple[Callable[[str], Any], str]] = {
     "latency": (
         parse_latency,
@@ -51,7 +51,7 @@ def _forecast(given: dict[str, Any]) -> int:
     except ValidationError as error:
         return _refuse("; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()))
     except ValueError as error:
-        return _refuse(f"a percentage or a delay is no number ({error}): write 2.5, or 2,8,30")
+        return _refuse(f"a percentage or a delay must be a number ({error}): write 2.5, or 2,8,30")
     result = simulate(scenario)
     if as_json:
         print(result.model_dump_json(indent=2))

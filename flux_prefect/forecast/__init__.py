@@ -1,3 +1,3 @@
-"""A batch in virtual time: how long it takes, what it costs and how often it asks S3."""
+"""Forecast of a batch by simulation: duration, cost and S3 requests."""
 
 __all__: list[str] = []

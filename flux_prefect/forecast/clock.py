@@ -1,7 +1,7 @@
-"""Time that passes at once, and places to wait for in it.
+"""Virtual time: a clock that runs processes, and a pool of slots for which they wait.
 
-A process is a generator. What it yields is a `Wait`; the clock goes on with it when the wait is over. Nothing here
-sleeps: an hour costs as much as the number of things that happen in it.
+A process is a generator that yields `Wait`s; the clock resumes it when the wait is over. Nothing here sleeps: an hour
+costs only as much as the events in it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import TypeAlias
 
-__all__ = ["Clock", "Places", "Process", "Resume", "Wait"]
+__all__ = ["Clock", "Process", "Resume", "Slots", "Wait"]
 
 Resume: TypeAlias = Callable[[], None]
 Wait: TypeAlias = Callable[[Resume], bool]
-"""Given what to call when the wait is over. It returns True, and never calls it, where there is nothing to wait for."""
+"""Takes the function to call when the wait is over. Returns True, and never calls it, if no wait is necessary."""
 Process: TypeAlias = Generator[Wait, None, None]
 
 
 class Clock:
-    """Processes in virtual time. What is due at the same moment comes in the order in which it was asked for.
+    """Run processes in virtual time. Events due at the same time happen in the order of their scheduling.
 
     Attributes:
-        now: seconds since the beginning.
+        now: seconds since the start.
     """
 
     def __init__(self) -> None:
@@ -33,30 +33,30 @@ class Clock:
         self._numbers = itertools.count()
 
     def run(self, process: Process) -> None:
-        """Carry a process, and all that it begins, to the end."""
-        self.begin(process)
+        """Run a process, and all processes that it starts, to their ends."""
+        self.start(process)
         while self._due:
             self.now, _, resume = heapq.heappop(self._due)
             resume()
 
-    def begin(self, process: Process, then: Resume | None = None) -> None:
-        """Have a process run beside the others; `then` is called at its end."""
+    def start(self, process: Process, then: Resume | None = None) -> None:
+        """Start a process beside the others; `then` is called at its end."""
 
-        def go_on() -> None:
+        def resume_process() -> None:
             for wait in process:
-                if not wait(go_on):
+                if not wait(resume_process):
                     return
             if then is not None:
                 then()
 
-        self.call_in(0.0, go_on)
+        self.call_in(0.0, resume_process)
 
     def call_in(self, seconds: float, resume: Resume) -> None:
-        """Call it in some time; after 0 seconds, once whatever happens now has happened."""
+        """Schedule a call in `seconds`; with 0, after the current event."""
         heapq.heappush(self._due, (self.now + seconds, next(self._numbers), resume))
 
     def pause(self, seconds: float) -> Wait:
-        """Some time."""
+        """Wait for some seconds."""
 
         def wait(resume: Resume) -> bool:
             if seconds > 0:
@@ -65,12 +65,12 @@ class Clock:
 
         return wait
 
-    def together(self, processes: Iterable[Process]) -> Wait:
-        """The ends of all of them, which begin now."""
+    def gather(self, processes: Iterable[Process]) -> Wait:
+        """Start processes now and wait until all of them have ended."""
 
         def wait(resume: Resume) -> bool:
-            begun = list(processes)
-            left = len(begun)
+            started = list(processes)
+            left = len(started)
 
             def count() -> None:
                 nonlocal left
@@ -78,19 +78,19 @@ class Clock:
                 if not left:
                     resume()
 
-            for process in begun:
-                self.begin(process, count)
-            return not begun
+            for process in started:
+                self.start(process, count)
+            return not started
 
         return wait
 
 
-class Places:
-    """A number of places, taken in the order in which they were asked for.
+class Slots:
+    """A pool of slots, assigned in the order of the requests.
 
     Args:
-        clock: the time that they are waited for in.
-        number: how many there are. None: always one more.
+        clock: the clock in which processes wait.
+        number: the number of slots, or None for an unlimited pool.
     """
 
     def __init__(self, clock: Clock, number: int | None) -> None:
@@ -98,8 +98,8 @@ class Places:
         self._free = number
         self._waiting: deque[Resume] = deque()
 
-    def enter(self, resume: Resume) -> bool:
-        """A `Wait` for a free place, which is taken with that."""
+    def acquire(self, resume: Resume) -> bool:
+        """Wait for a free slot and take it. The method itself is the `Wait`."""
         if self._free is None:
             return True
         if self._free == 0:
@@ -108,8 +108,8 @@ class Places:
         self._free -= 1
         return True
 
-    def leave(self) -> None:
-        """Give a place back; whoever has waited longest has it from now on."""
+    def release(self) -> None:
+        """Release a slot to the process that has waited longest."""
         if self._waiting:
             self._clock.call_in(0.0, self._waiting.popleft())
         elif self._free is not None:

@@ -1,4 +1,4 @@
-"""How long calls take."""
+"""Latency of calls: constant, lognormal or measured."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _NORMAL = NormalDist()
 _P95 = _NORMAL.inv_cdf(0.95)
-_LEAST_RANK = 1e-12  # the quantile of 0 is infinitely far away
+_LEAST_RANK = 1e-12  # the quantile of 0 is minus infinity
 
 
 class LatencyError(ValueError):
-    """A text that names no latency; the message says what does."""
+    """The text is not a latency; the message lists the accepted forms."""
 
 
 class ConstantLatency(BaseModel):
@@ -37,15 +37,15 @@ class ConstantLatency(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["constant"] = "constant"
-    seconds: Seconds = Field(description="Of each call.")
+    seconds: Seconds = Field(description="Seconds of each call.")
 
-    def at(self, rank: float) -> float:  # noqa: ARG002 - as the others
-        """The seconds of the call with that rank among all calls, 0 to 1."""
+    def at(self, rank: float) -> float:  # noqa: ARG002 - the same interface as the others
+        """Return the seconds of the call at a rank, 0 to 1, among all calls by duration."""
         return self.seconds
 
 
 class LognormalLatency(BaseModel):
-    """Most calls take about as long as each other, and some much longer, as services have it."""
+    """Most calls take about the same time and some much longer, which is typical of services."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,18 +60,18 @@ class LognormalLatency(BaseModel):
         return self
 
     def at(self, rank: float) -> float:
-        """The seconds of the call with that rank among all calls, 0 to 1."""
+        """Return the seconds of the call at a rank, 0 to 1, among all calls by duration."""
         deviations = _NORMAL.inv_cdf(min(max(rank, _LEAST_RANK), 1 - _LEAST_RANK)) / _P95
         return self.median * math.exp(deviations * math.log(self.p95 / self.median))
 
 
 class MeasuredLatency(BaseModel):
-    """Calls take what calls took before."""
+    """Calls take as long as measured calls did."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["measured"] = "measured"
-    seconds: tuple[Seconds, ...] = Field(min_length=1, description="Of each call that was measured, in any order.")
+    seconds: tuple[Seconds, ...] = Field(min_length=1, description="Seconds of each measured call, in any order.")
 
     @field_validator("seconds")
     @classmethod
@@ -79,7 +79,7 @@ class MeasuredLatency(BaseModel):
         return tuple(sorted(seconds))
 
     def at(self, rank: float) -> float:
-        """The seconds of the call with that rank among all calls, 0 to 1."""
+        """Return the seconds of the call at a rank, 0 to 1, among all calls by duration."""
         return self.seconds[min(int(rank * len(self.seconds)), len(self.seconds) - 1)]
 
 
@@ -89,10 +89,10 @@ _LATENCY: TypeAdapter[ConstantLatency | LognormalLatency | MeasuredLatency] = Ty
 
 
 def parse_latency(text: str) -> ConstantLatency | LognormalLatency | MeasuredLatency:
-    """Read `8` (seconds), `6:20` (median and 95th percentile), or a file with the seconds of a call on each line.
+    """Parse `8` (seconds), `6:20` (median and 95th percentile), or a file with the seconds of a call on each line.
 
     Raises:
-        LatencyError: it is none of these.
+        LatencyError: the text is none of these.
     """
     try:
         if Path(text).is_file():
@@ -103,6 +103,6 @@ def parse_latency(text: str) -> ConstantLatency | LognormalLatency | MeasuredLat
         return _LATENCY.validate_python({"kind": "constant", "seconds": text})
     except (ValidationError, UnicodeDecodeError) as error:
         raise LatencyError(
-            f"latency {text!r} is no number of seconds (8), no median and 95th percentile (6:20), and no file with a "
+            f"latency {text!r} must be a number of seconds (8), a median and 95th percentile (6:20), or a file with a "
             "number of seconds on each line"
         ) from error

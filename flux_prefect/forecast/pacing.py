@@ -1,4 +1,4 @@
-"""The in-flight limit of one worker in virtual time, by the rules of the real one."""
+"""The in-flight limit of one worker in virtual time, by the rules of the real pacer."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import heapq
 import itertools
 import math
 
-from flux_prefect.api.pacing import AdaptiveLimit  # the rules; its `Pacer` goes by the clock on the wall
+from flux_prefect.api.pacing import AdaptiveLimit  # the rules; its `Pacer` uses real time
 from flux_prefect.forecast.clock import Clock, Resume, Wait
 
 __all__ = ["SimulatedPacer"]
 
 
 class SimulatedPacer:
-    """What `flux_prefect.api.pacing.Pacer` does with refusals, pauses and places. Its patience has no end.
+    """A simulation of `flux_prefect.api.pacing.Pacer`: refusals, pauses and slots, without its time limit.
 
     Attributes:
-        burst: one more with each burst of refusals.
+        burst: the number of bursts of refusals so far.
     """
 
     def __init__(self, clock: Clock, max_in_flight: int) -> None:
@@ -30,11 +30,11 @@ class SimulatedPacer:
         self._paused_until = -math.inf
 
     def draw_ticket(self) -> int:
-        """A call's place in the line, which it keeps over its refusals."""
+        """Return a call's number in the queue, which it keeps when it is refused."""
         return next(self._tickets)
 
-    def enter(self, ticket: int) -> Wait:
-        """A place for the call of that ticket."""
+    def acquire(self, ticket: int) -> Wait:
+        """Wait for a slot for the call with this ticket."""
 
         def wait(resume: Resume) -> bool:
             heapq.heappush(self._queue, (ticket, resume))
@@ -44,13 +44,13 @@ class SimulatedPacer:
         return wait
 
     def accept(self, burst: int) -> None:
-        """The service took the call that was sent in that burst; it still holds its place."""
+        """Record that the service accepted a call sent in that burst. The call keeps its slot."""
         if burst == self.burst:
             self._adaptive.accept(self._in_flight, self._clock.now)
             self._admit()
 
     def refuse(self, burst: int, pause: float) -> None:
-        """The service refused the call that was sent in that burst: its place is free, and everybody stops."""
+        """Record that the service refused a call sent in that burst: its slot is free, and all calls pause."""
         self._refused_in_flight += 1
         held, now = self._in_flight - self._refused_in_flight, self._clock.now
         self._paused_until = max(self._paused_until, now + pause)
@@ -61,10 +61,10 @@ class SimulatedPacer:
             self._adaptive.refuse_more(held)
         self._clock.call_in(self._paused_until - now, self._admit)
         self._refused_in_flight -= 1
-        self.leave()
+        self.release()
 
-    def leave(self) -> None:
-        """Give a place back."""
+    def release(self) -> None:
+        """Release a slot."""
         self._in_flight -= 1
         self._admit()
 

@@ -26,7 +26,7 @@ from typing import Literal, TypeAlias
 
 from flux_prefect.api.retrying import backoff
 from flux_prefect.batch.engine import ROWS_PER_CHUNK
-from flux_prefect.forecast.clock import Clock, Places, Process, Wait
+from flux_prefect.forecast.clock import Clock, Process, Slots, Wait
 from flux_prefect.forecast.pacing import SimulatedPacer
 from flux_prefect.forecast.scenario import Forecast, Scenario
 
@@ -36,46 +36,46 @@ _End: TypeAlias = Literal["published", "flagged", "failed"]
 _Outcome: TypeAlias = Literal["good", "refused", "failed", "lost", "flagged"]
 
 _CHUNKS_AT_ONCE = 3
-_ROWS_A_CALL_IN_STEPS = 2
+_ROWS_PER_CALL_IN_STEPS = 2
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0
-_MOST_LISTED, _KEYS_A_PAGE, _KEYS_A_IMAGE = 3000, 1000, 2
-_PUTS_A_RUN = 5  # the manifest, and what the run leaves beside it
-_RENEWED_AFTER = 1 / 3  # of a lease's time
+_MAX_LISTED_KEYS, _KEYS_PER_PAGE, _KEYS_PER_IMAGE = 3000, 1000, 2
+_PUTS_PER_RUN = 5  # the manifest, and what the run leaves beside it
+_RENEWED_AFTER = 1 / 3  # of a lease's duration
 
-# What an image's CPU time goes into, roughly: a part is computed in one go, and others have their turn in between.
+# Approximate parts of an image's CPU time. Each part is computed without interruption.
 _FINDING, _SENDING, _READING, _PUBLISHING = 0.15, 0.1, 0.1, (0.2, 0.2, 0.25)
 
 
 def forecast(scenario: Scenario) -> Forecast:
-    """Simulate a scenario. The same one always has the same forecast.
+    """Simulate a scenario. Equal scenarios have equal forecasts.
 
-    Costs a tenth of a millisecond an image, however long the images take.
+    Costs 0.1 ms of CPU time an image, independent of the simulated latency.
     """
     simulation = _Simulation(scenario)
     runs = [_Worker(simulation) for _ in range(scenario.workers)]
-    simulation.clock.run(simulation.carry_all(runs))
+    simulation.clock.run(simulation.run_all(runs))
     return simulation.sum_up(max(run.cpu_seconds for run in runs))
 
 
 class _Simulation:
-    """What all runs of a scenario share, and their sums."""
+    """State that all runs of a scenario share, and their sums."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.clock = Clock()
-        self.gate = Places(self.clock, scenario.max_in_flight_in_all)
-        self.cores = Places(self.clock, scenario.cores)
+        self.gate = Slots(self.clock, scenario.max_in_flight_in_all)
+        self.cores = Slots(self.clock, scenario.cores)
         self.ends: Counter[_End] = Counter()
         self.outcomes: Counter[_Outcome] = Counter()
         self.s3: Counter[str] = Counter()
         self.at_service = 0
         self.service_seconds = 0.0
 
-    def carry_all(self, workers: list[_Worker]) -> Process:
+    def run_all(self, workers: list[_Worker]) -> Process:
         yield self.clock.pause(self.scenario.before_seconds)
         rows = iter(range(self.scenario.images))
         shards = (list(itertools.islice(rows, size)) for size in self.scenario.shards())
-        yield self.clock.together(worker.work(shards) for worker in workers)
+        yield self.clock.gather(worker.work(shards) for worker in workers)
         yield self.clock.pause(self.scenario.after_seconds)
 
     def sum_up(self, most_cpu_seconds: float) -> Forecast:
@@ -97,46 +97,46 @@ class _Simulation:
 
 
 class _Worker:
-    """One process at a time: runs one after the other, each with its one core and its in-flight limit."""
+    """A worker that executes runs one after another, each with one core and its own in-flight limit."""
 
     def __init__(self, simulation: _Simulation) -> None:
         self.cpu_seconds = 0.0
         self._simulation = simulation
         self._scenario = simulation.scenario
         self._clock = simulation.clock
-        self._core = Places(self._clock, 1)
+        self._core = Slots(self._clock, 1)
         self._pacer = SimulatedPacer(self._clock, self._scenario.max_in_flight)
 
     def work(self, shards: Iterator[list[int]]) -> Process:
         for shard in shards:
-            # A new process knows nothing of what the last one learnt; its spool may, which makes it no slower.
+            # A new process starts without the learned limit. The spool may have it, which makes the run no slower.
             self._pacer = SimulatedPacer(self._clock, self._scenario.max_in_flight)
             self._count_run(len(shard))
             yield self._clock.pause(self._scenario.start_seconds)
-            yield self._clock.together(self._pullers(iter(shard)))
+            yield self._clock.gather(self._row_processes(iter(shard)))
             yield self._clock.pause(self._scenario.end_seconds)
 
     def _count_run(self, rows: int) -> None:
-        s3, keys = self._simulation.s3, self._scenario.keys + _KEYS_A_IMAGE * self._simulation.ends["published"]
-        s3["LIST"] += min(keys, _MOST_LISTED - 1) // _KEYS_A_PAGE + 1
-        s3["HEAD"] += 1 + (rows if keys > _MOST_LISTED else 0)  # the bucket, and what was not listed
-        s3["PUT"] += _PUTS_A_RUN
+        s3, keys = self._simulation.s3, self._scenario.keys + _KEYS_PER_IMAGE * self._simulation.ends["published"]
+        s3["LIST"] += min(keys, _MAX_LISTED_KEYS - 1) // _KEYS_PER_PAGE + 1
+        s3["HEAD"] += 1 + (rows if keys > _MAX_LISTED_KEYS else 0)  # the bucket, and images that were not listed
+        s3["PUT"] += _PUTS_PER_RUN
 
-    def _pullers(self, rows: Iterator[int]) -> list[Process]:
+    def _row_processes(self, rows: Iterator[int]) -> list[Process]:
         if self._scenario.density == "steps":
-            return [self._pull(rows) for _ in range(_ROWS_A_CALL_IN_STEPS * self._scenario.max_in_flight)]
-        return [self._pull_chunks(rows) for _ in range(_CHUNKS_AT_ONCE)]
+            return [self._run_rows(rows) for _ in range(_ROWS_PER_CALL_IN_STEPS * self._scenario.max_in_flight)]
+        return [self._run_chunks(rows) for _ in range(_CHUNKS_AT_ONCE)]
 
-    def _pull_chunks(self, rows: Iterator[int]) -> Process:
+    def _run_chunks(self, rows: Iterator[int]) -> Process:
         while chunk := list(itertools.islice(rows, ROWS_PER_CHUNK)):
             queue = iter(chunk)
-            yield self._clock.together([self._pull(queue) for _ in range(self._scenario.max_in_flight)])
+            yield self._clock.gather([self._run_rows(queue) for _ in range(self._scenario.max_in_flight)])
 
-    def _pull(self, rows: Iterator[int]) -> Process:
+    def _run_rows(self, rows: Iterator[int]) -> Process:
         for row in rows:
-            yield from self._carry(row)
+            yield from self._run_row(row)
 
-    def _carry(self, row: int) -> Process:
+    def _run_row(self, row: int) -> Process:
         scenario, s3 = self._scenario, self._simulation.s3
         s3["HEAD"] += 1
         yield from self._compute(_FINDING)
@@ -147,19 +147,19 @@ class _Worker:
             for share in _PUBLISHING:
                 yield from self._compute(share)
         if end == "published":
-            s3["PUT"] += 2  # the record and the image
+            s3["PUT"] += 2  # the sidecar and the image
         if scenario.results_in_bucket and end != "failed":
-            kept = 2 if end == "published" else 1  # of the call, and of the download
-            s3["GET"] += kept  # whether they are there
+            kept = 2 if end == "published" else 1  # results of the call and of the download
+            s3["GET"] += kept  # look-up of each result
             s3["PUT"] += kept
         if scenario.lease_seconds is not None:
-            s3["HEAD"] += 1  # whoever had the lease before may have published
+            s3["HEAD"] += 1  # the previous holder of the lease may have published the image
             s3["PUT"] += 1 + int((self._clock.now - leased_at) / (scenario.lease_seconds * _RENEWED_AFTER))
             s3["DELETE"] += 1
         self._simulation.ends[end] += 1
 
     def _generate(self, draws: random.Random) -> Generator[Wait, None, _End]:
-        """Call until that has come to an end."""
+        """Call until the row succeeds or fails."""
         scenario, failures, lost = self._scenario, 0, 0
         while True:
             outcome = yield from self._call(draws)
@@ -174,12 +174,12 @@ class _Worker:
             failures += 1
 
     def _call(self, draws: random.Random) -> Generator[Wait, None, _Outcome]:
-        """One paid call, sent again for as long as it is refused."""
+        """Make one paid call, and repeat it while it is refused."""
         simulation, pacer, ticket = self._simulation, self._pacer, self._pacer.draw_ticket()
         for attempt in itertools.count():
-            yield pacer.enter(ticket)
+            yield pacer.acquire(ticket)
             burst = pacer.burst
-            yield simulation.gate.enter
+            yield simulation.gate.acquire
             yield from self._compute(_SENDING)
             outcome, seconds = self._draw(draws)
             simulation.outcomes[outcome] += 1
@@ -188,39 +188,39 @@ class _Worker:
             yield self._clock.pause(seconds)
             simulation.at_service -= 1
             yield from self._compute(_READING)
-            simulation.gate.leave()
+            simulation.gate.release()
             if outcome == "refused":
                 pacer.refuse(burst, self._pause_after(attempt, draws))
                 continue
             if outcome in {"good", "flagged"}:
                 pacer.accept(burst)
-            pacer.leave()
+            pacer.release()
             return outcome
-        raise AssertionError("a count has no end")
+        raise AssertionError("itertools.count is endless")
 
     def _pause_after(self, attempt: int, draws: random.Random) -> float:
         asked = self._scenario.retry_after
         return backoff(attempt, _FIRST_BACKOFF, _LONGEST_BACKOFF, draws.random) if asked is None else asked
 
     def _draw(self, draws: random.Random) -> tuple[_Outcome, float]:
-        """How a call ends, and how long it takes."""
+        """Draw the outcome and the duration of a call."""
         scenario = self._scenario
-        fate, seconds = draws.random(), scenario.latency.at(draws.random())
-        if (fate := fate - scenario.refused) < 0 or self._simulation.at_service == scenario.service_in_flight:
+        draw, seconds = draws.random(), scenario.latency.at(draws.random())
+        if (draw := draw - scenario.refused) < 0 or self._simulation.at_service == scenario.service_in_flight:
             return "refused", 0.0
-        if (fate := fate - scenario.failed) < 0:
+        if (draw := draw - scenario.failed) < 0:
             return "failed", seconds if scenario.failed_after is None else scenario.failed_after
-        if (fate := fate - scenario.lost) < 0:
+        if (draw := draw - scenario.lost) < 0:
             return "lost", seconds
-        return ("flagged" if fate < scenario.flagged else "good"), seconds
+        return ("flagged" if draw < scenario.flagged else "good"), seconds
 
     def _compute(self, share: float) -> Process:
         seconds = share * self._scenario.cpu_seconds
         if seconds == 0:
             return
-        yield self._core.enter
-        yield self._simulation.cores.enter
+        yield self._core.acquire
+        yield self._simulation.cores.acquire
         yield self._clock.pause(seconds)
         self.cpu_seconds += seconds
-        self._simulation.cores.leave()
-        self._core.leave()
+        self._simulation.cores.release()
+        self._core.release()

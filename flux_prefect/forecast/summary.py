@@ -1,4 +1,4 @@
-"""Forecasts as tables for a terminal."""
+"""Table of a forecast for the terminal."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _MINUTE = 60
 
 
 def tabulate_forecast(scenario: Scenario, result: Forecast) -> Table:
-    """A forecast as a table for a terminal."""
+    """Format a forecast as a table for the terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("forecast")
     table.add_column("", justify="right")
-    asked = sum(result.s3_requests.values())
-    told = {
+    requests = sum(result.s3_requests.values())
+    cells = {
         "images": f"{scenario.images:,}",
         "runs": f"{len(scenario.shards()):,}, at most {scenario.workers} at a time",
         "published": f"{result.published:,}",
@@ -31,10 +31,10 @@ def tabulate_forecast(scenario: Scenario, result: Forecast) -> Table:
         "cost": describe_credits(result.credits),
         "calls at once, on average": f"{result.mean_in_flight:.1f}",
         "CPU of the busiest run": f"{100 * result.busiest_cpu:.0f} % of a core",
-        "S3 requests": f"{asked:,}" + (f", {asked / scenario.images:.1f} an image" if scenario.images else ""),
+        "S3 requests": f"{requests:,}" + (f", {requests / scenario.images:.1f} an image" if scenario.images else ""),
         **{f"  {operation}": f"{count:,}" for operation, count in result.s3_requests.items()},
     }
-    for name, value in told.items():
+    for name, value in cells.items():
         table.add_row(name, value)
     return table
 

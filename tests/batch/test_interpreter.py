@@ -1,4 +1,4 @@
-"""What a batch changes in the interpreter, and changes back."""
+"""Interpreter settings of a batch, and their restoration."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from flux_prefect.batch.interpreter import tuned_interpreter
 
 
-def test_the_interpreter_is_as_before_afterwards() -> None:
-    """Also where the batch fails."""
+def test_the_settings_are_restored() -> None:
+    """Also if the batch fails."""
     interval = sys.getswitchinterval()
 
     def fail() -> None:
@@ -27,7 +27,7 @@ def test_the_interpreter_is_as_before_afterwards() -> None:
 
 
 def test_garbage_of_the_batch_itself_is_collected() -> None:
-    """Only what was there before it is left alone."""
+    """Only objects from before the batch are excluded."""
 
     class Node:
         me: Node
@@ -40,7 +40,7 @@ def test_garbage_of_the_batch_itself_is_collected() -> None:
 
 
 def test_a_shorter_interval_is_kept() -> None:
-    """Somebody has set it so."""
+    """An interval below half a millisecond is not raised."""
     interval = sys.getswitchinterval()
     try:
         sys.setswitchinterval(0.0001)

@@ -1,4 +1,4 @@
-"""What a batch is going to do, found out without spending."""
+"""The plan of a batch, made without spending."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PRICE = 200_000
 async def plan(
     rows: list[ImageRequest | dict[str, object]], bucket: ImageBucket, credentials: AimlApiCredentials
 ) -> PlannedBatch:
-    """A plan without caps."""
+    """Make a plan without caps."""
     return await make_plan(Table(rows), bucket, credentials.base_url, Budget(default_price=PRICE), run="run-1")
 
 
 async def test_every_row_is_counted_once(
     bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
 ) -> None:
-    """Published, paid for, repeated, invalid, to generate: together they are the table."""
+    """Published, paid, repeated, invalid and to generate add up to the table."""
     published, held, fresh = (ImageRequest(prompt=uuid4().hex, seed=1) for _ in range(3))
     spool = Spool()
     async with credentials.get_client() as client:
@@ -47,8 +47,8 @@ async def test_every_row_is_counted_once(
     assert (sums.published, sums.paid, sums.repeats, sums.invalid, sums.requests) == (1, 1, 1, 1, 1)
     assert sums.rows == 5
     assert sums.most_credits == PRICE
-    (there,) = planned.found.get(published.fingerprint(credentials.base_url)) or ()
-    assert (there.sha256, there.created) == (file.sha256, False)
+    (image,) = planned.found.get(published.fingerprint(credentials.base_url)) or ()
+    assert (image.sha256, image.created) == (file.sha256, False)
     assert len(planned.found) == 1
     assert sandbox.control.summary() == before
 
@@ -63,8 +63,10 @@ async def test_seeds_are_drawn_once_for_plan_and_work(bucket: ImageBucket, crede
     assert first.plan.repeats == 0
 
 
-async def test_an_image_that_is_half_there_is_to_be_made(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
-    """Of a request for two images, one in the bucket is not enough."""
+async def test_a_request_with_a_missing_image_is_not_published(
+    bucket: ImageBucket, credentials: AimlApiCredentials
+) -> None:
+    """One of two images in the bucket is not enough."""
     request = ImageRequest(prompt=uuid4().hex, seed=1, num_images=2)
     await publish_first(request, bucket, credentials)
     sums = (await plan([request], bucket, credentials)).plan
@@ -72,28 +74,28 @@ async def test_an_image_that_is_half_there_is_to_be_made(bucket: ImageBucket, cr
     assert (sums.published, sums.paid, sums.requests) == (0, 1, 0)
 
 
-async def test_what_a_small_bucket_does_not_list_is_not_looked_for(
+async def test_images_missing_in_a_listed_bucket_are_not_looked_up(
     bucket: ImageBucket, credentials: AimlApiCredentials
 ) -> None:
-    """One HEAD for the image that is there, none for the three that are not."""
+    """One HEAD for the image in the list, none for the three others."""
     requests = [ImageRequest(prompt=uuid4().hex, seed=seed) for seed in range(1, 5)]
     await publish_first(requests[2], bucket, credentials)
-    asked: list[str] = []
-    bucket.get_client().meta.events.register("before-send.s3", lambda event_name, **_: asked.append(event_name))
+    requests_sent: list[str] = []
+    bucket.get_client().meta.events.register("before-send.s3", lambda event_name, **_: requests_sent.append(event_name))
     sums = (await plan(list(requests), bucket, credentials)).plan
 
     assert (sums.published, sums.requests) == (1, 3)
-    assert asked == ["before-send.s3.ListObjectsV2", "before-send.s3.HeadObject"]
+    assert requests_sent == ["before-send.s3.ListObjectsV2", "before-send.s3.HeadObject"]
 
 
 @pytest.mark.parametrize("answer", [None, BucketAccessDenied("s3:ListBucket is not allowed")], ids=["full", "refused"])
-async def test_without_a_list_every_image_is_looked_for(
+async def test_without_a_list_every_image_is_looked_up(
     bucket: ImageBucket,
     credentials: AimlApiCredentials,
     monkeypatch: pytest.MonkeyPatch,
     answer: BucketAccessDenied | None,
 ) -> None:
-    """A bucket that holds too much to be listed, or whose keys may not be listed, gives the same plan."""
+    """A bucket with too many keys or without permission to list gives the same plan."""
     request = ImageRequest(prompt=uuid4().hex, seed=1)
     await publish_first(request, bucket, credentials)
     monkeypatch.setattr(ImageBucket, "list_keys", AsyncMock(side_effect=[answer]))
@@ -103,14 +105,14 @@ async def test_without_a_list_every_image_is_looked_for(
 
 
 async def publish_first(request: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
-    """Have the first image of a request in the bucket."""
+    """Publish the first image of a request."""
     async with credentials.get_client() as client:
         file = await download(await generate(request, client, Spool()), 0, client, Spool())
     await bucket.publish(file, PublishingRun())
 
 
 def make_sums(**changes: object) -> Plan:
-    """A plan of three images."""
+    """Make a plan of three images."""
     sums = {"rows": 3, "invalid": 0, "published": 0, "paid": 0, "repeats": 0, "requests": 3, "images": 3}
     return Plan.model_validate(
         {**sums, "most_credits": 600_000, "max_credits": None, "max_images": None, "balance": None, **changes}
@@ -125,8 +127,8 @@ def test_a_balance_that_covers_the_cap_is_enough() -> None:
         check_balance(make_sums(balance=400_000))
 
 
-def test_a_plan_is_told_in_one_line_and_in_a_table() -> None:
-    """With the cap where there is one."""
+def test_a_plan_is_summed_up_in_a_line_and_a_table() -> None:
+    """Both have the cap if image is one."""
     capped = make_sums(max_credits=400_000, seconds=12.0)
 
     assert capped.summary() == (

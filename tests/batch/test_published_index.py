@@ -1,4 +1,4 @@
-"""What a plan found, kept on the disk."""
+"""The index of published images on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flux_prefect.bucket.published_image import PublishedImage
 
 
 def image(index: int = 0, *, created: bool = False) -> PublishedImage:
-    """An image in the bucket."""
+    """Make the record of an image in the bucket."""
     return PublishedImage(
         bucket="images",
         key=f"tëam/{index}.jpg",
@@ -34,60 +34,60 @@ def image(index: int = 0, *, created: bool = False) -> PublishedImage:
 
 
 @pytest.fixture
-def finds() -> PublishedIndex:
-    """An empty one."""
+def index() -> PublishedIndex:
+    """An empty index."""
     return PublishedIndex()
 
 
-def test_what_was_kept_comes_back_equal(finds: PublishedIndex) -> None:
+def test_added_images_come_back_equal(index: PublishedIndex) -> None:
     """All images of a request, in their order, with every field."""
     images = (image(0), image(1), image(2, created=True))
-    finds.add("a", images)
+    index.add("a", images)
 
-    assert finds.get("a") == images
-    finds.close()
-
-
-def test_what_was_not_found_is_none(finds: PublishedIndex) -> None:
-    """It is no error to ask."""
-    finds.add("a", [image()])
-
-    assert finds.get("b") is None
-    finds.close()
+    assert index.get("a") == images
+    index.close()
 
 
-def test_a_request_counts_once(finds: PublishedIndex) -> None:
-    """Kept again, the last counts."""
-    finds.add("a", [image(0)])
-    finds.add("a", [image(1)])
-    finds.add("b", [image(0)])
+def test_a_request_that_was_not_added_is_none(index: PublishedIndex) -> None:
+    """A missing request is no error."""
+    index.add("a", [image()])
 
-    assert len(finds) == 2
-    assert finds.get("a") == (image(1),)
-    finds.close()
+    assert index.get("b") is None
+    index.close()
 
 
-def test_two_plans_share_nothing(finds: PublishedIndex) -> None:
+def test_a_request_counts_once(index: PublishedIndex) -> None:
+    """Adding it again replaces its images."""
+    index.add("a", [image(0)])
+    index.add("a", [image(1)])
+    index.add("b", [image(0)])
+
+    assert len(index) == 2
+    assert index.get("a") == (image(1),)
+    index.close()
+
+
+def test_two_indexes_share_nothing(index: PublishedIndex) -> None:
     """Each has a database of its own."""
     other = PublishedIndex()
-    finds.add("a", [image()])
+    index.add("a", [image()])
 
     assert other.get("a") is None
     assert len(other) == 0
     other.close()
-    finds.close()
+    index.close()
 
 
-def test_memory_does_not_grow_with_the_requests(finds: PublishedIndex) -> None:
-    """Python keeps none of them."""
+def test_memory_does_not_grow_with_the_requests(index: PublishedIndex) -> None:
+    """Images are on disk, not in Python's memory."""
     images = [image()]
-    finds.add("warm", images)
+    index.add("warm", images)
     tracemalloc.start()
     for number in range(2_000):
-        finds.add(f"{number:032x}", images)
+        index.add(f"{number:032x}", images)
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
-    assert len(finds) == 2_001
+    assert len(index) == 2_001
     assert grown < 200_000
-    finds.close()
+    index.close()

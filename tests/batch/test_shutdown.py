@@ -1,4 +1,4 @@
-"""Ending early, in order: the grace, and the signal."""
+"""Orderly shutdown: grace period and signal."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from flux_prefect.batch.shutdown import is_cancelling, run_with_grace, sigterm_a
 
 
 class Work:
-    """Work that ends some time after it was told to, unless it is cancelled."""
+    """Work that ends some time after it is stopped, unless it is cancelled."""
 
     def __init__(self, seconds: float) -> None:
-        self.told: list[str] = []
+        self.reasons: list[str] = []
         self.end: str | None = None
         self._stop = asyncio.Event()
         self._seconds = seconds
 
     def stop(self, reason: str) -> None:
-        """Tell it."""
-        self.told.append(reason)
+        """Stop the work."""
+        self.reasons.append(reason)
         self._stop.set()
 
     async def run(self) -> str:
-        """Do it."""
+        """Run until stopped or cancelled."""
         try:
             await self._stop.wait()
             await asyncio.sleep(self._seconds)
@@ -49,7 +49,7 @@ class Work:
 
 
 async def cancel_soon(task: asyncio.Task[str]) -> None:
-    """Cancel a task that has begun."""
+    """Cancel a task that has started."""
     await asyncio.sleep(0.01)
     task.cancel()
 
@@ -57,15 +57,15 @@ async def cancel_soon(task: asyncio.Task[str]) -> None:
 class TestGrace:
     """`run_with_grace`."""
 
-    async def test_work_that_nobody_cancels_is_simply_awaited(self) -> None:
-        """Its result is passed on, and it isn't told anything."""
+    async def test_uncancelled_work_is_awaited(self) -> None:
+        """Its result is returned, and `stop` is not called."""
         work = Work(0)
 
         assert await run_with_grace(asyncio.sleep(0.01, "done"), work.stop, grace_seconds=0) == "done"
-        assert work.told == []
+        assert work.reasons == []
 
     async def test_an_exception_of_the_work_is_passed_on(self) -> None:
-        """As it is."""
+        """The exception is unchanged."""
 
         async def fail() -> str:
             await asyncio.sleep(0)
@@ -75,18 +75,18 @@ class TestGrace:
             await run_with_grace(fail(), lambda _: None, grace_seconds=0)
 
     async def test_cancelled_work_ends_by_itself_within_the_grace(self) -> None:
-        """And the cancellation goes on after it."""
+        """The cancellation is raised after it."""
         work = Work(0.05)
         task = asyncio.create_task(run_with_grace(work.run(), work.stop, grace_seconds=30))
         await cancel_soon(task)
         with pytest.raises(asyncio.CancelledError):
             await task
 
-        assert work.told == ["the run was cancelled"]
+        assert work.reasons == ["the run was cancelled"]
         assert work.end == "in order"
 
     async def test_after_the_grace_the_work_is_cancelled(self) -> None:
-        """And has cleaned up when the cancellation goes on."""
+        """Its cleanup has run when the cancellation is raised."""
         work = Work(60)
         task = asyncio.create_task(run_with_grace(work.run(), work.stop, grace_seconds=0.05))
         await cancel_soon(task)
@@ -96,7 +96,7 @@ class TestGrace:
         assert work.end == "cancelled"
 
     async def test_a_second_cancellation_ends_the_grace(self) -> None:
-        """Whoever is in a hurry need not wait."""
+        """The work is cancelled at once."""
         work = Work(60)
         task = asyncio.create_task(run_with_grace(work.run(), work.stop, grace_seconds=60))
         await cancel_soon(task)
@@ -107,7 +107,7 @@ class TestGrace:
         assert work.end == "cancelled"
 
     async def test_a_failure_within_the_grace_does_not_hide_the_cancellation(self) -> None:
-        """The run was told to end, and that is how it ended."""
+        """The cancellation is raised, not the failure."""
         stopped = asyncio.Event()
 
         async def fail() -> str:
@@ -122,7 +122,7 @@ class TestGrace:
 
 @pytest.fixture
 def received() -> Iterator[list[int]]:
-    """The SIGTERMs that get as far as whoever handles them outside."""
+    """The SIGTERMs that reach the previous handler."""
     numbers: list[int] = []
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -137,15 +137,15 @@ def received() -> Iterator[list[int]]:
 class TestSignal:
     """`sigterm_as_cancellation`."""
 
-    async def test_a_signal_cancels_and_is_handed_on_at_the_end(self, received: list[int]) -> None:
-        """The work can clean up in between."""
+    async def test_a_signal_cancels_and_is_passed_on_at_the_end(self, received: list[int]) -> None:
+        """The work can clean up first."""
         seen = await self._terminate(received, again=False)
 
         assert seen == []
         assert received == [signal.SIGTERM]
 
-    async def test_without_a_signal_nothing_is_handed_on(self, received: list[int]) -> None:
-        """And who handled it before handles it again."""
+    async def test_without_a_signal_nothing_is_passed_on(self, received: list[int]) -> None:
+        """The previous handler is restored."""
         with sigterm_as_cancellation():
             await asyncio.sleep(0)
         assert received == []
@@ -153,14 +153,14 @@ class TestSignal:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
 
-    async def test_a_second_signal_is_handed_on_at_once(self, received: list[int]) -> None:
-        """It is not kept until the work has cleaned up."""
+    async def test_a_second_signal_is_passed_on_at_once(self, received: list[int]) -> None:
+        """It does not wait until the work has cleaned up."""
         seen = await self._terminate(received, again=True)
 
         assert seen == [signal.SIGTERM]
 
     def test_in_another_thread_it_does_nothing(self) -> None:
-        """No signal can be handled there, and none is."""
+        """Other threads can't handle signals."""
         before = signal.getsignal(signal.SIGTERM)
         seen: list[Callable[..., object] | int | None] = []
 
@@ -175,7 +175,7 @@ class TestSignal:
         assert seen == [before]
 
     async def _terminate(self, received: list[int], *, again: bool) -> list[int]:
-        """Be told to end, once or again while cleaning up; what was handed on by the end of that."""
+        """Send one SIGTERM, or a second one during cleanup; return those passed on by the end of the cleanup."""
         seen = None
         try:
             with sigterm_as_cancellation():
@@ -197,8 +197,8 @@ class TestCancelling:
     """`is_cancelling`."""
 
     @pytest.mark.usefixtures("prefect_server")
-    async def test_a_run_that_was_asked_to_end_is_to_be_cancelled(self) -> None:
-        """One that was not is not."""
+    async def test_a_run_that_prefect_cancels_is_cancelling(self) -> None:
+        """A run that is not being cancelled is not."""
 
         @flow
         async def ask() -> State[Any]:
@@ -206,18 +206,18 @@ class TestCancelling:
             assert context is not None
             assert context.flow_run is not None
             run = context.flow_run.id
-            told.append(await is_cancelling(str(run)))
+            answers.append(await is_cancelling(str(run)))
             async with get_client() as client:
                 await client.set_flow_run_state(run, Cancelling())
-            told.append(await is_cancelling(str(run)))
+            answers.append(await is_cancelling(str(run)))
             return Cancelled()
 
-        told: list[bool] = []
+        answers: list[bool] = []
         await ask(return_state=True)
 
-        assert told == [False, True]
+        assert answers == [False, True]
 
     @pytest.mark.usefixtures("prefect_server")
-    async def test_a_run_that_nobody_knows_is_not(self) -> None:
-        """A server that can't say never keeps a run from ending."""
+    async def test_an_unknown_run_is_not_cancelling(self) -> None:
+        """An answer without the state never keeps a run from ending."""
         assert not await is_cancelling(str(uuid4()))

@@ -1,4 +1,4 @@
-"""A planned batch cut into shards, in a real bucket."""
+"""A planned batch split into shards, in a real bucket."""
 
 from __future__ import annotations
 
@@ -36,47 +36,47 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 def make_table(number: int, **more: Any) -> list[dict[str, Any]]:
-    """Rows that no other test has."""
+    """Make rows that no other test uses."""
     lot = uuid4().hex
     return [{"id": f"row-{n}", "prompt": f"{lot} {n}", "seed": n, **more} for n in range(1, number + 1)]
 
 
 async def split(rows: list[dict[str, Any]], context: BatchContext, *, rows_a_shard: int) -> Split:
-    """Plan a table and cut it."""
+    """Plan a table and split it."""
     run = uuid4().hex
     planned = await make_plan(Table(rows), context.bucket, context.account.base_url, context.budget, run=run)
-    cut = await split_batch(planned, context, rows_a_shard=rows_a_shard)
+    result = await split_batch(planned, context, rows_a_shard=rows_a_shard)
     planned.found.close()
-    return cut
+    return result
 
 
-async def read_shards(cut: Split, bucket: ImageBucket) -> list[list[ItemRecord]]:
-    """The rows of every shard."""
-    return [list(await read_rows(bucket, shard_path(cut.run, shard.number, 0))) for shard in cut.shards]
+async def read_shards(result: Split, bucket: ImageBucket) -> list[list[ItemRecord]]:
+    """Read the rows of every shard."""
+    return [list(await read_rows(bucket, shard_path(result.run, shard.number, 0))) for shard in result.shards]
 
 
 @given(fingerprint=st.text("0123456789abcdef", min_size=32, max_size=32), shards=st.integers(1, 200))
 def test_a_request_has_one_shard(fingerprint: str, shards: int) -> None:
-    """It depends on nothing but the request and their number."""
+    """It depends only on the request and the number of shards."""
     assert 0 <= assign_shard(fingerprint, shards) == assign_shard(fingerprint, shards) < shards
 
 
 async def test_every_row_is_in_one_shard_or_settled(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
-    """Repeats are with what they repeat; numbers, seeds and other columns are the table's; the sums are right."""
+    """Repeats share a shard; numbers, seeds and other columns are the table's; the sums are right."""
     rows = make_table(40, sku="007")
     rows[3].pop("seed")
     rows += [{"id": "bad", "prompt": ""}, {**rows[7], "id": "again", "num_images": 1}, {**rows[7], "id": "once more"}]
     async with open_context(bucket, credentials, max_credits=None, max_images=None) as context:
-        cut = await split(rows, context, rows_a_shard=10)
-        shards = await read_shards(cut, bucket)
-        settled = list(await read_rows(bucket, settled_path(cut.run)))
+        result = await split(rows, context, rows_a_shard=10)
+        shards = await read_shards(result, bucket)
+        settled = list(await read_rows(bucket, settled_path(result.run)))
 
-    assert len(cut.shards) == 4
-    assert [shard.rows for shard in cut.shards] == [len(shard) for shard in shards]
-    assert sum(shard.images for shard in cut.shards) == 42
+    assert len(result.shards) == 4
+    assert [shard.rows for shard in result.shards] == [len(shard) for shard in shards]
+    assert sum(shard.images for shard in result.shards) == 42
     assert {record.row for shard in shards for record in shard} == set(range(1, 44)) - {41}
     assert [(record.row, record.status) for record in settled] == [(41, "invalid")]
-    assert cut.settled == 1
+    assert result.settled == 1
     (home,) = [shard for shard in shards if any(record.row == 8 for record in shard)]
     assert {8, 42, 43} <= {record.row for record in home}
     by_row = {record.row: record for shard in shards for record in shard}
@@ -85,21 +85,21 @@ async def test_every_row_is_in_one_shard_or_settled(bucket: ImageBucket, credent
 
 
 async def test_a_shard_is_a_table(bucket: ImageBucket, credentials: AimlApiCredentials) -> None:
-    """A run reads it like any other, and so what a later attempt is to do."""
+    """A run reads it like any other table, and the rows of a later attempt too."""
     async with open_context(bucket, credentials, max_credits=None, max_images=None) as context:
-        cut = await split(make_table(5), context, rows_a_shard=100)
-        (rows,) = await read_shards(cut, bucket)
-        again = await write_attempt_table(bucket, cut.run, 0, 3, rows[2:])
-        address = f"{bucket.uri}/{shard_path(cut.run, 0, 0)}"
+        result = await split(make_table(5), context, rows_a_shard=100)
+        (rows,) = await read_shards(result, bucket)
+        again = await write_attempt_table(bucket, result.run, 0, 3, rows[2:])
+        address = f"{bucket.uri}/{shard_path(result.run, 0, 0)}"
         async with open_table(address, bucket=bucket) as first, open_table(again, bucket=bucket) as later:
             assert [(row.number, row.request) for row in first.rows()] == [(one.row, one.request) for one in rows]
             assert [row.number for row in later.rows()] == [3, 4, 5]
 
 
-async def test_what_this_host_has_paid_for_is_published_at_once(
+async def test_images_that_this_host_has_paid_for_are_published_first(
     bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
 ) -> None:
-    """No other machine has its record. It costs nothing, and counts for the batch, once."""
+    """No other machine has their record. They cost nothing, and count for the batch once."""
     rows = make_table(3)
     elsewhere = bucket.model_copy(update={"prefix": uuid4().hex})
     request = ImageRequest.model_validate({name: rows[1][name] for name in ("prompt", "seed")})
@@ -110,22 +110,26 @@ async def test_what_this_host_has_paid_for_is_published_at_once(
         async with open_context(bucket, credentials, max_credits=None, max_images=None) as context:
             return await split([*rows, {**rows[1], "id": "again"}], context, rows_a_shard=100)
 
-    cut = await pay_and_split()
-    settled = list(await read_rows(bucket, settled_path(cut.run)))
+    result = await pay_and_split()
+    settled = list(await read_rows(bucket, settled_path(result.run)))
 
     assert [(record.row, record.status) for record in settled] == [(2, "published"), (4, "unchanged")]
-    assert [shard.rows for shard in cut.shards] == [2]
+    assert [shard.rows for shard in result.shards] == [2]
     assert sandbox.control.summary().billed_calls == 1
 
 
-async def test_a_table_is_known_again(bucket: ImageBucket) -> None:
-    """By its name and rows, where it is published to, and which of its rows are taken; however it was read."""
+async def test_the_same_table_has_the_same_active_batch_object(bucket: ImageBucket) -> None:
+    """Name, rows, destination, endpoint and selection decide it; how the table was read does not."""
     rows = make_table(3)
 
     def key(rows: list[dict[str, Any]], **changes: Any) -> str:
-        told = {"bucket": bucket, "source": "in/prompts.csv", "only": None, "endpoint": "https://a", **changes}
+        arguments = {"bucket": bucket, "source": "in/prompts.csv", "only": None, "endpoint": "https://a", **changes}
         return active_batch_object(
-            told["bucket"], told["source"], Table(rows), only=told["only"], endpoint=told["endpoint"]
+            arguments["bucket"],
+            arguments["source"],
+            Table(rows),
+            only=arguments["only"],
+            endpoint=arguments["endpoint"],
         ).uri
 
     assert key(rows) == key(json.loads(json.dumps(rows))) == key(rows, source="elsewhere/prompts.csv")
