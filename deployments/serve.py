@@ -1,7 +1,8 @@
 """Serve every deployment of prefect.yaml from this one process: no work pool, no worker.
 
-From the repository's root: `python -m deployments.serve`. Schedules, triggers, parameters, tags and concurrency limits
-are those of prefect.yaml. Its `job_variables` are a work pool's matter: here runs inherit this process's environment.
+`python deployments/serve.py` works in any folder and needs only the installed package. Schedules, triggers, parameters,
+tags and concurrency limits are those of prefect.yaml. Its `job_variables` do not apply: runs inherit this process's
+environment.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentTriggerTypes, TriggerTypes
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.schedules import Schedule
+from prefect.types.entrypoint import EntrypointType
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
@@ -31,16 +33,18 @@ _TRIGGERS: TypeAdapter[list[DeploymentTriggerTypes | TriggerTypes]] = TypeAdapte
 
 
 def read_deployments(path: Path = PREFECT_FILE) -> list[RunnerDeployment]:
-    """The deployments of a prefect.yaml, for `prefect.serve`.
+    """Read the deployments of a prefect.yaml, for `prefect.serve`. Imports each flow.
 
-    Its entrypoints are relative to the working directory, as they are for `prefect deploy`. Imports each flow.
+    An entrypoint is a module path (`package.module.flow`), or a file's path (`flows/mine.py:flow`) relative to the
+    working directory, as for `prefect deploy`.
     """
     content = YAML(typ="safe").load(path)
     return [_make_deployment(spec) for spec in content["deployments"]]
 
 
 def _make_deployment(spec: Mapping[str, Any]) -> RunnerDeployment:
-    flow: Flow[..., Any] = load_flow_from_entrypoint(spec["entrypoint"])
+    entrypoint: str = spec["entrypoint"]
+    flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint, use_placeholder_flow=False)
     deployment = flow.to_deployment(
         name=spec["name"],
         description=spec.get("description"),
@@ -49,9 +53,10 @@ def _make_deployment(spec: Mapping[str, Any]) -> RunnerDeployment:
         schedules=[_make_schedule(schedule) for schedule in spec.get("schedules", ())],
         concurrency_limit=_make_limit(spec.get("concurrency_limit")),
         triggers=_TRIGGERS.validate_python(spec.get("triggers", [])),
+        entrypoint_type=EntrypointType.FILE_PATH if ":" in entrypoint else EntrypointType.MODULE_PATH,
     )
-    if not isinstance(deployment, RunnerDeployment):  # a coroutine, where a loop is running
-        raise TypeError("read_deployments is for a plain thread: call it outside of async code")
+    if not isinstance(deployment, RunnerDeployment):  # a coroutine, if an event loop is running
+        raise TypeError("read_deployments can't be called from async code: call it in a thread without an event loop")
     return deployment
 
 
@@ -67,8 +72,8 @@ def _make_limit(spec: Mapping[str, Any] | int | None) -> ConcurrencyLimitConfig 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line. Serves until it is stopped."""
-    parser = argparse.ArgumentParser(prog="python -m deployments.serve", description="Serve every deployment.")
+    """Serve until the process is stopped."""
+    parser = argparse.ArgumentParser(description="Serve every deployment of prefect.yaml.")
     parser.add_argument(
         "--prefect-file", type=Path, default=PREFECT_FILE, metavar="FILE", help="instead of prefect.yaml"
     )

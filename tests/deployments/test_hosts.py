@@ -1,7 +1,8 @@
-"""The files for hosts of one's own: systemd units and the compose file."""
+"""The files for hosts of one's own: systemd units, the Dockerfile and the compose file."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 from support.missing import do_without
 
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
+SOURCES = ("flux_prefect", "pyproject.toml", "README.md", "LICENSE")  # of the wheel
 UNITS = sorted((DEPLOYMENTS / "systemd").glob("*.service"))
 
 
@@ -50,6 +52,22 @@ def test_the_units_name_commands_that_there_are() -> None:
             [sys.executable, "-m", "prefect", *verbs, "--help"], capture_output=True, text=True, check=True
         )
         assert [word for word in words if word.startswith("--") and word not in helped.stdout] == []
+
+
+def test_the_units_need_no_checkout() -> None:
+    """All of /opt/flux that they name is the environment with the package."""
+    named = {path for unit in UNITS for path in re.findall(r"=(/opt/\S*)", unit.read_text("utf-8"))}
+    assert named == {"/opt/flux/venv/bin/prefect"}
+
+
+def test_the_image_holds_the_installed_package_alone() -> None:
+    """Its last stage copies only the environment; its first stage gets what the wheel is built from."""
+    build, image = (DEPLOYMENTS / "Dockerfile").read_text("utf-8").split("\nFROM ")[1:]
+    copied = [word for line in re.findall(r"^COPY (.+)$", build, re.MULTILINE) for word in line.split()[:-1]]
+    let_through = re.findall(r"^!(.+)$", (DEPLOYMENTS / "Dockerfile.dockerignore").read_text("utf-8"), re.MULTILINE)
+
+    assert re.findall(r"^(?:COPY|ADD) .+$", image, re.MULTILINE) == ["COPY --from=build /venv /venv"]
+    assert sorted(copied) == sorted(let_through) == sorted(["requirements.txt", *SOURCES])
 
 
 def test_every_service_of_the_compose_file_leads_somewhere(compose: Any) -> None:

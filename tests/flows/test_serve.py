@@ -1,4 +1,4 @@
-"""`python -m deployments.serve` as a process: it takes runs, its triggers start others, and it ends when it is told."""
+"""`python deployments/serve.py` as a process: it takes runs, its triggers start others, and it ends at a signal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClie
 
 @pytest.fixture
 def served(client: SyncPrefectClient, sandbox: RunningSandbox, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The process, in a session of its own, with the sandbox's account in its environment; its log is serve.log."""
+    """The process, in a folder and session of its own, with the sandbox's account in its environment; see serve.log."""
     environment = {
         **os.environ,
         **sandbox.environment,
@@ -48,8 +48,8 @@ def served(client: SyncPrefectClient, sandbox: RunningSandbox, tmp_path: Path) -
     with (
         (tmp_path / "serve.log").open("wb") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "deployments.serve"],
-            cwd=ROOT,
+            [sys.executable, ROOT / "deployments" / "serve.py"],
+            cwd=tmp_path,
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,

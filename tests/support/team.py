@@ -41,10 +41,10 @@ class Team:
         self.environment = {**os.environ, "PREFECT_API_URL": url, "PREFECT_WORKER_QUERY_SECONDS": "1"}
 
     def prefect(self, *arguments: str) -> None:
-        """Run the command line from the repository's root."""
+        """Run the command line in a folder without a checkout."""
         done = subprocess.run(
             [sys.executable, "-m", "prefect", *arguments],
-            cwd=ROOT,
+            cwd="/",
             env=self.environment,
             capture_output=True,
             text=True,
