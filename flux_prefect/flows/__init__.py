@@ -1,3 +1,3 @@
-"""The flows that ship: importable, and deployable by module path from the wheel alone."""
+"""Flows of the package: importable, and deployable by module path from the installed wheel."""
 
 __all__: list[str] = []

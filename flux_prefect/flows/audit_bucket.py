@@ -1,4 +1,4 @@
-"""Compare a manifest with its bucket, and bring back what is missing."""
+"""Compare a manifest with its bucket and restore missing images."""
 
 from __future__ import annotations
 
@@ -40,45 +40,45 @@ Mended = Literal["put back from the spool", "published again"]
 
 
 class AuditedImage(BaseModel):
-    """An image that was not as the manifest says, and what became of it."""
+    """An image that differs from the manifest, and the outcome of its repair."""
 
     model_config = ConfigDict(frozen=True)
 
-    row: int = Field(description="The row's place in the table, from 1.")
+    row: int = Field(description="The row's number in the table, from 1.")
     id: str = Field(description="The row's id.")
     key: str = Field(description="The image's key.")
     finding: Finding = Field(description="What was found.")
-    mended: Mended | None = Field(default=None, description="How it came back; None where it did not.")
-    message: str = Field(default="", description="What differs, or why it did not come back.")
+    mended: Mended | None = Field(default=None, description="How the image was restored; None if it was not.")
+    message: str = Field(default="", description="What differs, or why the image was not restored.")
 
 
 class AuditReport(BaseModel):
-    """What an audit found, and what of it is mended."""
+    """The findings of an audit, and its repairs."""
 
     model_config = ConfigDict(frozen=True)
 
-    counts: dict[Finding, int] = Field(description="How many images were found so.")
-    mended: dict[Mended, int] = Field(default_factory=dict, description="How many came back so.")
-    unpublished: int = Field(
-        default=0, description="Rows for which the manifest has no image. They are not looked for."
-    )
+    counts: dict[Finding, int] = Field(description="Number of images by finding.")
+    mended: dict[Mended, int] = Field(default_factory=dict, description="Number of restored images by method.")
+    unpublished: int = Field(default=0, description="Rows without an image in the manifest. They are not inspected.")
     problems: tuple[AuditedImage, ...] = Field(
-        default=(), description="The first hundred that were not ok, those that still are not before the others."
+        default=(), description="The first hundred images that were not ok; those that were not restored come first."
     )
-    batch: BatchReport | None = Field(default=None, description="Of what was generated again; with its own manifest.")
+    batch: BatchReport | None = Field(
+        default=None, description="Report of the batch that generated images again; it has its own manifest."
+    )
 
     @property
     def images(self) -> int:
-        """How many were looked at."""
+        """Number of inspected images."""
         return sum(self.counts.values())
 
     @property
     def still_wrong(self) -> int:
-        """How many are not as the manifest says, and did not come back."""
+        """Number of images that differ from the manifest and were not restored."""
         return self.images - self.counts.get("ok", 0) - sum(self.mended.values())
 
     def summary(self) -> str:
-        """One line: what was found, what came back, what it cost."""
+        """Summarize the findings, the repairs and their cost in one line."""
         found = ", ".join(f"{number:,} {finding}" for finding, number in sorted(self.counts.items(), key=_ok_first))
         line = f"{self.images:,} images: {found or 'none'}"
         line += "".join(f"; {number:,} {how}" for how, number in self.mended.items())
@@ -96,7 +96,7 @@ def _ok_first(item: tuple[Finding, int]) -> tuple[bool, str]:
 
 
 def _name_run() -> str:
-    # The last parts alone: the query of a signed address is a secret.
+    # Only the last parts: the query of a signed address is a secret.
     return f"audit {'/'.join(urlsplit(flow_run.parameters['manifest']).path.split('/')[-2:])}"
 
 
@@ -113,32 +113,33 @@ async def audit_bucket(
     credentials: CredentialsChoice = None,
     at_once: Annotated[int, Field(ge=1, le=64)] = 32,
 ) -> AuditReport:
-    """Look for every image of a manifest in its bucket, and bring back what is missing where that is allowed.
+    """Verify that every image of a manifest is in its bucket, and restore missing images if that is allowed.
 
-    Without a repair it costs two HEADs an image and changes nothing. What comes back comes from the spool of this
-    host, byte for byte, at no cost; else, where allowed, from a batch of what is missing, with the same seeds and under
-    the caps. What that published again can have other bytes than the manifest says; its own manifest has theirs.
+    Without repair and regenerate it sends two HEAD requests an image and changes nothing. With repair, images are
+    restored from this host's spool, byte for byte, at no cost. With regenerate, the images that are still missing are
+    generated again by a batch, with the same seeds and under the caps. Their bytes can differ from the manifest; the
+    batch's own manifest has the new checksums.
 
     Args:
         manifest: The .jsonl manifest of a run: a path, s3://… or https://….
-        bucket: s3://name/prefix, or a saved Image Bucket block or its name: the one that was published to.
-        deep: Read every image's bytes as well. The traffic may cost.
+        bucket: s3://name/prefix, or a saved Image Bucket block or its name: the bucket of the images.
+        deep: Download every image and verify its checksum. S3 may bill the traffic.
         repair: Put missing images and records back from this host's spool.
-        regenerate: Pay for what is missing and not in the spool. Needs max_credits or max_images.
-        replace: Take away what stands in the place of an image with a wrong checksum, so that repair or regenerate
-            can bring the right one. It is kept under replaced/ in the bucket.
+        regenerate: Pay for missing images that are not in the spool. Needs max_credits or max_images.
+        replace: Move an object with a wrong checksum to replaced/ in the bucket, so that repair or regenerate can
+            restore the image under its key.
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar).
-        max_images: A hard cap on the images that this run pays for.
+        max_images: A hard cap on the number of images that this run pays for.
         credentials: A saved AIMLAPI Credentials block or its name, for regenerate. Empty: AIMLAPI_KEY of the
             environment.
-        at_once: How many rows are looked at at once.
+        at_once: The most rows that are inspected at the same time.
 
     Returns:
-        What was found and what of it came back.
+        The findings and the repairs.
 
     Raises:
         ValueError: the settings contradict each other.
-        TableError: the manifest can't be read, or is none.
+        TableError: the file can't be read, or is not a manifest.
         BucketError: the bucket or its keys are wrong.
         AuditFailed: images are still missing or wrong. Its `report` is the whole report.
 
@@ -151,21 +152,21 @@ async def audit_bucket(
     if regenerate and max_credits is None and max_images is None:
         raise ValueError("regenerate pays for every missing image: set max_credits or max_images as its cap")
     if replace and not (repair or regenerate):
-        raise ValueError("replace makes room for a repair: set repair or regenerate as well")
+        raise ValueError("replace only prepares a repair: set repair or regenerate as well")
     destination = await ImageBucket.resolve(bucket)
     await destination.check()
     account = await AimlApiCredentials.resolve(credentials) if regenerate else None
     with tempfile.NamedTemporaryFile("w", prefix="flux-audit-", suffix=".jsonl", encoding="utf-8") as table:
         audit = _Audit(destination, table, deep=deep, repair=repair, replace=replace, account=account)
         async with open_source(manifest, bucket=destination) as source:
-            await for_each(_read_items(source), audit.look_at, at_once=at_once)
+            await for_each(_read_items(source), audit.inspect, at_once=at_once)
         table.flush()
         get_run_logger().info("Found: %s", audit.report().summary())
         if audit.wanted:
             state: State[Any] = await publish_batch.with_options(flow_run_name=f"{len(audit.wanted)} missing")(
                 table.name, bucket, credentials, max_credits=max_credits, max_images=max_images, return_state=True
             )
-            audit.take(await state.aresult(raise_on_failure=False), state.message)
+            audit.record_batch(await state.aresult(raise_on_failure=False), state.message)
     report = audit.report()
     await acreate_table_artifact(_tabulate(report), key="flux-audit", description=report.summary())
     if report.still_wrong:
@@ -175,7 +176,7 @@ async def audit_bucket(
 
 
 class _Audit:
-    """An audit that is running. Memory: what is wrong, some 500 bytes an image; nothing for what is right."""
+    """A running audit. Its memory is some 500 bytes for each image that is wrong, and none for others."""
 
     def __init__(
         self,
@@ -203,8 +204,8 @@ class _Audit:
         self._logger = get_run_logger()
         self._batch: BatchReport | None = None
 
-    async def look_at(self, item: ItemRecord) -> None:
-        """Inspect a row's images, and put back or ask for what is not there."""
+    async def inspect(self, item: ItemRecord) -> None:
+        """Inspect a row's images; restore missing ones from the spool or add them to the batch."""
         if not item.images:
             self._unpublished += 1
         wanted: list[AuditedImage] = []
@@ -217,18 +218,18 @@ class _Audit:
                 row=item.row, id=item.id, key=image.key, finding=inspection.finding, message=inspection.message
             )
             try:
-                if await self._brought_back(found, item, image):
-                    self._note_mended(found, "put back from the spool")
+                if await self._restore(found, item, image):
+                    self._record_mended(found, "put back from the spool")
                 else:
                     wanted.append(found)
             except FluxError as error:
-                self._note_wrong(found, error.message)
+                self._record_wrong(found, error.message)
         if wanted and item.request is not None:
             self.wanted[item.id] = wanted
             self._missing.write(json.dumps({**item.request.payload(), "id": item.id}) + "\n")
 
-    async def _brought_back(self, found: AuditedImage, item: ItemRecord, image: PublishedImage) -> bool:
-        """Whether the image is back; False where it is to be generated, and its key is free for it.
+    async def _restore(self, found: AuditedImage, item: ItemRecord, image: PublishedImage) -> bool:
+        """Restore an image from the spool. Returns False if it must be generated; its key is then free.
 
         Raises:
             RepairImpossible, BucketError: neither is possible or allowed.
@@ -236,7 +237,7 @@ class _Audit:
         if found.finding == "unreadable" or not (self._repair or self._account):
             raise RepairImpossible("")
         if found.finding == "wrong_checksum" and not self._replace:
-            raise RepairImpossible("it stays, as replace is not set")
+            raise RepairImpossible("the object was not moved: set replace")
         if self._repair:
             try:
                 file = await find_in_spool(self._bucket, image)
@@ -244,30 +245,32 @@ class _Audit:
                 if self._account is None:
                     raise
             else:
-                await self._free(found, image)
+                await self._free_key(found, image)
                 if (await self._bucket.publish(file, self._run)).sha256 != image.sha256:
-                    raise RepairImpossible("something else took its key meanwhile")
+                    raise RepairImpossible("another object was written under its key meanwhile")
                 return True
         self._check_generable(found, item, image)
-        await self._free(found, image)
+        await self._free_key(found, image)
         return False
 
     def _check_generable(self, found: AuditedImage, item: ItemRecord, image: PublishedImage) -> None:
         if found.finding == "missing_sidecar":
-            raise RepairImpossible("its record is in no spool here, and an image that is there is not paid for again")
+            raise RepairImpossible(
+                "no spool of this host has its record, and an image that exists is not paid for again"
+            )
         if self._account is None or item.request is None or item.request.seed is None:
-            raise RepairImpossible("its request is not in the manifest")
+            raise RepairImpossible("the manifest does not have its request")
         if item.request.fingerprint(self._account.base_url) != image.fingerprint:
-            raise RepairImpossible("it was made at another endpoint than the credentials are for")
+            raise RepairImpossible("it was generated at another endpoint than that of the credentials")
         check_key(self._bucket, item.request, image)
 
-    async def _free(self, found: AuditedImage, image: PublishedImage) -> None:
+    async def _free_key(self, found: AuditedImage, image: PublishedImage) -> None:
         if found.finding == "wrong_checksum":
             kept = await set_aside(self._bucket, image)
-            self._logger.warning("What stood under %s is kept under %s", image.key, kept)
+            self._logger.warning("The object of %s was moved to %s", image.key, kept)
 
-    def take(self, result: Any, message: str | None) -> None:
-        """Note what became of the images that were to be generated again."""
+    def record_batch(self, result: Any, message: str | None) -> None:
+        """Record the outcomes of the images that the batch generated again."""
         batch = result.report if isinstance(result, BatchFailed) else result
         if isinstance(batch, BatchReport):
             self._batch = batch
@@ -275,14 +278,14 @@ class _Audit:
                 there = {image.key for image in item.images}
                 for found in self.wanted.pop(item.id, []):
                     if found.key in there:
-                        self._note_mended(found, "published again")
+                        self._record_mended(found, "published again")
                     else:
-                        self._note_wrong(found, item.message or item.status)
+                        self._record_wrong(found, item.message or item.status)
         for found in itertools.chain.from_iterable(self.wanted.values()):
-            self._note_wrong(found, message or "the batch did not come to its end")
+            self._record_wrong(found, message or "the batch did not finish")
 
     def report(self) -> AuditReport:
-        """What was found and mended so far."""
+        """Return the findings and repairs so far."""
         return AuditReport(
             counts=dict(self._counts),
             mended=dict(self._mended),
@@ -291,12 +294,12 @@ class _Audit:
             batch=self._batch,
         )
 
-    def _note_mended(self, found: AuditedImage, how: Mended) -> None:
+    def _record_mended(self, found: AuditedImage, how: Mended) -> None:
         self._mended[how] += 1
         if len(self._right) < _MAX_REPORTED:
             self._right.append(found.model_copy(update={"mended": how}))
 
-    def _note_wrong(self, found: AuditedImage, reason: str) -> None:
+    def _record_wrong(self, found: AuditedImage, reason: str) -> None:
         if len(self._wrong) < _MAX_REPORTED:
             message = "; ".join(part for part in (found.message, reason) if part)
             self._wrong.append(found.model_copy(update={"message": message}))
@@ -304,7 +307,7 @@ class _Audit:
 
 def _read_items(source: Source) -> Iterator[ItemRecord]:
     if source.format != "jsonl":
-        raise TableError(f"{source.name} is no .jsonl manifest: give the one that stands beside it.")
+        raise TableError(f"{source.name} is not a .jsonl manifest: use the .jsonl file beside it.")
     with source.open() as file:
         for record in read_records(file, source.name):
             try:
@@ -314,9 +317,9 @@ def _read_items(source: Source) -> Iterator[ItemRecord]:
 
 
 def _tabulate(report: AuditReport) -> list[dict[str, Any]]:
-    sums = [{"row": "", "id": "all", "found": name, "told": f"{count:,}"} for name, count in report.counts.items()]
-    told = [
-        {"row": each.row, "id": each.id, "found": each.finding, "told": each.mended or each.message or each.key}
+    sums = [{"row": "", "id": "all", "found": name, "message": f"{count:,}"} for name, count in report.counts.items()]
+    problems = [
+        {"row": each.row, "id": each.id, "found": each.finding, "message": each.mended or each.message or each.key}
         for each in report.problems
     ]
-    return [*sums, *told]
+    return [*sums, *problems]

@@ -28,27 +28,27 @@ Order = Literal["oldest first", "newest first"]
 
 
 class DayOutcome(BaseModel):
-    """What became of one day."""
+    """The outcome of one day."""
 
     model_config = ConfigDict(frozen=True)
 
     day: date = Field(description="The day.")
-    state: str = Field(description="How its run ended, in Prefect's word.")
-    message: str = Field(description="What the run's page says.")
-    report: BatchReport | None = Field(description="The batch's report; None where it never began.")
+    state: str = Field(description="The name of the Prefect state in which its run ended.")
+    message: str = Field(description="The message of that state.")
+    report: BatchReport | None = Field(description="The batch's report; None if the batch did not start.")
 
     @property
     def failed(self) -> bool:
-        """Whether the run of the day is not Completed."""
+        """Whether the day's run ended in a state other than Completed."""
         return self.state != "Completed"
 
 
 class BackfillReport(BaseModel):
-    """What became of a range of days, in the order in which they were run."""
+    """The outcomes of a range of days, in the order of their runs."""
 
     model_config = ConfigDict(frozen=True)
 
-    days: tuple[DayOutcome, ...] = Field(description="A day each.")
+    days: tuple[DayOutcome, ...] = Field(description="One outcome a day.")
 
     @property
     def failed(self) -> list[date]:
@@ -57,11 +57,11 @@ class BackfillReport(BaseModel):
 
     @property
     def credits_used(self) -> float:
-        """What the service said that all of it cost, in credits."""
+        """Reported cost of all days, in credits."""
         return sum(outcome.report.credits_used for outcome in self.days if outcome.report is not None)
 
     def summary(self) -> str:
-        """One line: how many days, what they cost, and which failed."""
+        """Summarize the number of days, their cost and the failed days in one line."""
         line = f"{len(self.days) - len(self.failed)} of {len(self.days)} days published"
         line += f", {describe_credits(self.credits_used)}"
         return f"{line}; failed: {', '.join(map(str, self.failed))}" if self.failed else line
@@ -83,32 +83,32 @@ async def backfill(
     max_credits: CreditCap = None,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BackfillReport:
-    """Have the images of every day from start to end in a bucket, one subrun a day, one day after the other.
+    """Publish the images of every day from start to end, one subrun a day, one day after the other.
 
-    The images are those that publish_daily makes of each day; what it has published costs nothing, whatever the
+    The images are the same as those of publish_daily; images that are already published cost nothing, in either
     order. A day that fails does not stop the others.
 
     Args:
-        source: A table of prompt templates, as publish_daily has it.
+        source: A table of prompt templates, the same as for publish_daily.
         bucket: s3://name/prefix, or a saved Image Bucket block or its name.
         start: The first day.
-        end: The last day, itself included.
-        order: Which end to begin with: what does not fit under the cap is missing at the other.
-        max_days: How many days there may be, so that a slip in a date is not paid for.
-        template: The prompt of rows whose own is empty.
-        images: What a row leaves open.
+        end: The last day, inclusive.
+        order: The end to start with; images that do not fit under the cap are missing at the other end.
+        max_days: The most days in the range, so that a mistyped date is not paid for.
+        template: The prompt of rows without one.
+        images: Image settings for fields that a row does not set.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
-        max_in_flight: Most paid calls at once.
-        max_failed: How many items of a day may end without their images before the day counts as failed.
-        max_credits: A hard cap on what all days spend together, in credits (2,000,000 to the US dollar). What does not
-            fit is left for the next run and is no failure.
-        dry_run: Plan every day and pay for nothing.
+        max_in_flight: The most paid calls at the same time.
+        max_failed: How many rows of a day may end without their images before the day counts as failed.
+        max_credits: A hard cap on what all days together spend, in credits (2,000,000 to the US dollar). What does not
+            fit is left for the next run and is not a failure.
+        dry_run: Make the plan of every day, then stop. Costs nothing.
 
     Returns:
-        What became of each day.
+        The outcome of each day.
 
     Raises:
-        ValueError: end lies before start, or there are more than max_days.
+        ValueError: end is before start, or the range has more than max_days days.
         BackfillFailed: days failed. Its `report` is the whole report.
 
     Example:
@@ -144,13 +144,13 @@ async def backfill(
             return cast("BackfillReport", Cancelled(message=f"Cancelled at {day}. {state.message or ''}".strip()))
         result = await state.aresult(raise_on_failure=False)
         report = result.report if isinstance(result, BatchFailed) else result
-        told = report if isinstance(report, BatchReport) else None
-        outcomes.append(DayOutcome(day=day, state=state.name or "", message=state.message or "", report=told))
+        day_report = report if isinstance(report, BatchReport) else None
+        outcomes.append(DayOutcome(day=day, state=state.name or "", message=state.message or "", report=day_report))
         if left is not None:
-            left = 0.0 if _may_have_spent_all(result) else max(0.0, left - _spent_at_most(told, account.base_url))
+            left = 0.0 if _may_have_spent_all(result) else max(0.0, left - _spent_at_most(day_report, account.base_url))
     ended = BackfillReport(days=tuple(outcomes))
     await acreate_table_artifact(
-        [{"day": str(each.day), "state": each.state, "told": each.message} for each in ended.days],
+        [{"day": str(each.day), "state": each.state, "message": each.message} for each in ended.days],
         key="flux-backfill",
         description=ended.summary(),
     )
@@ -164,20 +164,22 @@ async def backfill(
 def _list_days(start: date, end: date, max_days: int, order: Order) -> list[date]:
     count = (end - start).days + 1
     if count < 1:
-        raise ValueError(f"end {end} lies before start {start}: swap them")
+        raise ValueError(f"end {end} is before start {start}: swap them")
     if count > max_days:
-        raise ValueError(f"{start} to {end} are {count:,} days and max_days is {max_days}: correct a date, or raise it")
+        raise ValueError(
+            f"{start} to {end} are {count:,} days and max_days is {max_days}: correct a date, or raise max_days"
+        )
     days = [start + timedelta(days=number) for number in range(count)]
     return days if order == "oldest first" else days[::-1]
 
 
 def _may_have_spent_all(result: Any) -> bool:
-    """Whether a day ended without its report, and not for what is known before the first call."""
+    """Whether a day ended without a report for another reason than the checks before the first paid call."""
     return not isinstance(result, (BatchReport, BatchFailed, TableError, BalanceTooLow))
 
 
 def _spent_at_most(report: BatchReport | None, endpoint: str) -> float:
-    """What a day cost, with every call whose cost nobody has told counted at its price. In credits."""
+    """Return a day's cost in credits. Calls without a reported cost count at their price."""
     if report is None:
         return 0.0
     spent = report.credits_used
@@ -186,7 +188,7 @@ def _spent_at_most(report: BatchReport | None, endpoint: str) -> float:
             prices=Spool().find_experience(endpoint).prices, default_price=current_settings().credits_per_image
         )
         for item in report.read():
-            untold = item.calls - item.billed_calls - item.unbilled_calls + item.unpriced_calls
-            if item.request is not None and untold:
-                spent += untold * budget.price_of(item.request).credits
+            unreported = item.calls - item.billed_calls - item.unbilled_calls + item.unpriced_calls
+            if item.request is not None and unreported:
+                spent += unreported * budget.price_of(item.request).credits
     return spent

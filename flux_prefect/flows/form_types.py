@@ -1,10 +1,10 @@
-"""How the parameters of flows show in Prefect's forms.
+"""Parameter types of the flows, and their titles in Prefect's forms.
 
-A parameter of several types is a row of tabs there, each labelled with the title of its type. A block among them is a
-list of the saved ones, with a button that makes a new one; the label of that tab is the block's class in the older of
-Prefect's two UIs, which overlooks titles of references.
+Prefect shows a parameter of several types as tabs, each labelled with the title of its type. The tab of a block type
+lists the saved blocks and has a button to create one. The older of Prefect's two UIs ignores titles of references and
+labels this tab with the name of the block's class.
 
-The block's class itself must keep its name as the title: Prefect's server finds by it which parameters may be blocks.
+The title of a block's class must stay its name: Prefect's server uses it to find parameters that accept blocks.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CredentialsChoice = (
 """An account, for `AimlApiCredentials.resolve`."""
 
 InFlight = Annotated[int, Field(ge=1, le=1000)]
-"""How many paid calls at once."""
+"""The most paid calls at the same time."""
 
 Tolerated = Annotated[int, Field(ge=0)]
-"""How many items may fail."""
+"""The number of rows that may fail."""
 
 CreditCap = Annotated[float, Field(ge=0, title="Credits")] | Annotated[None, Field(title="No cap")]
-"""A hard cap in credits, or none."""
+"""A hard cap in credits, or None for no cap."""
 
 ImageCap = Annotated[int, Field(ge=0, title="Images")] | Annotated[None, Field(title="No cap")]
-"""A hard cap in images, or none."""
+"""A hard cap in images, or None for no cap."""

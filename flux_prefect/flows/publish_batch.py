@@ -56,37 +56,38 @@ async def publish_batch(
     density: Literal["auto", "steps", "chunks"] = "auto",
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
-    """Have the images of every row of a table in a bucket; what is there already costs nothing.
+    """Publish the images of every row of a table; images that are already published cost nothing.
 
-    A bad row or a failed image never stops the others. Everything that can be known before the first paid call
-    (the table, the bucket, the keys, the spool) is checked before it.
+    A bad row or a failed image never stops the others. The table, the bucket, the keys and the spool are checked
+    before the first paid call.
 
     Args:
         source: A .csv, .jsonl or .parquet file (a path, s3://… or https://…) with the columns id, prompt, seed,
             aspect_ratio, output_format, guidance_scale, safety_tolerance, num_images, model (only prompt is required;
-            others are carried through), the manifest of an earlier run, or a list of requests.
+            others are copied to the manifest), the manifest of an earlier run, or a list of requests.
         bucket: s3://name/prefix, or a saved Image Bucket block or its name.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
-        max_in_flight: Most paid calls at once.
-        max_failed: How many items may end without their images before the run counts as Failed.
+        max_in_flight: The most paid calls at the same time.
+        max_failed: How many rows may end without their images before the run counts as Failed.
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar). What does not fit is
-            left for the next run and is no failure.
-        max_images: A hard cap on the images that this run pays for.
-        only: Of a manifest as the source, the rows to take up again: failed, flagged, skipped_budget, or unpublished
+            left for the next run and is not a failure.
+        max_images: A hard cap on the number of images that this run pays for.
+        only: The rows of a manifest (as the source) to try again: failed, flagged, skipped_budget, or unpublished
             for failed and skipped_budget together.
-        density: steps shows three task runs an image, for some hundreds of them; chunks shows one for a hundred rows,
-            for thousands. Images, records and costs are the same. auto takes chunks from 300 rows with work to do.
-        dry_run: Make the plan and stop. Costs nothing.
+        density: steps has three task runs an image and suits some hundreds of images; chunks has one task run a hundred
+            rows and suits thousands. Images, records and costs are the same. auto selects chunks from 300 rows with
+            work to do.
+        dry_run: Make the plan, then stop. Costs nothing.
 
     Returns:
-        Counts, costs, where the record of every row is, and the plan. Of a dry run: the plan alone.
+        Counts, costs, the address of the manifest, and the plan. A dry run returns only the plan.
 
     Raises:
         TableError: the table can't be read as a whole.
         BucketError: the bucket or its keys are wrong.
         SpoolUnwritable, PermissionError: the spool or the lock folder can't be used.
         BalanceTooLow: the account can't pay for what the plan may cost.
-        BatchFailed: more than max_failed items failed, were flagged or were invalid. Its `report` is the whole report.
+        BatchFailed: more than max_failed rows failed, were flagged or were invalid. Its `report` is the whole report.
 
     Example:
         ```python
@@ -113,12 +114,14 @@ async def publish_batch(
         chosen = choose_density(planned.plan) if density == "auto" else density
         manifest = ManifestWriter(destination, planned.run, context.spool.root / "manifests")
 
-        def keep(record: ItemRecord) -> None:
+        def report_row(record: ItemRecord) -> None:
             newest.add(record)
             emit_item_events(record, destination, planned.run, density=chosen)
 
         try:
-            result = await execute_batch(context, planned, manifest, density=chosen, on_record=keep, logger=logger)
+            result = await execute_batch(
+                context, planned, manifest, density=chosen, on_record=report_row, logger=logger
+            )
         except TerminationSignal:
             if not await is_cancelling(flow_run.id):
                 raise

@@ -27,7 +27,7 @@ def _known_timezone(name: str) -> str:
     try:
         ZoneInfo(name)
     except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"timezone {name!r} is not known: write it as Europe/Berlin or UTC") from error
+        raise ValueError(f"timezone {name!r} is unknown: write it as Europe/Berlin or UTC") from error
     return name
 
 
@@ -37,7 +37,7 @@ Timezone = Annotated[str, AfterValidator(_known_timezone)]
 
 
 def scheduled_day(timezone: str) -> date:
-    """The day for which the current run was scheduled, however late or often it is tried; today outside of a run."""
+    """Return the day for which the current run was scheduled, also if it is late or retried; today outside of a run."""
     scheduled: date = flow_run.scheduled_start_time.astimezone(ZoneInfo(timezone)).date()
     return scheduled
 
@@ -62,36 +62,37 @@ async def publish_daily(
     max_images: ImageCap = None,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
-    """Have a day's images of a table in a bucket; a day that is published already costs nothing.
+    """Publish one day's images of a table; a day that is already published costs nothing.
 
-    Prompts are Jinja2 templates: `a {{ colour }} {{ name }} on a {{ day | weekday }} in {{ day | season }}`. Known are
-    the row's columns, `row["a column with spaces"]` and `day`. Seeds follow from the day and the row's id, so the same
-    day is always the same images, and another day other ones. All rows are rendered before anything is paid for;
-    one that can't be stops the run.
+    Prompts are Jinja2 templates: `a {{ colour }} {{ name }} on a {{ day | weekday }} in {{ day | season }}`. Their
+    variables are the row's columns, `row["a column with spaces"]` and `day`. Seeds are derived from the day and the
+    row's id, so a day always has the same images, and another day has others. All rows are rendered before the first
+    paid call; a row that can't be rendered stops the run.
 
     Args:
         source: A .csv, .jsonl or .parquet file (a path, s3://… or https://…), or a list of rows. Its columns are the
-            templates' variables; those named prompt (itself a template), seed, aspect_ratio and so on fill the request.
-            Give rows a stable id. A .csv or .parquet file needs the column prompt, whose cells may be empty.
+            templates' variables; columns named prompt (itself a template), seed, aspect_ratio and so on set the fields
+            of the request. Use stable row ids. A .csv or .parquet file needs the column prompt, whose cells may be
+            empty.
         bucket: s3://name/prefix, or a saved Image Bucket block or its name.
-        template: The prompt of rows whose own is empty.
-        day: The day to publish. Empty: the one that the run is scheduled for.
-        timezone: Where that day begins and ends, such as Europe/Berlin.
-        images: What a row leaves open.
+        template: The prompt of rows without one.
+        day: The day to publish. Empty: the day for which the run is scheduled.
+        timezone: The time zone of that day, such as Europe/Berlin.
+        images: Image settings for fields that a row does not set.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
-        max_in_flight: Most paid calls at once.
-        max_failed: How many items may end without their images before the run counts as Failed.
+        max_in_flight: The most paid calls at the same time.
+        max_failed: How many rows may end without their images before the run counts as Failed.
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar).
-        max_images: A hard cap on the images that this run pays for.
-        dry_run: Render and plan, and stop. Costs nothing.
+        max_images: A hard cap on the number of images that this run pays for.
+        dry_run: Render the rows and make the plan, then stop. Costs nothing.
 
     Returns:
-        The report of the batch, as publish_batch has it.
+        The report of the batch, the same as publish_batch returns.
 
     Raises:
         TableError: the table can't be read as a whole.
-        TemplateFailed: rows can't be rendered: each with its number and the variable that it lacks.
-        BatchFailed: more than max_failed items ended without their images. Its `report` is the whole report.
+        TemplateFailed: rows can't be rendered. The message has each row's number and missing variable.
+        BatchFailed: more than max_failed rows ended without their images. Its `report` is the whole report.
 
     Example:
         ```python
@@ -121,9 +122,9 @@ async def publish_daily(
 
 
 async def _end_as(state: State[Any]) -> State[Any]:
-    """A state as the subrun's, so that this run's page shows its summary; whoever calls the flow gets what is inside.
+    """Copy the subrun's state, so that this run's page shows its summary; callers of the flow get the state's result.
 
-    The subrun's state itself would count as one of several to be summed up.
+    Prefect would aggregate the subrun's own state into a new one.
     """
     result = await state.aresult(raise_on_failure=False)
     return State(type=state.type, name=state.name, message=state.message, data=result)

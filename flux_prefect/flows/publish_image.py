@@ -28,7 +28,7 @@ async def publish_image(
     bucket: BucketChoice,
     credentials: CredentialsChoice = None,
 ) -> list[PublishedImage]:
-    """Have the 1 to 4 images of one request in a bucket; what is there already costs nothing.
+    """Publish the 1 to 4 images of one request; images that are already published cost nothing.
 
     Args:
         request: What to generate. Without a seed, one is drawn from the run and recorded.
@@ -36,10 +36,10 @@ async def publish_image(
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
 
     Returns:
-        The images as they stand in the bucket, in the service's order.
+        The published images, in the service's order.
 
     Raises:
-        FluxError: an image failed. The others of the request are published all the same.
+        FluxError: an image failed. The other images of the request are still published.
 
     Example:
         ```python
@@ -58,7 +58,7 @@ async def publish_image(
             logger.info("Image %d %s: %s", outcome.index, outcome.status.value, outcome.image.uri)
         else:
             logger.error("Image %d %s: %s", outcome.index, outcome.status.value, outcome.error)
-    cost = _tell_cost(production)
+    cost = _describe_cost(production)
     if production.error is not None:
         state: State[Any] = Failed(
             message=f"{production.error.message} Cost of this run: {cost}.", data=production.error
@@ -66,15 +66,15 @@ async def publish_image(
     else:
         images = [outcome.image for outcome in production.images if outcome.image is not None]
         state = Completed(message=f"{images[0].uri}, {cost}", data=images)
-    # A state, so that the run's page shows the message; whoever calls the flow gets what is inside.
+    # A state, so that the run's page shows the message; callers of the flow get the state's result.
     return cast("list[PublishedImage]", state)
 
 
-def _tell_cost(production: Production) -> str:
-    told = describe_credits(production.credits_used)
+def _describe_cost(production: Production) -> str:
+    text = describe_credits(production.credits_used)
     if production.unpriced_calls:
-        told += f" and {production.unpriced_calls} billed calls whose cost the service did not say"
+        text += f" and {production.unpriced_calls} billed calls whose cost the service did not report"
     if production.open_calls:
         ids = ", ".join(call.client_request_id for call in production.open_calls)
-        told += f"; billed or possibly billed without an image: {ids}"
-    return told
+        text += f"; billed or possibly billed without an image: {ids}"
+    return text

@@ -1,4 +1,4 @@
-"""Publish one shard of a batch: what `publish_sharded` starts on workers. Nobody starts it by hand."""
+"""Publish one shard of a batch. `publish_sharded` starts this flow on workers; do not start it by hand."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ async def publish_shard(
     them; the batch merges the manifests of all shards. If the batch marks this run as lost, it stops paying.
 
     Args:
-        source: The shard's table, as the batch has written it.
+        source: The shard's table, which the batch has written.
         bucket: s3://name/prefix, or a saved Image Bucket block or its name.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the worker's environment.
-        max_in_flight: Most paid calls at once.
+        max_in_flight: The most paid calls at the same time.
         max_credits: The share of the batch's cap, in credits.
         max_images: The share of the batch's cap, in images.
-        prices: What the batch counts an image of a model as costing.
+        prices: Credits that the batch expects an image to cost, by model.
         sign_seconds: Seconds between two heartbeats.
 
     Returns:
-        How many rows ended in each way.
+        The number of rows by final status.
 
     Raises:
         BucketError: the bucket or its keys are wrong.
         SpoolUnwritable, PermissionError: the worker's spool or lock folder can't be used.
-        ValueError: the worker's environment has no key, or it knows no block of that name.
+        ValueError: the worker's environment has no key, or no block of that name exists.
     """
     logger = get_run_logger()
     destination = await ImageBucket.resolve(bucket)

@@ -61,46 +61,46 @@ async def publish_sharded(
     lost_after_seconds: Annotated[float, Field(ge=5)] = 120,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
-    """Have the images of every row of a table in a bucket, made by many workers under one cap and one pace.
+    """Publish the images of every row of a table on many workers, under one cap and one pace.
 
-    The same as publish_batch, but that the rows which need work are cut into shards, each a run of a deployment. One
-    that is lost with its worker is started again. Where this run itself is killed, the same call goes on with its
-    shards; where it is cancelled or stopped, so are they, and the same call goes on as well. Two calls at once over the
-    same table are one batch: the second waits, then tells of it.
+    The same as publish_batch, except that rows which need work are split into shards, each a run of a deployment. A
+    shard that is lost with its worker is started again. If this run is cancelled or stopped, so are its shards. After
+    that, or after this run was killed, the same call resumes the batch. Two calls at the same time over the same
+    table are one batch: the second waits, then reports the result of the first.
 
     Args:
-        source: As for publish_batch. It is read here alone; workers read their shards from the bucket.
+        source: The same as for publish_batch. Only this run reads it; workers read their shards from the bucket.
         bucket: s3://name/prefix, or a saved Image Bucket block or its name, which all workers can resolve. Its server
-            must keep to conditional writes. Give the block a lease where workers are on several machines.
+            must support conditional writes. Set lease_seconds on the block if workers are on several machines.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment, here and on
-            the workers. Where it names a concurrency limit, that is made or resized for this batch.
-        deployment: What runs one shard.
-        rows_a_shard: About how many rows a shard gets. What a shard costs is a flow run, so some hundreds at least.
-        at_once: Most shards at work at a time.
-        max_in_flight: Most paid calls at once over all shards, in even parts; with a concurrency limit each shard may
-            use all of it.
-        max_failed: How many items may end without their images before the run counts as Failed.
+            the workers. If it names a concurrency limit, the limit is created or resized for this batch.
+        deployment: The deployment that runs one shard.
+        rows_a_shard: Approximate number of rows of a shard. Each shard is a flow run, so use some hundreds at least.
+        at_once: The most shards that run at the same time.
+        max_in_flight: The most paid calls at the same time of all shards together, in equal parts; with a concurrency
+            limit each shard may use all of them.
+        max_failed: How many rows may end without their images before the run counts as Failed.
         max_credits: A hard cap on what all shards together spend, in credits (2,000,000 to the US dollar). What a shard
-            leaves of its share goes to others; what a lost one may have spent is never given out again.
-        max_images: A hard cap on the images that are paid for.
-        only: Of a manifest as the source, the rows to take up again: failed, flagged, skipped_budget, or unpublished
+            does not spend goes to others; what a lost shard may have spent is never assigned again.
+        max_images: A hard cap on the number of images that are paid for.
+        only: The rows of a manifest (as the source) to try again: failed, flagged, skipped_budget, or unpublished
             for failed and skipped_budget together.
-        lost_after_seconds: How long a shard may give no sign before it counts as lost and is started again. One that
-            was only out of reach stops to pay at its next sign; until then both may pay for the same image, unless
-            the bucket has a lease or both are on one host. Also how long the same call, given again, waits before it
-            takes over from this run, where this one was killed.
-        dry_run: Make the plan and stop. Costs nothing.
+        lost_after_seconds: Seconds without a heartbeat after which a shard counts as lost and is started again. A shard
+            that was only disconnected stops paying at its next heartbeat; until then both may pay for the same image,
+            unless the bucket has a lease or both are on one host. If this run is killed, the same call also waits
+            this long before it resumes the batch.
+        dry_run: Make the plan, then stop. Costs nothing.
 
     Returns:
-        Counts, costs, where the record of every row is, and the plan. Of a dry run: the plan alone.
+        Counts, costs, the address of the manifest, and the plan. A dry run returns only the plan.
 
     Raises:
         TableError: the table can't be read as a whole.
         BucketError: the bucket or its keys are wrong, or it can't be reached for ten minutes.
         ValueError: the deployment is missing, or bucket or credentials are blocks that are not saved.
         BalanceTooLow: the account can't pay for what the plan may cost.
-        LeaseLost: this run was out of reach for too long, and another one may have gone on with the batch.
-        BatchFailed: more than max_failed items failed, were flagged or were invalid. Its `report` is the whole report.
+        LeaseLost: this run was disconnected for too long, and another run may have resumed the batch.
+        BatchFailed: more than max_failed rows failed, were flagged or were invalid. Its `report` is the whole report.
 
     Example:
         ```python
@@ -125,7 +125,7 @@ async def publish_sharded(
             planned = await _plan(context, table, cleanup)
             return cast("BatchReport", await finish_dry_run(planned.plan, source, logger))
         active_batch = active_batch_object(destination, source, table, only=only, endpoint=account.base_url)
-        seen = await active_batch.read()  # whoever is at work on it may end, and remove it, while this run waits
+        seen = await active_batch.read()  # another run may end and remove it while this run waits
         lease = await cleanup.enter_async_context(BucketLeases(destination, lost_after_seconds).hold(active_batch.uri))
         if (version := await active_batch.read() or seen) is not None:
             split = Split.model_validate_json(version.content)
@@ -194,7 +194,7 @@ async def _check_deployment(prefect: PrefectClient, deployment: str) -> None:
 
 
 async def _size_limit(prefect: PrefectClient, account: AimlApiCredentials) -> Callable[[int | None], Awaitable[None]]:
-    """Make the account's concurrency limit, where it names one; what makes it follow what the service takes."""
+    """Create the account's concurrency limit, if it names one, and return the function that resizes it."""
     name, most = account.concurrency_limit, account.max_in_flight
     size: int | None = None
 
@@ -212,15 +212,15 @@ async def _size_limit(prefect: PrefectClient, account: AimlApiCredentials) -> Ca
 def _name_bucket(bucket: ImageBucket | str) -> str:
     if isinstance(bucket, str):
         return bucket
-    if bucket._block_document_name is None:  # noqa: SLF001 - nowhere else is the name
-        raise ValueError("bucket is a block that is not saved, so no worker can load it: save it, or give s3://name.")
+    if bucket._block_document_name is None:  # noqa: SLF001 - the name has no public attribute
+        raise ValueError("bucket is a block that is not saved, so no worker can load it: save it, or use s3://name.")
     return bucket.reference
 
 
 def _name_credentials(credentials: AimlApiCredentials | str | None) -> str | None:
     if credentials is None or isinstance(credentials, str):
         return credentials
-    if credentials._block_document_name is None:  # noqa: SLF001 - nowhere else is the name
+    if credentials._block_document_name is None:  # noqa: SLF001 - the name has no public attribute
         raise ValueError("credentials is a block that is not saved, so no worker can load it: save it first.")
     return credentials._block_document_name  # noqa: SLF001 - as above
 
@@ -233,7 +233,7 @@ def _sum_up(tally: Tally, supervisor: Supervisor, manifest: ManifestWriter, seco
 
 
 def _learn(context: BatchContext, report: BatchReport, supervisor: Supervisor) -> Experience:
-    """What this host learns of the endpoint: the pace of all workers together. Their limits are their own."""
+    """Return this host's experience with the endpoint, with the pace of all workers. Limits stay each worker's own."""
     seconds = context.experience.seconds
     if report.billed_calls:
         seconds = report.seconds * min(context.account.max_in_flight, report.billed_calls) / report.billed_calls

@@ -44,7 +44,7 @@ _MARKDOWN = re.compile(r"([!-/:-@\[-`{-~])")  # all of ASCII's punctuation, any 
 
 
 class SweepReport(BaseModel):
-    """What became of a sweep."""
+    """The result of a sweep."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -74,33 +74,33 @@ async def sweep_seeds(
     max_credits: CreditCap = None,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> SweepReport:
-    """Have every prompt with every seed, aspect ratio and guidance in a bucket, and a contact sheet of each prompt.
+    """Publish every prompt with every seed, aspect ratio and guidance, and a contact sheet of each prompt.
 
-    How many images that is, and what they cost at most, is told and checked before the first is paid for. What is
-    there already costs nothing, so a sweep can be widened list by list. An image that fails leaves its place on the
-    sheet empty, with its status, and the run Failed.
+    The number of images and their maximum cost are logged and checked before the first paid call. Images that are
+    already published cost nothing, so a sweep can be widened list by list. If an image fails, its cell on the sheet
+    shows its status, and the run ends as Failed.
 
     Args:
-        prompts: What the images show; a contact sheet each.
+        prompts: The prompts of the images; each has its own contact sheet.
         bucket: s3://name/prefix, or a saved Image Bucket block or its name. The sheets go to contact-sheets/ in it.
         seeds: The seeds to compare, 1 to 4,294,967,295.
-        aspect_ratios: The shapes to compare.
-        guidance_scales: The values of guidance_scale to compare, 1 to 20. Empty: the service's own.
-        max_combinations: How many images there may be, so that long lists are not paid for by mistake.
+        aspect_ratios: The aspect ratios to compare.
+        guidance_scales: The values of guidance_scale to compare, 1 to 20. Empty: the service's default.
+        max_combinations: The most images of a sweep, so that long lists are not paid for by mistake.
         output_format: The images' file format.
         safety_tolerance: 1 is the strictest, 5 and 6 are the most permissive.
         model: The text-to-image model of the service.
         credentials: A saved AIMLAPI Credentials block or its name. Empty: AIMLAPI_KEY of the environment.
-        max_in_flight: Most paid calls at once.
+        max_in_flight: The most paid calls at the same time.
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar).
-        dry_run: Make the plan and stop. Costs nothing.
+        dry_run: Make the plan, then stop. Costs nothing.
 
     Returns:
-        The batch's report and where each prompt's sheet is. Of a dry run: the plan alone.
+        The batch's report and the address of each prompt's sheet. A dry run returns only the plan.
 
     Raises:
-        TooManyCombinations: there are more than max_combinations: with their number and what they would cost.
-        BatchFailed: images failed. Its `report` is the whole report; the sheets are there all the same.
+        TooManyCombinations: there are more than max_combinations images. The message has their number and cost.
+        BatchFailed: images failed. Its `report` is the whole report; the sheets are still published.
 
     Example:
         ```python
@@ -160,7 +160,7 @@ def _check_number(requests: Sequence[ImageRequest], most: int, endpoint: str) ->
         cost = describe_credits(sum(budget.price_of(request).credits for request in requests))
         raise TooManyCombinations(
             f"The lists make {len(requests):,} images, at most {cost}, and max_combinations is {most}: "
-            "shorten a list, or raise it. Nothing was sent."
+            "shorten a list, or raise max_combinations. Nothing was sent."
         )
 
 
@@ -169,9 +169,9 @@ def _prompt_of(item: ItemRecord) -> str:
 
 
 async def _publish_sheet(prompt: str, items: Sequence[ItemRecord], bucket: ImageBucket, columns: int) -> str:
-    """Put a prompt's contact sheet into the bucket and show it in the run; returns its address.
+    """Publish a prompt's contact sheet, show it in the run and return its address.
 
-    The key follows from what is on the sheet, so a repeated sweep replaces its own sheet and no other.
+    The key is a digest of the sheet's requests, so a repeated sweep replaces only its own sheet.
     """
     sheet = ContactSheet(prompt, len(items), columns)
     for item in items:
@@ -184,7 +184,7 @@ async def _publish_sheet(prompt: str, items: Sequence[ItemRecord], bucket: Image
         path,
         io.BytesIO(await anyio.to_thread.run_sync(sheet.to_jpeg)),
         content_type="image/jpeg",
-        cache_control="no-cache",  # an image that failed may be on it next time
+        cache_control="no-cache",  # a later sweep may fill in failed images
     )
     uri = f"{bucket.uri}/{path}"
     text = _MARKDOWN.sub(r"\\\1", " ".join(prompt.split()))
@@ -201,7 +201,7 @@ def _label(item: ItemRecord) -> str:
     request = item.request
     if request is None:
         return item.status
-    told = f"seed {request.seed} · {request.aspect_ratio}"
+    text = f"seed {request.seed} · {request.aspect_ratio}"
     if request.guidance_scale is not None:
-        told += f" · guidance {request.guidance_scale:g}"
-    return told if item.images else f"{item.status}: {told}"
+        text += f" · guidance {request.guidance_scale:g}"
+    return text if item.images else f"{item.status}: {text}"

@@ -137,7 +137,7 @@ async def test_generates_again_what_the_spool_has_not(
     assert report.still_wrong == 2
     wrong = sorted(each.message for each in report.problems if each.mended is None)
     assert wrong[0].startswith("Not sent: ")
-    assert wrong[1] == "its record is in no spool here, and an image that is there is not paid for again"
+    assert wrong[1] == "no spool of this host has its record, and an image that exists is not paid for again"
     assert [row.seed for row in sandbox.control.ledger().rows] in ([1], [2])
     assert str(again.message) == "5 images: 3 ok, 1 missing, 1 missing_sidecar; 2 still wrong"
 
