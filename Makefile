@@ -16,7 +16,7 @@ help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 23
 
 demo: $(READY) ## Publish a dozen images to a local S3 server, twice; ARGS=--serve keeps the pages up
-	@$(RUN) -m flux_prefect.cli demo $(ARGS)
+	@$(RUN) -m flux_prefect.cli demo --flow flows/nightly_table.py:nightly_table $(ARGS)
 
 test: $(READY) ## Run the tests; ARGS go to pytest
 	@$(RUN) -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder $(ARGS)

@@ -24,7 +24,8 @@ def main(entrypoint: str, table: str, bucket: str) -> int:
     known = {"source": table, "table": table, "bucket": bucket}
     parameters = {name: value for name, value in known.items() if name in inspect.signature(flow.fn).parameters}
     state = run_to_state(lambda: _call(flow, parameters))
-    print(f"{state.name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
+    ended = state.name if state.message is None else f"{state.name}: {state.message}"
+    print(ended, file=sys.stdout if state.is_completed() else sys.stderr)
     return 0 if state.is_completed() else FAILED
 
 
