@@ -35,7 +35,7 @@ async def products_to_catalogue(
         products: A Parquet file (s3://…, https://… or a path), a row a product.
         bucket: s3://name/prefix, or the name of a saved Image Bucket block.
         template: The prompt, in Jinja2; its variables are the table's columns.
-        id_column: The column that tells products apart.
+        id_column: The column that identifies each product.
         catalogue: Where the joined table goes, below the bucket's prefix.
         credentials: The name of a saved AIMLAPI Credentials block. Empty: AIMLAPI_KEY of the environment.
         max_credits: A hard cap on what this run spends, in credits.

@@ -92,7 +92,7 @@ def run_chaos(folder: Path, *, rows: int, kills: int, max_in_flight: int, seed: 
                 tables.append(_write_table(folder, rows, f"{seed} {len(tables) + 1}"))
                 continue
             if status is not None:
-                raise AssertionError(f"a run that nobody killed ended with status {status}: {_log(folder)}")
+                raise AssertionError(f"a run that was not killed ended with status {status}: {_log(folder)}")
             in_flight += sandbox.control.summary().in_flight
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -102,7 +102,7 @@ def run_chaos(folder: Path, *, rows: int, kills: int, max_in_flight: int, seed: 
         for density in DENSITIES:  # the second finds everything there
             status = os.waitpid(_start(folder, tables[-1], max_in_flight, density), 0)[1]
             if status != 0:
-                raise AssertionError(f"a last run, which nobody killed, ended with status {status}: {_log(folder)}")
+                raise AssertionError(f"a last run, which was not killed, ended with status {status}: {_log(folder)}")
         return _settle(sandbox, folder / "spool", rows * len(tables), done, in_flight)
 
 

@@ -38,7 +38,7 @@ async def test_no_more_threads_than_the_block_allows() -> None:
     assert peak.most == 12
 
 
-async def test_what_a_thread_runs_on_another_loop_waits_for_nobody_here() -> None:
+async def test_what_a_thread_runs_on_another_loop_does_not_wait_for_this_loop() -> None:
     """Its context is copied there: with the limit in force it would wait for a place that its own caller holds."""
 
     def elsewhere() -> int:

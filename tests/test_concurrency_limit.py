@@ -50,8 +50,8 @@ async def test_a_limit_that_is_missing_is_found_before_anything_is_sent(
     credentials: AimlApiCredentials,
 ) -> None:
     """With the command that makes it."""
-    account = credentials.model_copy(update={"concurrency_limit": "nobody-made-me"})
-    with pytest.raises(ValueError, match="prefect gcl create nobody-made-me --limit 16"):
+    account = credentials.model_copy(update={"concurrency_limit": "never-created"})
+    with pytest.raises(ValueError, match="prefect gcl create never-created --limit 16"):
         await account.check()
 
 

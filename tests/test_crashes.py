@@ -25,7 +25,7 @@ SECONDS = 60
 
 
 class Host:
-    """One machine, as far as batches can tell: a Prefect home and a spool of its own."""
+    """A simulated machine for batches: a Prefect home and a spool of its own."""
 
     def __init__(self, nursery: Nursery, folder: Path) -> None:
         self.nursery = nursery

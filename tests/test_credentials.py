@@ -20,7 +20,7 @@ KEY = "aiml-secret-1f2e3d4c"
 
 @pytest.fixture
 def account() -> AimlApiCredentials:
-    """An account at an address where nobody is."""
+    """An account at an address where nothing listens."""
     return AimlApiCredentials(api_key=SecretStr(KEY), base_url="http://127.0.0.1:9")
 
 
@@ -151,8 +151,8 @@ class TestSecrecy:
         with caplog.at_level(logging.DEBUG), pytest.raises(Exception, match="No connection") as failure:
             async with account.open_client() as client:
                 await client.balance()
-        told = "".join(traceback.format_exception(failure.value)) + caplog.text
-        assert KEY not in told
+        output = "".join(traceback.format_exception(failure.value)) + caplog.text
+        assert KEY not in output
         assert KEY.encode() not in pickle.dumps(failure.value)
 
 

@@ -150,14 +150,14 @@ class TestNotes:
         assert (call.billed, call.error) == (Billed.UNKNOWN, None)
 
     async def test_an_answer_ends_the_note_and_is_kept(self, client: AimlApiClient, spool: Spool) -> None:
-        """The record is in the spool when the answer is told, and nothing is open."""
+        """The record is in the spool when the answer is returned, and nothing is open."""
         generation = await generate(REQUEST, client, spool)
         assert spool.find_generation(FINGERPRINT) == generation
         assert spool.open_calls() == []
         assert _files(spool, "calls") == []
 
     async def test_a_lost_answer_stays_noted(self, service: Service, client: AimlApiClient, spool: Spool) -> None:
-        """The note tells that it may have been paid, and how the answer was lost."""
+        """The note says that it may have been paid for, and how the answer was lost."""
 
         async def cut(_: httpx.Request) -> httpx.Response:
             raise httpx.ReadTimeout("")
@@ -243,7 +243,7 @@ class TestNotes:
         assert (call.billed, call.error) == (Billed.UNKNOWN, None)
 
     async def test_a_call_that_waits_after_a_refusal_is_not_noted(self, service: Service, spool: Spool) -> None:
-        """429 was not billed: whoever is cancelled in the pause behind it owes nothing."""
+        """429 was not billed: a call that is cancelled in the pause after it owes nothing."""
         refused = asyncio.Event()
 
         async def refuse(_: httpx.Request) -> httpx.Response:
@@ -417,7 +417,7 @@ class TestMetering:
     async def test_every_call_is_counted_with_what_it_means_for_money(
         self, service: Service, client: AimlApiClient, spool: Spool
     ) -> None:
-        """Billed, unbilled and unknown calls are told apart; what ends in tasks started inside counts as well."""
+        """Billed, unbilled and unknown calls are distinguished; what ends in tasks started inside counts as well."""
 
         async def refuse(_: httpx.Request) -> httpx.Response:
             return httpx.Response(400, json={"message": "bad"})
@@ -438,7 +438,7 @@ class TestMetering:
         assert calls[0].client_request_id == generation.client_request_id
 
     async def test_meters_do_not_count_for_each_other(self, client: AimlApiClient, spool: Spool) -> None:
-        """Two requests at the same time have an account each, and calls outside are nobody's."""
+        """Two requests at the same time have a meter each, and calls outside are not counted."""
 
         async def produce(seed: int) -> int:
             with metered() as calls:

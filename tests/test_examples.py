@@ -29,7 +29,7 @@ from flux_prefect import AimlApiCredentials, ImageBucket, ImageRequest
 from flux_prefect.flows.publish_shard import publish_shard
 
 RETURNED = {"RunningSandbox", "Table"}
-"""Classes that functions return and nobody makes."""
+"""Classes that functions return and users do not construct."""
 
 
 def _documented() -> dict[str, str]:

@@ -60,7 +60,7 @@ class Fault:
         billed: calls that were billed, as the sandbox's ledger has it.
         runs: how often Prefect runs the task; None for as often as calls reach the service.
         left_open: calls that are noted as perhaps billed at the end.
-        told: what the error says of the call that failed last.
+        error_billed: the error's `billed` for the call that failed last.
         says: what its message says.
         arguments: of the fault.
         settings: of the account.
@@ -73,7 +73,7 @@ class Fault:
     billed: int = 0
     runs: int | None = None
     left_open: int = 0
-    told: Billed = Billed.NO
+    error_billed: Billed = Billed.NO
     says: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -107,10 +107,16 @@ GENERATION_FAULTS = [
     Fault("gateway_timeout_unbilled", 1, None, attempts=2, billed=1, left_open=1),
     Fault("gateway_timeout_billed", 1, None, attempts=2, billed=2, left_open=1),
     Fault(
-        "gateway_timeout_billed", FOREVER, GenerationTimedOut, attempts=2, billed=2, left_open=2, told=Billed.UNKNOWN
+        "gateway_timeout_billed",
+        FOREVER,
+        GenerationTimedOut,
+        attempts=2,
+        billed=2,
+        left_open=2,
+        error_billed=Billed.UNKNOWN,
     ),
     Fault("reset_before_work", 1, None, attempts=2, billed=1, left_open=1),
-    Fault("reset_after_work", FOREVER, AnswerLost, attempts=2, billed=2, left_open=2, told=Billed.UNKNOWN),
+    Fault("reset_after_work", FOREVER, AnswerLost, attempts=2, billed=2, left_open=2, error_billed=Billed.UNKNOWN),
     Fault(
         "hang",
         1,
@@ -128,7 +134,7 @@ GENERATION_FAULTS = [
         attempts=2,
         billed=2,
         left_open=2,
-        told=Billed.UNKNOWN,
+        error_billed=Billed.UNKNOWN,
         settings={"read_timeout": 0.5},
         arguments={"seconds": 5},
     ),
@@ -145,18 +151,25 @@ GENERATION_FAULTS = [
     Fault("html_200", 1, None, attempts=2, billed=2, left_open=1),
     Fault("cut_json", 1, None, attempts=2, billed=2, left_open=1),
     # Billed for certain and nothing to show: not repeated.
-    Fault("invalid_json", FOREVER, InvalidResponse, attempts=1, billed=1, left_open=1, told=Billed.YES),
+    Fault("invalid_json", FOREVER, InvalidResponse, attempts=1, billed=1, left_open=1, error_billed=Billed.YES),
     Fault(
-        "empty_list", FOREVER, EmptyGeneration, attempts=1, billed=1, left_open=1, told=Billed.YES, says="was billed"
+        "empty_list",
+        FOREVER,
+        EmptyGeneration,
+        attempts=1,
+        billed=1,
+        left_open=1,
+        error_billed=Billed.YES,
+        says="was billed",
     ),
-    Fault("null_data", FOREVER, EmptyGeneration, attempts=1, billed=1, left_open=1, told=Billed.YES),
+    Fault("null_data", FOREVER, EmptyGeneration, attempts=1, billed=1, left_open=1, error_billed=Billed.YES),
     # Refused: repeating can't help.
     Fault("moderation", FOREVER, RequestRefused, attempts=1),
     Fault("out_of_credits", FOREVER, OutOfCredits, attempts=1, says="credits"),
     Fault("forbidden", FOREVER, AccessRefused, attempts=1),
     Fault("unauthorized", FOREVER, AuthenticationFailed, attempts=1, says="AIMLAPI_KEY|api_key"),
     Fault("not_found", FOREVER, NotFound, attempts=1, says="base_url|model"),
-    # Not a failure, but told.
+    # Not a failure, but reported.
     Fault("wrong_seed", 1, None, attempts=1, billed=1),
 ]
 
@@ -207,7 +220,7 @@ async def test_a_fault_of_the_generation(
     state = await generate(request_, credentials.model_copy(update=fault.settings), return_state=True)
 
     summary = sandbox.control.summary()
-    await _check_end(fault, state, fault.told)
+    await _check_end(fault, state, fault.error_billed)
     assert (summary.calls, summary.billed_calls) == (fault.attempts, fault.billed)
     assert await _count_runs(state, "generate-image") == (fault.attempts if fault.runs is None else fault.runs)
     assert len(Spool().open_calls()) == fault.left_open
@@ -229,14 +242,14 @@ async def test_a_fault_of_the_download(
     assert kept == ([".rejected"] if fault.error is UnexpectedFormat else [".jpg"] if fault.error is None else [])
 
 
-async def _check_end(fault: Fault, state: State[Any], told: Billed) -> None:
+async def _check_end(fault: Fault, state: State[Any], error_billed: Billed) -> None:
     result = await state.aresult(raise_on_failure=False)
     if fault.error is None:
         assert state.is_completed(), result
         return
     assert state.is_failed()
     assert type(result) is fault.error
-    assert result.billed is told
+    assert result.billed is error_billed
     assert re.search(fault.says, result.message)
 
 

@@ -80,7 +80,7 @@ async def test_the_first_exception_ends_it_as_it_is() -> None:
 
 
 async def test_an_exception_of_the_items_ends_it() -> None:
-    """A table that breaks half way is told as that."""
+    """An error half way through a table is raised unchanged."""
 
     def items() -> Iterator[int]:
         yield from range(5)

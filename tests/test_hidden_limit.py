@@ -17,7 +17,7 @@ SETTLED_AFTER = 3.0  # seconds; on the first burst's pause, and the half of the 
 
 
 @pytest.mark.parametrize(("max_in_flight", "calls", "retry_after"), [(16, 300, 0.5), (50, 1000, None)])
-async def test_a_limit_that_nobody_told_is_found_and_kept(
+async def test_an_unknown_limit_is_found_and_kept(
     max_in_flight: int,
     calls: int,
     retry_after: float | None,

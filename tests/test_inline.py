@@ -166,7 +166,7 @@ class TestCache:
         assert counted.done == 2
 
     async def test_refreshing_does_it_anew(self, credentials: AimlApiCredentials, request_: ImageRequest) -> None:
-        """The new result takes the old one's place, and the step is told."""
+        """The new result takes the old one's place, and the step sees `refresh`."""
         counted = Counted()
         again = counted.task.with_options(refresh_cache=True)
         results = [
@@ -208,7 +208,7 @@ class TestCache:
         storage: Path,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """What was paid for is used, and the log tells."""
+        """What was paid for is used, and the failure is logged."""
         storage.rmdir()
         storage.write_bytes(b"no folder")
         counted = Counted()
@@ -360,22 +360,22 @@ class TestRetries:
 async def test_no_task_run_is_made(credentials: AimlApiCredentials, request_: ImageRequest) -> None:
     """The server knows of none, where the same step as a run makes one."""
 
-    async def tell(runner: StepRunner) -> UUID:
+    async def run_step(runner: StepRunner) -> UUID:
         await runner(Counted().task, request_, credentials)
         context = FlowRunContext.get()
         assert context is not None
         assert context.flow_run is not None
         return context.flow_run.id
 
-    (inline,) = await in_a_flow(partial(tell, run_inline))
-    (as_task,) = await in_a_flow(partial(tell, run_as_task))
+    (inline,) = await in_a_flow(partial(run_step, run_inline))
+    (as_task,) = await in_a_flow(partial(run_step, run_as_task))
 
     async with get_client() as client:
 
         async def count(flow_run: UUID) -> int:
             return len(await client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run]))))
 
-        for _ in range(200):  # the server is told of task runs by events, in their order
+        for _ in range(200):  # the server learns of task runs from events, in their order
             if await count(as_task):
                 break
             await asyncio.sleep(0.05)

@@ -196,7 +196,7 @@ async def test_a_changed_spool_file_is_fetched_again_for_nothing(
 async def test_a_file_that_could_not_be_fetched_again_is_not_counted_as_fetched(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """File and URL are gone: the image is paid for anew, and that is all that is told."""
+    """File and URL are gone: the image is paid for anew, and only that is reported."""
     _delete(bucket, await produce(request_, bucket, credentials))
     for image in (Spool().root / "pictures").iterdir():
         image.unlink()
@@ -292,7 +292,7 @@ async def test_several_images_of_one_request_are_one_call(
     assert sandbox.control.summary().billed_calls == 1
 
 
-async def test_a_flagged_image_is_told_and_never_paid_for_again(
+async def test_a_flagged_image_is_reported_and_never_paid_for_again(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
     """The service would flag the same seed again, so the flag is cached like an image."""
@@ -380,17 +380,17 @@ async def test_a_setting_that_the_server_refuses_stops_before_paying(
 async def test_a_missing_bucket_stops_before_paying(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """A HEAD of an image can't tell it from a missing image, so the bucket itself is asked."""
+    """A HEAD of an image can't distinguish it from a missing image, so the bucket itself is asked."""
     production = await produce(request_, bucket.model_copy(update={"bucket_name": "nowhere"}), credentials)
 
     assert isinstance(production.error, BucketMissing)
     assert sandbox.control.summary().calls == 0
 
 
-async def test_an_error_that_nobody_foresaw_does_not_hide_the_money(
+async def test_an_unexpected_error_does_not_hide_the_money(
     sandbox: RunningSandbox, bucket: ImageBucket, credentials: AimlApiCredentials, request_: ImageRequest
 ) -> None:
-    """It is told as the image's outcome, beside what the call cost."""
+    """It is reported as the image's outcome, beside what the call cost."""
 
     class BrokenBucket(ImageBucket):
         """A bucket with a defect."""

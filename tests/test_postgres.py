@@ -74,8 +74,8 @@ def _publish(table: Path, bucket: ImageBucket, team: Team) -> BatchReport:
         check=True,
         capture_output=True,
     )
-    told = json.loads(report.read_text(encoding="utf-8"))
-    return BatchReport.model_validate({name: value for name, value in told.items() if name != "items"})
+    content = json.loads(report.read_text(encoding="utf-8"))
+    return BatchReport.model_validate({name: value for name, value in content.items() if name != "items"})
 
 
 def test_a_batch_is_published_once_on_postgres(

@@ -46,7 +46,7 @@ def test_the_tasks_run_unchanged_on_dask(
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
 ) -> None:
-    """By `submit` and by `map`: paid for once, found in the cache by the next run, with no key in what is told."""
+    """By `submit` and by `map`: paid for once, found in the cache by the next run, with no key in any output."""
     runner = prefect_dask.DaskTaskRunner(address=cluster.scheduler_address)
     caplog.set_level(logging.DEBUG)
     requests = [ImageRequest(prompt=f"a lighthouse on dask {uuid4().hex}", seed=7) for _ in range(IMAGES)]
@@ -66,7 +66,9 @@ def test_the_tasks_run_unchanged_on_dask(
     assert sandbox.control.summary().calls == IMAGES
 
     with SyncPrefectClient(prefect_server) as client:
-        told = "\n".join([str(cluster.get_logs()), caplog.text, *(log.message for log in client.read_logs(limit=200))])
-    assert "distributed.worker" in told
-    assert [key for key in KEYS if key in told] == []
+        output = "\n".join(
+            [str(cluster.get_logs()), caplog.text, *(log.message for log in client.read_logs(limit=200))]
+        )
+    assert "distributed.worker" in output
+    assert [key for key in KEYS if key in output] == []
     assert find_leaks([tmp_path]) == []  # Dask's own files are there too

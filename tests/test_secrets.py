@@ -27,7 +27,7 @@ async def test_no_key_in_any_log_or_object(
     credentials: AimlApiCredentials,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A run with every kind of failure at the most talkative log level, then a search through all that it told.
+    """A run with every kind of failure at the most talkative log level, then a search through all of its output.
 
     Searched: the logs on the server and of this process, the server's records and database, and every object of the
     run with its metadata.
@@ -48,7 +48,7 @@ async def test_no_key_in_any_log_or_object(
         (run,) = await client.read_flow_runs(limit=1, sort=FlowRunSort.START_TIME_DESC)
         of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
         logs = [log.message for log in await client.read_logs(of_run, limit=200)]
-    told = "\n".join(
+    output = "\n".join(
         [caplog.text, repr(caught.value), caught.value.report.model_dump_json(), run.model_dump_json(), *logs]
     )
     assert any("AuthenticationFailed" in line for line in logs)
@@ -58,7 +58,7 @@ async def test_no_key_in_any_log_or_object(
     assert len(objects) >= 6  # an image and its record, two manifests in two forms each
     assert set(KEYS) >= {sandbox.environment["AIMLAPI_KEY"], sandbox.environment["AWS_SECRET_ACCESS_KEY"]}
     for key in KEYS:
-        assert key not in told
+        assert key not in output
         assert [name for name, content in objects.items() if key in name or key.encode() in content] == []
 
 

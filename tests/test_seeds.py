@@ -19,7 +19,7 @@ def test_a_seed_is_one_that_the_service_takes(run: str, place: str) -> None:
 
 @given(one=st.tuples(TEXT, TEXT), other=st.tuples(TEXT, TEXT))
 def test_another_run_or_place_draws_another_seed(one: tuple[str, str], other: tuple[str, str]) -> None:
-    """Runs and places are told apart wherever one ends and the other begins."""
+    """Runs and places are distinguished wherever one ends and the other begins."""
     assume(one != other)
     assert draw_seed(*one) != draw_seed(*other)
 

@@ -45,7 +45,7 @@ def test_the_locks_are_not_in_the_prefect_home(bare: pytest.MonkeyPatch, tmp_pat
 
 
 def test_the_defaults(bare: pytest.MonkeyPatch) -> None:  # noqa: ARG001 - the environment
-    """A lost answer is paid for again at most once unless told otherwise."""
+    """A lost answer is paid for again at most once unless set otherwise."""
     settings = FluxSettings()
     assert settings.retries == 4
     assert settings.retry_delay_seconds == [2, 8, 30, 60]
@@ -97,7 +97,7 @@ WHOLE, NUMBER, LIST = "a whole number, 0 or more", "a number, 0 or more", "a lis
         ("RETRY_DELAY_SECONDS", "[]", LIST),
         ("RETRY_DELAY_SECONDS", "[-2]", LIST),
         ("RETRY_DELAY_SECONDS", "2,8", LIST),
-        ("SPOOL", "~nobody-has-this-name/spool", "the path of a folder"),
+        ("SPOOL", "~no-such-user/spool", "the path of a folder"),
     ],
 )
 def test_a_bad_value_is_refused(bare: pytest.MonkeyPatch, name: str, value: str, allowed: str) -> None:
@@ -107,7 +107,7 @@ def test_a_bad_value_is_refused(bare: pytest.MonkeyPatch, name: str, value: str,
         current_settings()
 
 
-def test_all_bad_values_are_told_at_once(bare: pytest.MonkeyPatch) -> None:
+def test_all_bad_values_are_reported_at_once(bare: pytest.MonkeyPatch) -> None:
     """Each with its own reason."""
     bare.setenv("FLUX_PREFECT_RETRIES", "x")
     bare.setenv("FLUX_PREFECT_GRACE_SECONDS", "y")
@@ -122,7 +122,7 @@ async def test_a_run_with_a_bad_setting_fails_before_it_pays(
     request_: ImageRequest,
     sandbox: RunningSandbox,
 ) -> None:
-    """Whoever imports the tasks gets them; whoever pays with them gets the reason first."""
+    """Importing the tasks works; paying with them raises the reason first."""
     monkeypatch.setenv("FLUX_PREFECT_RETRIES", "x")
     assert settings_at_import().retries == 4
     with pytest.raises(InvalidSettings, match="FLUX_PREFECT_RETRIES is 'x'"):

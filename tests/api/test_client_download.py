@@ -141,7 +141,7 @@ async def test_an_inline_image_goes_the_same_way(jpeg: bytes, destination: Path,
 
 
 async def test_a_compressed_answer_is_unpacked(jpeg: bytes, destination: Path) -> None:
-    """Nobody asked for it, but some hosts compress everything; the length is that of the packed bytes."""
+    """Some hosts compress without being asked; the length is that of the packed bytes."""
     packed = gzip.compress(jpeg)
     headers = {"Content-Encoding": "gzip", "Content-Length": str(len(packed))}
     async with make_client(lambda _: httpx.Response(200, content=packed, headers=headers)) as client:
@@ -250,7 +250,7 @@ async def test_a_whole_image_of_another_format_is_kept_beside(png: bytes, destin
 
 
 async def test_a_cut_image_without_a_length_is_found(jpeg: bytes, destination: Path) -> None:
-    """Nothing but decoding it can tell."""
+    """Only decoding it shows the cut."""
     async with make_client(lambda _: httpx.Response(200, content=_stream(jpeg[:-100]))) as client:
         with pytest.raises(NotAnImage, match="cut or broken"):
             await client.download(PUBLIC, destination, expected="jpeg")

@@ -130,14 +130,14 @@ async def test_an_id_that_the_service_would_drop_is_refused(bad: str, lighthouse
     assert not service.requests
 
 
-async def test_the_caller_is_told_right_before_each_post(lighthouse: ImageRequest) -> None:
+async def test_before_send_runs_right_before_each_post(lighthouse: ImageRequest) -> None:
     """Also before the one that follows a refusal, and while the slot is held."""
     pacer = Pacer(1)
     service = Service(refuse(429, **{"Retry-After": "0"}), httpx.Response(200, json=GOOD))
-    told: list[tuple[int, int]] = []
+    notified: list[tuple[int, int]] = []
     async with make_client(service, pacer=pacer) as client:
-        await client.generate(lighthouse, before_send=lambda: told.append((len(service.requests), pacer.in_flight)))
-    assert told == [(0, 1), (1, 1)]
+        await client.generate(lighthouse, before_send=lambda: notified.append((len(service.requests), pacer.in_flight)))
+    assert notified == [(0, 1), (1, 1)]
 
 
 async def test_a_caller_that_objects_stops_the_call(lighthouse: ImageRequest) -> None:
@@ -276,7 +276,7 @@ async def test_a_broken_connection_says_whether_the_call_was_sent(
     assert len(service.requests) == 1
 
 
-async def test_nobody_listening_is_not_sent(lighthouse: ImageRequest) -> None:
+async def test_a_closed_port_means_not_sent(lighthouse: ImageRequest) -> None:
     """A real refused connection."""
     with socket.socket() as bound:  # and never listening
         bound.bind(("127.0.0.1", 0))
@@ -357,7 +357,7 @@ async def test_a_refusal_with_a_cut_body_is_still_a_refusal(lighthouse: ImageReq
 
 
 async def test_every_call_has_a_connection_of_its_own(lighthouse: ImageRequest) -> None:
-    """A kept connection that the service just closed would lose an answer that nobody gave."""
+    """A kept connection that the service just closed could pass for a lost answer."""
 
     async def handler(writer: asyncio.StreamWriter) -> None:
         writer.write(answer(json.dumps(GOOD).encode()))
@@ -471,7 +471,7 @@ async def test_a_refusal_that_says_later_is_sent_again_after_its_pause(status: i
 async def test_when_the_time_for_waiting_is_over_the_refusal_is_final(
     status: int, kind: type[StatusError], lighthouse: ImageRequest
 ) -> None:
-    """The client has waited, so nobody else should: not retryable, and it says for how long."""
+    """The client has waited already: the error is not retryable and names the wait."""
     service = Service(refuse(status, **{"Retry-After": "0.05"}))
     error = await fail(service, lighthouse, Timeouts(pacing=0.18))
     assert type(error) is kind
@@ -688,9 +688,9 @@ async def test_the_key_is_in_no_error_and_no_log(
     """Not even where the service echoes it: message, attributes, traceback, pickle and log."""
     with caplog.at_level(logging.DEBUG):
         error = await fail(Service(given), lighthouse)
-    told = [str(error), repr(error), repr(vars(error)), caplog.text, pickle.dumps(error).decode("latin-1")]
-    told.append("".join(traceback.format_exception(error)))
-    assert not [text for text in told if KEY in text]
+    exposed = [str(error), repr(error), repr(vars(error)), caplog.text, pickle.dumps(error).decode("latin-1")]
+    exposed.append("".join(traceback.format_exception(error)))
+    assert not [text for text in exposed if KEY in text]
 
 
 async def test_the_client_shows_itself_without_its_key() -> None:

@@ -91,7 +91,7 @@ def test_a_whole_png_is_measured(inspect: Inspect, png: bytes) -> None:
     ],
 )
 def test_what_is_no_image_is_called_by_its_name(inspect: Inspect, data: bytes, what: str) -> None:
-    """The message tells a page of HTML from an empty file."""
+    """The message names a page of HTML and an empty file differently."""
     with pytest.raises(NotAnImage) as refused:
         inspect(data, "jpeg")
     assert what in refused.value.message
@@ -121,7 +121,7 @@ def test_a_png_with_a_flipped_bit_is_found(inspect: Inspect, png: bytes) -> None
 
 
 @pytest.mark.parametrize("form", ["WEBP", "GIF", "PNG"])
-def test_a_whole_image_of_another_format_is_told_from_a_broken_one(inspect: Inspect, form: str) -> None:
+def test_a_whole_image_of_another_format_is_not_taken_for_a_broken_one(inspect: Inspect, form: str) -> None:
     """It was paid for and can be used, so it has its own error."""
     with pytest.raises(UnexpectedFormat, match=f"{form} where output_format asked for JPEG"):
         inspect(_save(Image.new("RGB", (8, 8), "red"), form), "jpeg")

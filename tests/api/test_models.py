@@ -274,14 +274,14 @@ def test_a_truth_value_is_no_number(field: str) -> None:
         ImageRequest.model_validate({"prompt": "a lighthouse", field: True})
 
 
-def test_a_broken_list_that_was_billed_is_told_with_its_cost(now: datetime) -> None:
+def test_a_broken_list_that_was_billed_is_reported_with_its_cost(now: datetime) -> None:
     """So it is not sent again as if its cost were unknown."""
     with pytest.raises(InvalidResponse) as invalid:
         _parse({"data": "x", "meta": {"usage": {"credits_used": 168_000}}}, now)
     assert (invalid.value.billed, invalid.value.credits_used) == (Billed.YES, 168_000)
 
 
-def test_a_cost_in_dollars_alone_is_told_in_credits(now: datetime) -> None:
+def test_a_cost_in_dollars_alone_is_reported_in_credits(now: datetime) -> None:
     """2,000,000 credits to the dollar, says the service."""
     generation = _parse({"data": [{"url": URL}], "meta": {"usage": {"usd_spent": 0.084}}}, now)
     assert generation.credits_used == pytest.approx(168_000)
@@ -326,7 +326,7 @@ def test_a_list_of_something_else_is_an_invalid_response(body: Any, now: datetim
 def test_an_answer_without_an_image_says_whether_it_was_billed(
     body: dict[str, Any], usage: float | None, billed: Billed, now: datetime
 ) -> None:
-    """By the cost that came with it; without one nobody knows."""
+    """By the reported cost; unknown without one."""
     headers = {} if usage is None else {"x-aimlapi-credits-used": str(usage)}
     with pytest.raises(EmptyGeneration) as empty:
         _parse(body, now, headers=headers)

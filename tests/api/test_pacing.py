@@ -108,7 +108,7 @@ async def test_who_asked_first_goes_first_also_after_a_refusal() -> None:
 
 
 async def test_all_calls_may_go_at_once_until_one_is_refused() -> None:
-    """Nobody has to earn what the setting allows."""
+    """The setting's whole limit is available from the start."""
     pacer = Pacer(50)
     with anyio.fail_after(1):
         async with _hold(pacer, 50):
@@ -133,7 +133,7 @@ async def test_one_burst_of_refusals_halves_the_limit_once() -> None:
         (8, 3, 3, 3, 3),
         (8, 1, 1, 1, 1),
         (50, 7, 7, 7, 7),
-        (8, 0, 1, None, 1),  # a service that takes nothing tells nothing of how much it takes
+        (8, 0, 1, None, 1),  # a service that accepts nothing gives no estimate of its limit
         (2, 1, 4, None, 4),  # nor does one that refuses while few calls are out
     ],
 )
@@ -187,7 +187,7 @@ async def test_each_refused_try_doubles_the_windows_before_the_next() -> None:
 
 
 async def test_a_service_that_has_grown_is_tried_again_soon() -> None:
-    """What was refused at the old ceiling does not tell on the new one."""
+    """Refusals at the old ceiling do not count against the new one."""
     pacer = Pacer(50)
     await _burst(pacer, sent=50, held=7)
     await _windows(pacer, 16)
@@ -222,7 +222,7 @@ async def test_looking_for_more_costs_at_most_a_sixteenth_of_the_time() -> None:
 
 
 @pytest.mark.parametrize("grown", [7, 12])
-async def test_a_limit_that_nobody_told_is_found(grown: int) -> None:
+async def test_an_unknown_limit_is_found(grown: int) -> None:
     """Of fifty at once the service takes seven: few are refused, and where it takes more later, that is found too."""
     pacer = Pacer(50)
     room = 7
@@ -338,7 +338,7 @@ async def test_a_refusal_stops_everybody_until_its_pause_is_over() -> None:
 
 
 async def test_waiters_go_on_after_the_pause_though_the_refused_call_is_gone() -> None:
-    """Nobody but the clock is needed to wake them."""
+    """The clock alone wakes them."""
     pacer = Pacer(1)
     turn = pacer.turn(FOREVER)
     async with pacer.slot(turn):
@@ -396,7 +396,7 @@ async def test_waiting_behind_calls_that_the_service_takes_costs_no_patience() -
 
 
 async def test_a_call_that_the_service_takes_ends_the_count_of_patience() -> None:
-    """What was refused before it does not tell on those who wait now."""
+    """Earlier refusals do not count against the calls that wait now."""
     pacer = Pacer(1)
     await _refuse(pacer)
     await _accept(pacer, 1)

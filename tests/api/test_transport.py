@@ -89,8 +89,8 @@ async def test_connections_are_kept_only_where_wanted(*, keep: bool, connections
     assert len(peers) == connections
 
 
-async def test_what_never_left_is_told_apart() -> None:
-    """Nobody listens, the name is unknown, the handshake fails, the address is none: nothing was sent."""
+async def test_unsent_requests_are_recognised() -> None:
+    """A closed port, an unknown name, a failed handshake or an invalid address: nothing was sent."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         assert isinstance(await fail(f"http://127.0.0.1:{closed.getsockname()[1]}{SIGNED}"), httpx.ConnectError)
@@ -160,7 +160,7 @@ async def say_nothing(_: asyncio.StreamWriter) -> None:
         (say_nothing, httpx.ReadTimeout),
     ],
 )
-async def test_what_was_sent_is_never_told_as_not_sent(
+async def test_what_was_sent_is_never_reported_as_not_sent(
     handler: Callable[[asyncio.StreamWriter], Awaitable[None]], kind: type[httpx.TransportError]
 ) -> None:
     """It may have been paid for. And it was sent once."""
@@ -171,7 +171,7 @@ async def test_what_was_sent_is_never_told_as_not_sent(
     assert not isinstance(error, _NEVER_SENT)
 
 
-async def test_a_body_that_nobody_reads_is_left_where_it_is() -> None:
+async def test_an_unread_body_is_left_where_it_is() -> None:
     """Leaving the response closes its connection."""
     server: RawServer
     gone = asyncio.Event()

@@ -43,7 +43,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="flux_prefect-screenshots-") as name:
         folder = Path(name)
         for variable in [variable for variable in os.environ if variable.startswith(_ACCOUNTS)]:
-            del os.environ[variable]  # nobody's own account, bucket or Prefect is used
+            del os.environ[variable]  # no personal account, bucket or Prefect is used
         os.environ |= {"PREFECT_HOME": str(folder / "prefect"), "FLUX_PREFECT_SPOOL": str(folder / "spool")}
         with start_sandbox(folder / "sandbox", latency=0.8) as sandbox:
             os.environ |= sandbox.environment

@@ -174,7 +174,7 @@ async def test_wrong_keys_are_refused(bucket: ImageBucket, keys: dict[str, objec
     assert "wrong-secret" not in str(caught.value)
 
 
-async def test_missing_keys_are_told(bucket: ImageBucket, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_keys_are_reported(bucket: ImageBucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any keys the message says where to put them."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

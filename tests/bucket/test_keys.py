@@ -25,7 +25,7 @@ def test_every_image_of_a_request_has_a_key_of_its_own() -> None:
     assert len({object_key(REQUEST, FINGERPRINT, index) for index in range(4)}) == 4
 
 
-def test_a_template_may_use_what_tells_images_apart() -> None:
+def test_a_template_may_use_what_distinguishes_images() -> None:
     """Seed, aspect ratio and model come out without characters that mean something in a path or a URL."""
     template = check_key_template("{model}/{aspect_ratio}/{seed}/{fingerprint}/{index}.{extension}")
     key = object_key(REQUEST, FINGERPRINT, 1, template=template)

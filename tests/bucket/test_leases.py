@@ -475,7 +475,7 @@ async def test_an_outage_shorter_than_a_lease_is_borne(distant: ImageBucket, pro
         lease.check()
 
 
-async def test_a_server_that_never_answers_is_told(distant: ImageBucket, proxy: Proxy) -> None:
+async def test_a_server_that_never_answers_is_reported(distant: ImageBucket, proxy: Proxy) -> None:
     """Not waited for longer than for a holder."""
     proxy.meddle = lambda _: None
     with anyio.fail_after(SECONDS * 3), pytest.raises(BucketUnavailable):

@@ -90,7 +90,7 @@ async def test_a_block_in_hand_serves_without_being_saved(prefect_aws: Any, keys
         assert bucket.reference == f"s3://images/{folder}"
 
 
-async def test_wrong_keys_of_a_block_are_told_as_ever(prefect_aws: Any, keys: Any) -> None:
+async def test_wrong_keys_of_a_block_are_reported_as_usual(prefect_aws: Any, keys: Any) -> None:
     """The message is ours, and says what to check."""
     wrong = keys.model_copy(update={"aws_secret_access_key": SecretStr("wrong")})
     bucket = await ImageBucket.resolve(prefect_aws.S3Bucket(bucket_name="images", credentials=wrong))

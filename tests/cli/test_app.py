@@ -22,7 +22,7 @@ NO_SERVER = {name: value for name, value in os.environ.items() if not name.start
 
 @pytest.mark.parametrize("option", ["--version", "--help"])
 def test_it_starts_without_prefect(option: str) -> None:
-    """Importing Prefect takes two seconds, which nobody who asks for help waits for."""
+    """Help must not wait the two seconds that importing Prefect takes."""
     code = f"import sys; from flux_prefect.cli.app import main; main([{option!r}]); sys.exit('prefect' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert ended.returncode == 0, ended.stderr

@@ -42,7 +42,7 @@ async def _say(*, fail: bool = False) -> State[None]:
     return Completed()
 
 
-def test_only_what_is_worth_a_line_is_told_while_the_flow_runs(heard: Heard) -> None:
+def test_only_what_is_worth_a_line_is_shown_while_the_flow_runs(heard: Heard) -> None:
     """The libraries' own lines are not; afterwards the process logs as it did before."""
     assert run_to_state(_say).is_completed()
     logging.getLogger("a library").info("later")

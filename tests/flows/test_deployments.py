@@ -166,11 +166,13 @@ def test_a_schedule_starts_a_day_and_its_batch_starts_the_audit(
     def finished(name: str) -> FlowRun | None:
         return next((run for run in team.runs(name) if run.state and run.state.is_completed()), None)
 
-    def tell() -> str:
+    def describe() -> str:
         runs = [f"{run.name}: {run.state!r}" for name in (DAILY, AUDIT) for run in team.runs(name)]
         return "\n".join([*runs, (tmp_path / "worker.log").read_text()])
 
-    day, audit = (wait_for(partial(finished, name), seconds=100, every=0.3, tell=tell) for name in (DAILY, AUDIT))
+    day, audit = (
+        wait_for(partial(finished, name), seconds=100, every=0.3, describe=describe) for name in (DAILY, AUDIT)
+    )
 
     assert day.auto_scheduled
     assert day.state is not None

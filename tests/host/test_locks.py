@@ -75,15 +75,15 @@ def _hold_for_ever(folder: Path, has_it: Path) -> None:
     signal.pause()
 
 
-def _fork_while_holding(folder: Path, told: Path) -> None:
+def _fork_while_holding(folder: Path, report: Path) -> None:
     manager = HostLockManager(folder)
     manager.acquire_lock("key", "parent")
     if os.fork() == 0:
         manager.release_lock("key", "parent")
         seen = "locked" if manager.is_locked("key") and not manager.is_lock_holder("key", "parent") else "free"
-        part = told.with_suffix(".part")
+        part = report.with_suffix(".part")
         part.write_text(f"{seen} {os.getpid()}")
-        part.replace(told)
+        part.replace(report)
     signal.pause()
 
 
@@ -109,7 +109,7 @@ def _kill(process: ForkServerProcess) -> None:
 
 
 class TestExclusion:
-    """One at a time, whoever it is."""
+    """One holder at a time, of threads, tasks and processes."""
 
     def test_it_is_a_lock_manager_of_prefect(self, locks: HostLockManager) -> None:
         """Prefect takes it wherever it takes a lock manager."""
@@ -198,7 +198,7 @@ class TestDeathOfAHolder:
     def test_a_killed_process_frees_its_lock_at_once(
         self, locks: HostLockManager, holder_process: ForkServerProcess
     ) -> None:
-        """Whoever waits for a holder that is killed with -9 has the lock within a second."""
+        """A waiter has the lock within a second after its holder is killed with -9."""
         assert not locks.acquire_lock("key", "waiter", acquire_timeout=0.05)
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(locks.acquire_lock, "key", "waiter", 30)
@@ -227,7 +227,7 @@ class TestDeathOfAHolder:
         locks.release_lock("key", "waiter")
 
     def test_a_lock_of_another_process_is_seen(self, locks: HostLockManager, holder_process: ForkServerProcess) -> None:
-        """is_locked and wait_for_lock tell of holders in other processes, who can't be released from here."""
+        """is_locked and wait_for_lock report holders in other processes, which can't be released from here."""
         assert locks.is_locked("key")
         assert not locks.is_lock_holder("key", "the holder")
         locks.release_lock("key", "the holder")
@@ -323,7 +323,7 @@ class TestReleasing:
     """Giving a lock back."""
 
     def test_releasing_what_is_not_held_does_nothing(self, locks: HostLockManager) -> None:
-        """Neither a lock that nobody holds nor one released before raises."""
+        """Neither a free lock nor one released before raises."""
         locks.release_lock("key", "holder")
         locks.acquire_lock("key", "holder")
         locks.release_lock("key", "holder")
@@ -331,7 +331,7 @@ class TestReleasing:
         assert not locks.is_locked("key")
 
     def test_releasing_what_another_holds_does_nothing(self, locks: HostLockManager) -> None:
-        """Nobody frees somebody else's lock."""
+        """A release by another holder leaves the lock held."""
         locks.acquire_lock("key", "holder")
 
         locks.release_lock("key", "another")
@@ -392,7 +392,7 @@ class TestWaiting:
         assert await locks.await_for_lock("key", timeout=10)
 
     def test_a_free_lock_needs_no_wait(self, locks: HostLockManager) -> None:
-        """A key that nobody ever locked is free."""
+        """A key that was never locked is free."""
         assert not locks.is_locked("key")
         assert locks.wait_for_lock("key", timeout=0)
 
@@ -409,7 +409,7 @@ class TestHold:
         assert not locks.is_locked("key")
 
     async def test_a_cancelled_waiter_leaves_no_lock(self, locks: HostLockManager, folder: Path) -> None:
-        """Giving up the wait, by a scope or a task's own cancel, takes nothing and disturbs nobody."""
+        """Giving up the wait, by a scope or a task's own cancel, takes no lock and affects no other waiter."""
 
         async def wait() -> None:
             async with locks.hold("key"):

@@ -91,12 +91,12 @@ async def test_an_upload_names_the_limit(tmp_path: Path, credentials: AimlApiCre
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "expected"),
     [
         (errno.ENFILE, "(Too many open files in system): the whole machine has"),
         (errno.ENOSPC, "(No space left on device): take another folder"),
     ],
 )
-def test_the_remedy_is_that_of_the_failure(number: int, told: str) -> None:
+def test_the_remedy_is_that_of_the_failure(number: int, expected: str) -> None:
     """A machine that is out of files is not a process that is, and a full disk is neither."""
-    assert explain_os_error(OSError(number, os.strerror(number)), "take another folder").startswith(told)
+    assert explain_os_error(OSError(number, os.strerror(number)), "take another folder").startswith(expected)

@@ -149,7 +149,7 @@ class TestGenerations:
         assert spool.find_generation("f" * 32) is None
 
     def test_many_writers_of_one_record_leave_one_of_theirs(self, spool: Spool) -> None:
-        """Whoever reads meanwhile finds a whole record, and no part of one stays."""
+        """Concurrent readers find a whole record, and no partial file remains."""
         records = [_generation(url=f"https://cdn.example.com/{'x' * 20_000}{number}.jpg") for number in range(16)]
         spool.keep_generation(records[0])
         with ThreadPoolExecutor(8) as pool:
@@ -171,7 +171,7 @@ class TestGenerations:
         assert spool.find_generation("f" * 32) != _generation()
 
     def test_a_failed_write_leaves_the_old_record_and_no_part(self, spool: Spool) -> None:
-        """The error is an OSError, which whoever holds the answer has to see."""
+        """The error is an OSError, raised to the caller, which still has the answer."""
         spool.keep_generation(_generation())
         blocked = _generation(fingerprint="e" * 32)
         (spool.root / "records" / f"{'e' * 32}.json").mkdir()
@@ -185,7 +185,7 @@ class TestImages:
 
     @pytest.mark.parametrize(("form", "extension"), [("jpeg", "jpg"), ("png", "png")])
     def test_a_whole_image_is_found(self, spool: Spool, form: OutputFormat, extension: str) -> None:
-        """It is measured anew, and its path tells request and index."""
+        """It is measured anew, and its path names the request and the index."""
         generation = _generation(form=form)
         path = spool.image_path(generation, 2)
         assert path == spool.root / "pictures" / f"{'f' * 32}-2.{extension}"

@@ -246,7 +246,7 @@ def test_a_client_that_leaves_an_endless_body_ends_it(client: PlainClient, sandb
     assert client.image()
 
 
-def test_a_fault_strikes_as_often_as_told_and_where_the_prompt_says(
+def test_a_fault_strikes_as_often_as_set_and_where_the_prompt_says(
     client: PlainClient, sandbox: RunningSandbox
 ) -> None:
     """Two times for the prompts that hold a word; others are left alone."""

@@ -217,7 +217,7 @@ def test_both_envelopes(envelope: str, media_type: str, client: PlainClient, san
 
 
 def test_mixed_envelopes_by_status(client: PlainClient) -> None:
-    """Unless told, 401 and 404 come plain and 400 as problem+json."""
+    """Unless set otherwise, 401 and 404 come plain and 400 as problem+json."""
     assert client.post(seed=0).headers["content-type"] == "application/problem+json"
     assert client.post(headers={"Authorization": ""}).headers["content-type"] == "application/json"
     assert client.http.get("/nowhere").json()["path"] == "/nowhere"
@@ -260,7 +260,7 @@ def test_too_many_at_once_are_429(client: PlainClient, sandbox: RunningSandbox) 
 
 
 def test_the_rate_limit_holds_for_a_minute(client: PlainClient, sandbox: RunningSandbox) -> None:
-    """The third call of a minute that allows two is refused, and told when to come again."""
+    """The third call of a minute that allows two is refused with a Retry-After."""
     sandbox.control.settings(rate_limit_per_minute=2, retry_after=7)
     answers = [client.post(seed=seed) for seed in (1, 2, 3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]

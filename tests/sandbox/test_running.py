@@ -139,7 +139,7 @@ def test_a_signal_stops_it_cleanly(number: signal.Signals, data: Path) -> None:
     assert (data / "sandbox.log").read_text() == ""
 
 
-def test_it_stops_with_whoever_started_it(data: Path) -> None:
+def test_it_stops_with_the_process_that_started_it(data: Path) -> None:
     """A test run that is killed with -9 leaves no sandbox behind."""
     program = (
         "import sys, time, pathlib; from flux_prefect.sandbox.launching import start_sandbox;"

@@ -66,6 +66,6 @@ def test_the_ledger_adds_up(client: PlainClient, sandbox: RunningSandbox) -> Non
 
 
 def test_control_can_be_used_by_its_address_alone(sandbox: RunningSandbox) -> None:
-    """Whoever knows where a sandbox is can steer it."""
+    """A sandbox can be steered by its URL alone."""
     with SandboxControl(sandbox.url) as control:
         assert control.summary().calls == 0

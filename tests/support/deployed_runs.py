@@ -20,7 +20,7 @@ async def run_deployment(name: str, parameters: dict[str, Any]) -> State[Any]:
             except ObjectNotFound:
                 await asyncio.sleep(0.1)
         else:
-            raise AssertionError(f"{name} is served by nobody")
+            raise AssertionError(f"no process serves {name}")
         run = await client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
         for _ in range(900):
             state = (await client.read_flow_run(run.id)).state

@@ -10,15 +10,19 @@ Found = TypeVar("Found")
 
 
 def wait_for(
-    look: Callable[[], Found | None], *, seconds: float = 60, every: float = 0.02, tell: Callable[[], str] | None = None
+    look: Callable[[], Found | None],
+    *,
+    seconds: float = 60,
+    every: float = 0.02,
+    describe: Callable[[], str] | None = None,
 ) -> Found:
     """Look until something is so.
 
     Args:
-        look: tells what there is; nothing that counts as false.
+        look: returns what was found, or a false value.
         seconds: after which it fails.
         every: seconds between two looks.
-        tell: what to say of the failure.
+        describe: returns what to add to the failure's message.
 
     Returns:
         What it was that `look` found.
@@ -26,6 +30,6 @@ def wait_for(
     end = time.monotonic() + seconds
     while not (found := look()):
         if time.monotonic() > end:
-            raise AssertionError("it never came to be so" + ("" if tell is None else f": {tell()}"))
+            raise AssertionError("it never came to be so" + ("" if describe is None else f": {describe()}"))
         time.sleep(every)
     return found
