@@ -134,6 +134,7 @@ def request_(sandbox: RunningSandbox) -> ImageRequest:  # noqa: ARG001 - only ev
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Spread the tests over the cores one by one, and those of a file together where they share what the file starts.
 
