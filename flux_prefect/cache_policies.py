@@ -1,4 +1,4 @@
-"""When an image counts as made already."""
+"""The cache policy of the paid steps: one result for each prompt and seed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ class PromptSeedCachePolicy(CachePolicy):
     The key changes with every field of the request that changes the image and with the endpoint. It does not
     change with the API key, the flow, the run, the task's code or any other argument. A request without a seed is
     not cached. A task with a `Generation` argument (a later step) is keyed by that generation's fingerprint
-    and, where it has one, by its `index` argument.
+    and by its `index` argument, if it has one.
 
-    READ_COMMITTED, without a lock: the step itself takes turns on a host (`custody.obtain`). A SERIALIZABLE transaction
-    inside another task holds its lock until that task ends, so that the same request twice in one task waits for ever.
+    READ_COMMITTED, without a lock: the step itself runs one at a time on a host (`custody.obtain`). A SERIALIZABLE
+    transaction inside another task holds its lock until that task ends, so that the same request twice in one task
+    waits for ever.
 
     Args:
-        step: what the task makes of the request. Two tasks with different results need different steps.
+        step: What the task makes of the request. Two tasks with different results need different steps.
 
     Example:
         ```python
@@ -54,7 +55,7 @@ class PromptSeedCachePolicy(CachePolicy):
         flow_parameters: dict[str, Any],  # noqa: ARG002 - nor does the flow
         **kwargs: Any,  # noqa: ARG002 - Prefect's to extend
     ) -> str | None:
-        """The cache key, or None where the arguments hold no request with a seed, or no account to send it by."""
+        """Compute the cache key; None without a request with a seed, or without credentials, among the arguments."""
         generation = _one(inputs, Generation)
         if generation is not None:
             index = inputs.get("index")

@@ -1,7 +1,7 @@
-"""Custody of what is paid for: lock, look, note, pay, keep, parse, in this order, wherever a request is made.
+"""Custody of paid answers: lock, look, note, pay, keep, parse, in this order, for every request.
 
-Needs no Prefect; `tasks` wraps it. Nothing is paid for before every place that may hold the answer was looked at, and
-no answer is parsed before it is kept.
+Needs no Prefect; `tasks` wraps it. Every place that may hold the answer is looked at before anything is paid for,
+and every answer is kept before it is parsed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["CallOutcome", "Order", "Results", "download", "generate", "metered",
 
 @dataclass(frozen=True)
 class CallOutcome:
-    """How one paid call ended: for the accounts of whoever is metering."""
+    """How one paid call ended, as collected by `metered`."""
 
     client_request_id: str
     billed: Billed
@@ -74,15 +74,15 @@ async def generate(
     """Pay for one call and keep its answer.
 
     The call is noted in the spool before it goes out. The body of a success is kept there before it is parsed and
-    before any slot of a limit is released, also when the caller is cancelled meanwhile: what was paid for, or may have
-    been, is never unknown to the host.
+    before any slot of a limit is released, also if the caller is cancelled meanwhile: the host always has a record of
+    what was paid for, or may have been.
 
     Args:
         request: What to make.
         client: Sends the call.
         spool: Keeps the answer.
         task_run_id: The Prefect task run that pays, for the note.
-        replaces: The call whose answer is dead, where this one replaces it.
+        replaces: The call whose dead answer this one replaces, if any.
 
     Raises:
         ServiceError: its `billed` says what it means for money.
@@ -103,7 +103,7 @@ async def generate(
 
     async def keep(answer: RawAnswer) -> None:
         nonlocal kept_as
-        with suppress(OSError):  # a full disk: the parsed answer, and Prefect's results behind it, are all there is
+        with suppress(OSError):  # a full disk: only the parsed answer and Prefect's results have it
             kept_as = await run_to_end(spool.keep_answer, KeptAnswer(call=call, request=request, answer=answer))
 
     sent, billed, credits_used = False, Billed.NO, None
@@ -153,10 +153,10 @@ async def generate(
 
 
 class Results(Protocol):
-    """Where else an answer may lie: Prefect's result of the task that asks."""
+    """Another place of an answer: Prefect's stored result of the calling task."""
 
     async def read(self) -> Generation | None:
-        """The result, or None.
+        """Read the result, or return None.
 
         Raises:
             ResultStoreUnreadable: it may be there and can't be read.
@@ -170,11 +170,11 @@ class Results(Protocol):
 
 @dataclass(frozen=True)
 class Order:
-    """How one generation is asked for.
+    """Options of one generation.
 
     Attributes:
-        refresh: Pay anew, whatever is kept.
-        replacing: Pay anew only if the answer of this call is still the one that is kept, as its URL is dead.
+        refresh: Pay anew, regardless of any kept answer.
+        replacing: The call whose answer has a dead URL. Pay anew only if that answer is still the kept one.
         task_run_id: The Prefect task run that asks.
     """
 
@@ -186,9 +186,9 @@ class Order:
 async def obtain(
     request: ImageRequest, client: AimlApiClient, spool: Spool, order: Order, results: Results | None = None
 ) -> tuple[Generation, bool]:
-    """The generation of a request, and whether this call paid for it.
+    """Return the generation of a request, and whether this call paid for it.
 
-    One at a time on a host for one fingerprint, from the look until the answer lies where the next one looks. Looks at
+    Runs one at a time on a host for one fingerprint, from the look until the answer is stored. Looks at
     Prefect's result, the spool's records and the answers that were never parsed. A request without a seed is paid for
     each time.
 
@@ -236,7 +236,7 @@ async def _look(
 
 
 async def _check_repeats(request: ImageRequest, fingerprint: str, client: AimlApiClient, spool: Spool) -> None:
-    """Refuse a request whose answers were lost too often, after the service's log was asked what they cost."""
+    """Refuse a request whose answers were lost too often, after reconciling their cost with the service's log."""
     allowed = current_settings().repeat_unknown
     lost = spool.open_calls(fingerprint)
     if len(lost) > allowed and any(call.billed is Billed.UNKNOWN for call in lost):
@@ -261,10 +261,10 @@ def _name_kept_answer(error: ServiceError, path: Path | None) -> None:
 
 
 def recover(request: ImageRequest, endpoint: str, spool: Spool) -> Generation | None:
-    """The answer that this host has paid for already, where its record outlived Prefect's own.
+    """Return the answer that this host has already paid for, from the spool alone, or None.
 
     Raises:
-        SpoolUnreadable: nobody can tell, so nothing must be paid.
+        SpoolUnreadable: the spool may hold the answer, so nothing must be paid.
     """
     if request.seed is None:
         return None
@@ -276,7 +276,7 @@ def recover(request: ImageRequest, endpoint: str, spool: Spool) -> Generation | 
 
 
 def _take_up(answers: Iterable[KeptAnswer], spool: Spool) -> Generation | None:
-    """The generation of the first kept answer that can be read, recorded: it was paid for by a run that ended there."""
+    """Record and return the first readable kept answer, which a run paid for and ended before recording."""
     for kept in answers:
         with suppress(ServiceError):
             return _keep(kept.call, kept.read(), spool)
@@ -284,12 +284,12 @@ def _take_up(answers: Iterable[KeptAnswer], spool: Spool) -> Generation | None:
 
 
 async def download(generation: Generation, index: int, client: AimlApiClient, spool: Spool) -> ImageFile:
-    """Bring one image into the spool, checked. A whole file that is there already is not fetched again.
+    """Download one image into the spool and check it. A whole file that is there already is not fetched again.
 
     Raises:
         ImageUnwritable: the spool can't take it; nothing was fetched.
-        ContentFlagged: the service flagged the image or delivered it black. Nothing else is done with it.
-        UnexpectedFormat: it came in another format before, and lies in the spool as that.
+        ContentFlagged: the service flagged the image or delivered it black. It is not processed further.
+        UnexpectedFormat: it came in another format before, and is kept in the spool as rejected.
         ImageGone: neither its URL nor the spool has it any more.
         DownloadError: the bytes could not be fetched, or are not the image asked for.
     """
@@ -315,7 +315,7 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
             expected=generation.request.output_format,
             delivered_at=generation.created_at,
         )
-        if generation.replaces is not None:  # fetched: should it die one day, it may be replaced again
+        if generation.replaces is not None:  # fetched: if its URL dies later, it may be replaced again
             await run_in_thread(spool.settle_replacement, generation)
     if found.black:
         raise ContentFlagged(
@@ -329,7 +329,7 @@ def _keep(call: PaidCall, generation: Generation, spool: Spool) -> Generation:
     try:
         spool.keep_generation(generation)
     except OSError:
-        # A full disk: the caller, and Prefect's results behind it, are now the only ones who have it.
+        # A full disk: only the caller and Prefect's results have it now.
         return generation
     spool.close_call(call)
     spool.drop_answer(call.fingerprint, call.client_request_id)

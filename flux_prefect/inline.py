@@ -1,7 +1,7 @@
 """Run a Prefect task as its engine would, with the same cache, locks and retries, but without a task run.
 
-Every task run costs Prefect's server 25 to 30 ms of CPU time. Where thousands of images are made, one task run stands
-for many of them, and their steps run here inside it.
+Every task run costs Prefect's server 25 to 30 ms of CPU time. For thousands of images, one task run covers many of
+them, and their steps run here inside it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class StepResults:
     """The place of one step's result in Prefect's result storage.
 
     Attributes:
-        store: Of the task.
+        store: The task's result store.
         key: The step's cache key.
-        holder: Who holds the key's lock, where the policy has one.
+        holder: The holder of the key's lock, if the policy has one.
         written: Whether the step itself has stored its result.
     """
 
@@ -57,9 +57,9 @@ class StepResults:
     written: bool = False
 
     async def read(self) -> Any:
-        """The result, or None where there is none, it has expired, or its record is broken.
+        """Read the result; None if there is none, it has expired, or its record is broken.
 
-        Prefect itself takes a storage that can't be read for one that holds nothing.
+        Prefect itself treats a storage that can't be read as empty.
 
         Raises:
             ResultStoreUnreadable: the storage can't be read.
@@ -85,7 +85,7 @@ class StepResults:
         return (await self.store.aread(self.key, self.holder)).result if found else None
 
     async def write(self, result: Any) -> None:
-        """Store the result. A storage that does not take it is logged, as the engine does: the step has succeeded."""
+        """Store the result. A failure to store it is logged, as the engine does: the step has succeeded."""
         try:
             await _write(self.store, self.key, self.holder, result)
             self.written = True
@@ -98,9 +98,10 @@ class StepRun:
     """The run of one step, over all its attempts.
 
     Attributes:
-        id: the task run's; of a step without a task run, one of its own.
-        refresh: whether the step is to be done anew, whatever is cached.
-        news: at what level its success is logged: `INFO` on the page of a task run of its own, `DEBUG` among hundreds.
+        id: The task run's id, or an id of its own if there is no task run.
+        refresh: Whether to execute the step regardless of any cached result.
+        news: The level at which its success is logged: `INFO` in a task run of its own, `DEBUG` inside a shared one.
+        results: The place of its result in Prefect's result storage. None: it has none, or Prefect has looked there.
     """
 
     refresh: bool = False
@@ -113,7 +114,7 @@ _inline: ContextVar[StepRun | None] = ContextVar("inline", default=None)
 
 
 def current_step() -> StepRun:
-    """The step that this code runs in. Outside of any, one that nobody else has."""
+    """Return the step that this code runs in. Outside of any step, return a new one."""
     inline = _inline.get()
     if inline is not None:
         return inline
@@ -124,7 +125,7 @@ def current_step() -> StepRun:
 
 
 def _refreshes(task: Task[Any, Any]) -> bool:
-    """Whether a task is to be done anew, by its own option or, where it has none, by Prefect's setting."""
+    """Whether a task ignores cached results, by its own option or else by Prefect's setting."""
     if task.refresh_cache is not None:
         return bool(task.refresh_cache)
     return bool(get_current_settings().tasks.refresh_cache)
@@ -141,11 +142,11 @@ def _results_of(task: Task[Any, Any]) -> StepResults | None:
 
 
 async def run_inline(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-    """What `await task(...)` gives and raises, found under the same key and kept under it, with no word to the server.
+    """Return or raise what `await task(...)` would, with the same cache key, without calling Prefect's server.
 
     The task's cache policy with its lock, `refresh_cache`, result storage and serializer, `retries`, their delays and
-    their condition are obeyed; all else that a task can have (hooks, time-outs, expiration, jitter) is not.
-    Locks are held for an attempt, and freed when it is cancelled. A result that can't be kept is logged and returned.
+    their condition apply; all other options of a task (hooks, time-outs, expiration, jitter) do not. Locks are held for
+    an attempt, and released if it is cancelled. A result that can't be stored is logged and returned.
 
     Costs about a millisecond with a cache policy, and next to nothing without.
 
@@ -203,7 +204,7 @@ async def _through_cache(
 
 
 def _is_absence(error: Exception) -> bool:
-    """Whether a storage means that there is no such object: by ValueError as Prefect's own do, or as boto3 does."""
+    """Whether a storage's error means a missing object: a ValueError as of Prefect's own storages, or as of boto3."""
     if isinstance(error, (ValueError, FileNotFoundError, KeyError)):
         return not isinstance(error, FluxError)
     response = getattr(error, "response", None)

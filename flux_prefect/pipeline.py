@@ -1,4 +1,4 @@
-"""The whole path of one request: find, generate, download, upload, and heal what went stale on the way."""
+"""The pipeline of one request: find, generate, download, upload, and replace what went stale on the way."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ _R = TypeVar("_R")
 _logger = logging.getLogger(__name__)
 
 Density = Literal["steps", "chunks"]
-"""`steps`: a task run for each step of each row, three an image. `chunks`: one task run for a hundred rows."""
+"""How many task runs a batch has.
+
+`steps`: a task run for each step of each row, three an image. `chunks`: one task run for a hundred rows.
+"""
 
 _LOCKS = HostLockManager()
 _GENERATE_AGAIN = generate_image.with_options(refresh_cache=True)
@@ -78,7 +81,7 @@ class ImageOutcome:
 
     @property
     def status(self) -> Status:
-        """Published by this run, there before it, flagged by the service, left out for the cap, or failed."""
+        """Whether it was published by this run or before, flagged by the service, skipped for the cap, or failed."""
         if self.image is not None:
             return Status.PUBLISHED if self.image.created else Status.UNCHANGED
         if isinstance(self.error, ContentFlagged):
@@ -88,15 +91,17 @@ class ImageOutcome:
 
 @dataclass
 class Production:
-    """What became of one request, image by image, and of the money.
+    """The outcome of one request: its images and its paid calls.
 
     Attributes:
-        outcomes: how each image ended, by its index.
-        calls: the paid calls of this run, refused and lost ones among them.
-        open_calls: all calls for this request, of this run and earlier ones of this host, that were or may have been
-            paid for and brought no image.
-        regenerated: a cached answer's URL had died, and the image was paid for anew.
-        refetched: images whose cached file was gone or changed and that were downloaded anew.
+        request: What was asked for.
+        fingerprint: The request's fingerprint at its endpoint.
+        outcomes: How each image ended, by its index.
+        calls: The paid calls of this run, including refused and lost ones.
+        open_calls: All calls for this request, of this run and earlier ones of this host, that were or may have been
+            paid for without delivering an image.
+        regenerated: Whether a cached answer's URL had died and the image was paid for anew.
+        refetched: The number of images that were downloaded anew, as their cached file was gone or changed.
     """
 
     request: ImageRequest
@@ -109,12 +114,12 @@ class Production:
 
     @property
     def credits_used(self) -> float:
-        """What the service said that this run's calls cost, in credits."""
+        """The reported cost of this run's calls, in credits."""
         return sum(call.credits_used or 0 for call in self.calls)
 
     @property
     def unpriced_calls(self) -> int:
-        """How many billed calls the service named no cost for."""
+        """How many billed calls have no reported cost."""
         return sum(call.billed is Billed.YES and call.credits_used is None for call in self.calls)
 
     @property
@@ -143,9 +148,9 @@ class Production:
 
 
 async def check_ready(bucket: ImageBucket) -> None:
-    """Prove that the spool, the locks and the bucket can be used, before anything is paid for. For the start of a run.
+    """Verify that the spool, the locks and the bucket can be used, before anything is paid for. For the start of a run.
 
-    Also clears away what dead processes left half-written in the spool.
+    Also removes half-written files of dead processes from the spool.
 
     Raises:
         SpoolUnwritable, PermissionError: the spool or the lock folder can't be used.
@@ -169,7 +174,7 @@ class StepRunner(Protocol):
     def __call__(
         self, task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **kwargs: _P.kwargs
     ) -> Coroutine[Any, Any, _R]:
-        """What the task gives and raises."""
+        """Return or raise what the task does."""
         ...
 
 
@@ -193,19 +198,19 @@ async def produce_image(
     *,
     run: StepRunner = run_as_task,
 ) -> Production:
-    """Have every image of a request in the bucket, spending as little as possible.
+    """Publish every image of a request, spending as little as possible.
 
-    One at a time on a host for one request, in whatever process: the second finds what the first published. Where the
-    bucket has `lease_seconds`, one at a time on all hosts that publish to it. What is
-    in the bucket already costs a HEAD. A cached answer whose URL has died is paid for anew, a cached file that
-    is gone is fetched anew, each at most once. A missing bucket is found before anything is paid for. Failures of
-    images are outcomes, not exceptions.
+    Runs one at a time on a host for one request, across processes: the second finds what the first published. If the
+    bucket has `lease_seconds`, it runs one at a time on all hosts that publish to the bucket. An image that is in the
+    bucket already costs a HEAD. A cached answer whose URL has died is paid for anew, and a cached file that is gone is
+    fetched anew, each at most once. A missing bucket is found before anything is paid for. Failures of images are
+    outcomes, not exceptions.
 
     Args:
-        request: what to make.
-        bucket: where to publish it.
-        credentials: who pays.
-        run: how the steps are run. With `run_inline` there are no task runs; keys, records, locks and retries are the
+        request: What to make.
+        bucket: Where to publish it.
+        credentials: The account that pays.
+        run: How the steps are run. With `run_inline` there are no task runs; keys, records, locks and retries are the
             same, so either finds what the other has kept.
 
     Raises:
@@ -228,7 +233,7 @@ async def produce_image(
 
 @dataclass(frozen=True)
 class _Producer:
-    """The way of one request through its steps."""
+    """The steps of one request, in order."""
 
     production: Production
     bucket: ImageBucket
@@ -236,7 +241,7 @@ class _Producer:
     run: StepRunner
 
     async def produce(self) -> None:
-        # Also where a plan has looked just now: whoever had the lock since may have published from another spool.
+        # Also right after a plan has looked: an earlier holder of the lock may have published from another spool.
         await _together(self._find(index) for index in range(self.production.request.num_images))
         missing = self.production.missing
         if not missing:
@@ -247,11 +252,11 @@ class _Producer:
             await self._make_alone(self.bucket.lease_seconds)
 
     async def _make_alone(self, lease_seconds: float) -> None:
-        """Make what is missing while no other machine does."""
+        """Make the missing images under a lease, so that no other machine does."""
         production = self.production
         try:
             async with BucketLeases(self.bucket, lease_seconds).hold(production.fingerprint):
-                await _together(self._find(index) for index in production.missing)  # whoever had it may have published
+                await _together(self._find(index) for index in production.missing)  # its last holder may have
                 if missing := production.missing:
                     await self._make(missing)
         except BucketError as error:  # there is no lease, so nothing is paid
@@ -260,7 +265,7 @@ class _Producer:
     async def _find(self, index: int) -> None:
         try:
             image = await self._look(index)
-        except Exception as error:  # noqa: BLE001 - whatever it was, nothing is paid for this image
+        except Exception as error:  # noqa: BLE001 - any error: nothing is paid for this image
             self._fail([index], error)
         else:
             if image is not None:
@@ -271,7 +276,7 @@ class _Producer:
         try:
             return await self.bucket.find(request, self.production.fingerprint, index)
         except BucketUnavailable:
-            # Now it is worth a task run: its retries are Prefect's, for everybody to see.
+            # Now it is worth a task run: its retries are Prefect's, and visible in its UI.
             return await self.run(find_published, request, self.bucket, self.credentials, index)
 
     async def _make(self, wanted: list[int]) -> None:
@@ -288,7 +293,7 @@ class _Producer:
                     _GENERATE_AGAIN, production.request, self.credentials, generation.client_request_id
                 )
                 await self._deliver_all(generation, gone)
-        except Exception as error:  # noqa: BLE001 - of a generation, so of all its images
+        except Exception as error:  # noqa: BLE001 - any error of a generation fails all its images
             self._fail(wanted, error)
 
     async def _deliver_all(self, generation: Generation, indexes: list[int]) -> None:
@@ -304,7 +309,7 @@ class _Producer:
             except ImageChanged:
                 file.path.unlink(missing_ok=True)
                 image = await self.run(upload_to_s3, await self._fetch_again(generation, index), self.bucket)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the money of the others is told
+        except Exception as error:  # noqa: BLE001 - any error: the other images' cost is still reported
             self._fail([index], error)
         else:
             self.production.outcomes[index] = ImageOutcome(index, image=image)
@@ -327,7 +332,7 @@ def _typed(error: Exception) -> FluxError:
 
 
 async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all to their ends, then raise the first exception, if any."""
+    """Run all coroutines to their ends, then raise the first exception, if any."""
     for result in await asyncio.gather(*work, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result

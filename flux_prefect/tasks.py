@@ -37,7 +37,7 @@ def is_worth_repeating(
 ) -> bool:
     """Whether Prefect should run a failed step again.
 
-    Yes for a passing failure that was not billed. A request whose answer was lost is sent again as often as
+    Yes for a temporary failure that was not billed. A request whose answer was lost is sent again as often as
     `FLUX_PREFECT_REPEAT_UNKNOWN` allows, over all retries and runs of the host. An image that was paid for is fetched
     again without being paid for again.
     """
@@ -58,7 +58,7 @@ def is_worth_repeating(
 async def find_published(
     request: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials, index: int = 0
 ) -> PublishedImage | None:
-    """The image of a request as it stands in the bucket, or None. One HEAD; nothing is paid.
+    """Find the published image of a request in the bucket, or return None. Costs one HEAD; nothing is paid.
 
     Raises:
         ValueError: the request has no seed.
@@ -89,9 +89,9 @@ async def generate_image(
 ) -> Generation:
     """Generate an image: one paid call, cached on prompt + seed (see `PromptSeedCachePolicy`).
 
-    The same request at the same time is paid for once on a host. An answer that was paid for and that Prefect's
-    results have lost is taken from the spool instead of being paid for again. Waiting for a rate limit happens
-    inside; every other failure that can pass is a Prefect retry.
+    The same request at the same time is paid for once on a host. A paid answer that is missing
+    from Prefect's results is read from the spool instead of being paid for again. Waiting for a rate limit happens
+    inside; every other temporary failure is a Prefect retry.
 
     Raises:
         ServiceError: its `billed` says what it means for money.
@@ -131,14 +131,14 @@ async def generate_image(
     retry_condition_fn=is_worth_repeating,
 )
 async def download_image(generation: Generation, credentials: AimlApiCredentials, index: int = 0) -> ImageFile:
-    """Bring a generated image into the spool: whole, decodable, in the format asked for, never rewritten.
+    """Download a generated image into the spool: whole, decodable, in the requested format, never rewritten.
 
     Cached on prompt + seed and the image's index. Costs no credits.
 
     Raises:
         ContentFlagged: the service flagged it or delivered it black.
         ImageGone: its URL is dead. Generating with `refresh_cache=True` pays for it anew.
-        DownloadError: it could not be fetched or is not the image asked for.
+        DownloadError: it could not be fetched or is not the requested image.
 
     Example:
         ```python
@@ -161,7 +161,7 @@ async def download_image(generation: Generation, credentials: AimlApiCredentials
 async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
     """Publish an image under its key unless it is there already, with its JSON record beside it.
 
-    Idempotent and never cached: the bucket itself says what is there. S3 verifies the SHA-256.
+    Idempotent and never cached: the bucket itself is asked for the image. S3 verifies the SHA-256.
 
     Raises:
         ImageChanged: the file's bytes are no longer those that were checked.

@@ -1,18 +1,19 @@
-"""Leases: of all machines that publish to a bucket, one at a time makes an image.
+"""Leases in the bucket, so that one machine at a time makes an image.
 
-A lease is a small object in the bucket, written under conditions. Why not Redis: that is one more server to run, and
-its lock in Prefect's own integration is never released by async code; a lease guards a paid call of seconds to minutes,
-beside which three or four S3 requests cost nothing, and whoever may publish may hold one (and needs s3:DeleteObject).
+A lease is a small object in the bucket, written with conditional requests. Redis is not used: it is one more server to
+run, and the lock in Prefect's own integration is never released by async code. A lease guards a paid call of seconds to
+minutes, against which the cost of three or four S3 requests is negligible. Any account that may publish may hold a
+lease; it also needs s3:DeleteObject.
 
-How it holds without comparing clocks: every write gives the object a new ETag. The holder writes it anew every third of
-`lease_seconds`, and counts as holder until nine tenths of that after it *began* the last write that succeeded. Whoever
-waits takes it over, by a write over that very ETag, when it has itself seen the ETag unchanged for all of
-`lease_seconds`; so the holder has given up before, by its own clock. Clocks only have to run at the same pace, within a
-tenth. They go on while a machine sleeps; a virtual machine that is halted from outside may not notice, and can then
-send the one call that it was about to send, but can't renew or publish.
+No clocks are compared. Every write gives the object a new ETag. The holder rewrites the object every third of
+`lease_seconds`, and remains the holder until nine tenths of `lease_seconds` after it *began* the last write that
+succeeded. A waiter takes the lease over, by a write conditional on that ETag, once it has itself seen the ETag
+unchanged for all of `lease_seconds`. By then the holder has given up by its own clock. The clocks must run at the same
+pace, within a tenth. They go on while a machine sleeps. A virtual machine that is halted from outside may not notice,
+and can then send the one call that it was about to send, but can't renew or publish.
 
-A holder that dies leaves its object, for at most `lease_seconds`. In a bucket that keeps old versions every lease
-leaves one: let them expire by a lifecycle rule on `leases/`.
+After a holder dies, its object blocks others for at most `lease_seconds`. In a bucket that keeps old versions every
+lease leaves one: let them expire by a lifecycle rule on `leases/`.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ _Result = TypeVar("_Result")
 
 _logger = logging.getLogger(__name__)
 
-_HELD = 0.9  # of the lease's time; the rest is for clocks of another pace, and between a check and what it allows
+_HELD = 0.9  # of the lease's time; the rest allows for clocks of another pace, and for the time after a check
 _RENEWED_AFTER = 1 / 3
-_REPEATED_AFTER = 1 / 20  # a renewal that came to nothing
-_LONGEST_PAUSE = 1 / 4  # between two looks of whoever waits
+_REPEATED_AFTER = 1 / 20  # after a failed renewal
+_LONGEST_PAUSE = 1 / 4  # between two looks of a waiter
 _FIRST_PAUSE = 0.2
 _PATIENCE = 1 / 4  # a renewal whose connection hangs leaves time for another
 _MOST_PATIENCE = 10.0
@@ -58,30 +59,32 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class LeaseRecord(BaseModel):
-    """What stands in a lease's object, for people to read. No time is in it: nobody compares clocks."""
+    """The content of a lease's object, for people to read. It has no time in it, as no clocks are compared."""
 
     model_config = ConfigDict(frozen=True)
 
-    holder: str = Field(description="Of this one holding, different for each.")
+    holder: str = Field(description="The id of this holding, different for each.")
     host: str = Field(description="The holder's machine.")
     pid: int = Field(description="The holder's process there.")
-    fence: int = Field(description="1, and one more each time that somebody took it over from a silent holder.")
-    writes: int = Field(description="How often this holder has written it, so that no two versions are the same.")
+    fence: int = Field(description="1, plus one for each time that the lease was taken over from a silent holder.")
+    writes: int = Field(
+        description="How often this holder has written the object, so that no two versions are the same."
+    )
 
 
 def read_clock() -> float:
-    """Seconds on a clock that nobody sets, and that goes on while the machine sleeps, where it has such a one."""
+    """Read a clock that is never set, in seconds. If the platform allows, it goes on while the machine sleeps."""
     return time.clock_gettime(_CLOCK)
 
 
 class BucketLeases:
-    """The leases in one bucket, by their keys. Hosts that share a bucket and a prefix share them.
+    """The leases in one bucket, by key. Hosts with the same bucket and prefix share them.
 
     Args:
-        bucket: where the leases are, as `leases/<digest of the key>.json` below the prefix. Neither an image nor a
+        bucket: Where the leases are, as `leases/<digest of the key>.json` below the prefix. Neither an image nor a
             manifest can have such a name.
-        lease_seconds: how long a holder may be silent. The same on all hosts.
-        clock: seconds that never go back. Another one is for tests.
+        lease_seconds: How long a holder may be silent, in seconds. Must be the same on all hosts.
+        clock: Returns seconds that never go back. Tests pass another one.
     """
 
     def __init__(self, bucket: ImageBucket, lease_seconds: float, *, clock: Callable[[], float] = read_clock) -> None:
@@ -93,15 +96,15 @@ class BucketLeases:
     async def hold(self, key: str) -> AsyncIterator[Lease]:
         """Hold a lease for the length of an `async with` block, waiting for it as long as it takes.
 
-        It is renewed meanwhile, and given back at the end, also of a block that fails or is cancelled. Whether it is
-        still held, `Lease.check` tells. Takes one PUT and one DELETE; a PUT each third of `lease_seconds` while it is
-        held; a GET each time that a waiter looks, after 0.2 seconds to a quarter of `lease_seconds`; and the first time
-        that a process holds one in a bucket, two PUTs.
+        The lease is renewed meanwhile, and released at the end, also if the block fails or is cancelled. `Lease.check`
+        raises if it is no longer held. Costs one PUT and one DELETE; a PUT each third of `lease_seconds` while it is
+        held; a GET each time that a waiter looks, after 0.2 seconds to a quarter of `lease_seconds`; and two PUTs the
+        first time that a process holds a lease in a bucket.
 
         Raises:
             ConditionsIgnored: the server can't keep leases.
-            BucketUnavailable: it has not answered for `lease_seconds`.
-            BucketError: it refuses; the message says what to correct.
+            BucketUnavailable: the server has not answered for `lease_seconds`.
+            BucketError: the server refuses; the message says what to correct.
         """
         path = f"leases/{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
         patience = min(self._seconds * _PATIENCE, _MOST_PATIENCE)
@@ -128,7 +131,7 @@ class BucketLeases:
 
 
 class Lease:
-    """The right to make one thing, as long as it lasts. From `BucketLeases.hold`."""
+    """The right to make one image, for as long as the lease is held. From `BucketLeases.hold`."""
 
     def __init__(self, place: ConditionalObject, seconds: float, clock: Callable[[], float]) -> None:
         self._place = place
@@ -143,14 +146,14 @@ class Lease:
 
     @property
     def fence(self) -> int:
-        """How many holders in a row, this one included, took it over from a silent one. 1: it was free."""
+        """The number of this holder in a row of takeovers from silent holders. 1: the lease was free."""
         return self._record.fence
 
     def check(self) -> None:
-        """For the last moment before something that only the holder may do. Asks nobody: costs nothing.
+        """Check that the lease is held, right before an action that only the holder may take. Sends no request.
 
         Raises:
-            LeaseLost: it is not the holder any more, or may not be. It never is again.
+            LeaseLost: the lease is lost, or may be. It stays lost.
         """
         if self._lost is None and self._clock() >= self._until:
             self._lost = f"it was not renewed within {self._seconds:g} s"
@@ -167,9 +170,9 @@ class Lease:
         while True:
             try:
                 may_write = seen is None or self._is_ours(seen) or self._clock() - seen_since >= self._seconds
-                # An answer that nobody waits for would leave a lease that nobody gives back.
+                # Run to the end: a write abandoned on its way would leave a lease that is never released.
                 if may_write and await _to_its_end(self._write(over=_etag(seen), fence=self._fence_over(seen))):
-                    self._tell_of_fence()
+                    self._log_takeover()
                     return
                 latest = await self._place.read()
                 answered_at = self._clock()  # later than the look itself: what is seen may be older, never younger
@@ -177,7 +180,7 @@ class Lease:
                     seen, seen_since = latest, answered_at
                     if seen is None or self._is_ours(seen):
                         continue
-                    self._tell_of_wait(seen)
+                    self._log_wait(seen)
             except BucketUnavailable:
                 if self._clock() - answered_at >= self._seconds:
                     raise
@@ -244,7 +247,7 @@ class Lease:
             self._renewing.cancel()
 
     async def _remove(self) -> None:
-        # Not once its time is over: a server that overlooks the condition would remove the next holder's.
+        # Not after its time is over: a server that ignores the condition would remove the next holder's lease.
         left = self._until - self._clock()
         if self._etag is None or self._lost is not None or left <= 0:
             return
@@ -267,10 +270,10 @@ class Lease:
         record = self._read(version)
         return f"process {record.pid} on {record.host}"
 
-    def _tell_of_wait(self, version: Version) -> None:
+    def _log_wait(self, version: Version) -> None:
         _logger.info("Waiting for %s, which holds %s", self._name_holder(version), self._place.uri)
 
-    def _tell_of_fence(self) -> None:
+    def _log_takeover(self) -> None:
         if self.fence > 1:
             _logger.warning("Took over %s from a silent holder, as holder number %d", self._place.uri, self.fence)
 
@@ -285,7 +288,7 @@ def current_lease() -> Lease | None:
 
 @dataclass
 class _Trust:
-    """Whether a bucket was seen to keep to conditions."""
+    """Whether a bucket has been seen to honour conditional requests."""
 
     earned: bool = False
 
@@ -300,7 +303,7 @@ def _etag(version: Version | None) -> str | None:
 
 
 async def _to_its_end(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Have work done although its caller is cancelled meanwhile; the cancellation goes on after it."""
+    """Run work to its end, even if its caller is cancelled meanwhile; the cancellation continues after it."""
     task = asyncio.ensure_future(work)
     with anyio.CancelScope(shield=True):
         try:
@@ -308,6 +311,6 @@ async def _to_its_end(work: Coroutine[Any, Any, _Result]) -> _Result:
         except asyncio.CancelledError:  # a task's own `cancel` passes the shields of anyio
             await asyncio.wait([task])
             if not task.cancelled():
-                task.exception()  # seen, so that nobody complains that it was not
+                task.exception()  # retrieved, so that asyncio does not log it as never retrieved
             raise
     return task.result()

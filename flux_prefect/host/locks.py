@@ -1,4 +1,4 @@
-"""Locks that die with their holder, for everything that must happen once on a host."""
+"""Locks that end with their holder, for work that must happen once on a host."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class HostLockManager(LockManager):
     garbage-collected. Waiting blocks no event loop in the async methods. Releasing a lock that is not held does
     nothing: Prefect's transactions release twice where one is nested in another.
 
-    Costs about 0.4 ms for a lock and its release. Waiters look again after 10 to 250 ms, in no order; a single look
-    (`acquire_timeout=0`) can also fail in the moment in which somebody else releases the lock or looks at it.
+    Costs about 0.4 ms for a lock and its release. Waiters look again after 10 to 250 ms, in no order. A single look
+    (`acquire_timeout=0`) can also fail while another process releases the lock or looks at it.
 
     Args:
-        directory: where the lock files are. Default: the setting `FLUX_PREFECT_LOCKS`. A network file
-            system is no place for it.
+        directory: Where the lock files are. Default: the setting `FLUX_PREFECT_LOCKS`. It must not be on a
+            network file system.
 
     Raises:
-        PermissionError: from every method that looks at a lock, where the folder can't be used.
+        PermissionError: the folder can't be used. Raised by every method that looks at a lock.
 
     Example:
         ```python
@@ -56,7 +56,7 @@ class HostLockManager(LockManager):
         self._held: dict[tuple[int, str], tuple[str, FileLock]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy, in this process or another, holds nothing: the kernel knows who does.
+        # A copy, in this process or another, holds nothing: locks belong to the original's open files.
         return type(self), (self._directory,)
 
     def prepare(self) -> None:
@@ -107,7 +107,7 @@ class HostLockManager(LockManager):
         _remove(lock)
 
     def is_locked(self, key: str) -> bool:
-        """Whether anybody on this host holds the lock now."""
+        """Whether any process on this host holds the lock now."""
         if _here(key) in self._held:
             return True
         path = self._path(key)
@@ -125,7 +125,7 @@ class HostLockManager(LockManager):
         return held is not None and held[0] == holder
 
     def wait_for_lock(self, key: str, timeout: float | None = None) -> bool:
-        """Wait until nobody holds the lock; False where it took longer than `timeout` seconds."""
+        """Wait until the lock is free. Return False after `timeout` seconds."""
         waits = _Waits(timeout)
         while self.is_locked(key):
             pause = waits.next()
@@ -174,7 +174,7 @@ class HostLockManager(LockManager):
 
 
 class _Waits:
-    """Pauses between two looks at a lock, growing, until the time is over."""
+    """Growing pauses between two looks at a lock, until the time-out."""
 
     def __init__(self, timeout: float | None) -> None:
         self._end = None if timeout is None else time.monotonic() + timeout
@@ -209,7 +209,7 @@ def _take(path: Path) -> FileLock | None:
 
 
 def _remove(lock: FileLock) -> None:
-    # Unlinked while it is held: whoever opened the old file meanwhile finds it unlinked and opens anew.
+    # Unlinked while it is held: a waiter that opened the old file meanwhile finds it unlinked and opens anew.
     with suppress(OSError):  # a file that stays behind is no lock
         Path(lock.lock_file).unlink()
     lock.release()

@@ -1,9 +1,9 @@
-"""Our custody of what was paid for: records of calls, generations and images in a local folder.
+"""The spool: records of paid calls, generations and images in a local folder.
 
 spool/
-  calls/       one small file for each paid call without a known end; most times empty
+  calls/       one small file for each paid call without a known end; usually empty
   answers/     the body of each success, until its generation is recorded
-  records/     one JSON record a generation, written before anybody is told of it
+  records/     one JSON record a generation, written before it is returned to the caller
   endpoints/   prices and pace of each endpoint, as the last batch found them
   pictures/    the bytes as delivered, named by the fingerprint
 """
@@ -42,18 +42,16 @@ class PaidCall(BaseModel):
     endpoint: str = Field(description="The root URL of the service.")
     sent_at: datetime = Field(description="When the call was sent, UTC.")
     task_run_id: str | None = Field(description="The Prefect task run that sent it.")
-    sends: int = Field(
-        default=1, description="How often it was sent: all but the last time it was refused as one too many."
-    )
+    sends: int = Field(default=1, description="How often it was sent. Each time but the last, the service refused it.")
     billed: Billed = Field(default=Billed.UNKNOWN, description="What is known of its cost.")
-    credits_used: float | None = Field(default=None, description="What it cost, in credits, where that is known.")
+    credits_used: float | None = Field(default=None, description="What it cost, in credits. None: unknown.")
     error: str | None = Field(
         default=None, description="How its answer was lost. None: still in flight, or its process died."
     )
 
 
 class KeptAnswer(BaseModel):
-    """A paid answer that is not read yet, with all that reading it takes."""
+    """A paid answer that is not parsed yet, with everything that parsing it needs."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -62,7 +60,7 @@ class KeptAnswer(BaseModel):
     answer: RawAnswer = Field(description="The answer as it came.")
 
     def read(self) -> Generation:
-        """The generation of the answer.
+        """Parse the answer.
 
         Raises:
             InvalidResponse, EmptyGeneration: this release can't read it.
@@ -76,7 +74,7 @@ class KeptAnswer(BaseModel):
 
 
 class ImageFile(DownloadedImage):
-    """One image in our custody: a whole, checked file and where it came from."""
+    """One image in the spool: a whole, checked file and its generation."""
 
     index: int = Field(ge=0, description="The image's place in its generation.")
     generation: Generation = Field(description="The paid answer that it belongs to.")
@@ -90,13 +88,13 @@ class ImageFile(DownloadedImage):
 
 
 class Experience(BaseModel):
-    """What this host has learnt about an endpoint in its last batch, to begin the next one with."""
+    """What this host learnt about an endpoint in its last batch: the starting values of the next one."""
 
     model_config = ConfigDict(frozen=True)
 
     prices: dict[str, float] = Field(default_factory=dict, description="Credits that an image cost, by model.")
     seconds: float | None = Field(default=None, description="How long a generation took, all its steps together.")
-    in_flight: int | None = Field(default=None, description="The in-flight limit that the pacing had settled at.")
+    in_flight: int | None = Field(default=None, description="The in-flight limit at which the pacing settled.")
 
 
 class Spool:
@@ -117,7 +115,7 @@ class Spool:
         self.root = (root or current_settings().spool).expanduser().absolute()
 
     def prepare(self) -> None:
-        """Make the folders and prove that they can be written.
+        """Make the folders and verify that they can be written.
 
         Raises:
             SpoolUnwritable: with the folder, the reason and the setting to change.
@@ -155,7 +153,7 @@ class Spool:
             raise self._unwritable(error) from error
 
     def leave_open(self, call: PaidCall, error: ServiceError) -> None:
-        """Note how a call that was paid for, or may have been, came to nothing."""
+        """Note how a call that was paid for, or may have been, lost its answer."""
         lost = call.model_copy(
             update={"billed": error.billed, "credits_used": error.credits_used, "error": error.message}
         )
@@ -229,17 +227,17 @@ class Spool:
         _write(self._record_path(generation.fingerprint), generation.model_dump_json(), os.fsync)
 
     def settle_replacement(self, generation: Generation) -> None:
-        """Record that an answer which replaced a dead one was fetched. What can't be recorded changes nothing else."""
+        """Record that an answer which replaced a dead one was fetched. A failure to record it is ignored."""
         with suppress(OSError, SpoolUnreadable):
             kept = self.find_generation(generation.fingerprint)
             if kept is not None and kept.client_request_id == generation.client_request_id:
                 self.keep_generation(kept.model_copy(update={"replaces": None}))
 
     def find_generation(self, fingerprint: str) -> Generation | None:
-        """The record of a paid answer; None where there is none, or only a broken one.
+        """The record of a paid answer; None if there is none, or only a broken one.
 
         Raises:
-            SpoolUnreadable: nobody can tell, as there are too many open files, or a record is somebody else's.
+            SpoolUnreadable: there may be one, but too many files are open, or it belongs to another user.
         """
         path = self._record_path(fingerprint)
         try:
@@ -255,12 +253,12 @@ class Spool:
     # Experience
 
     def keep_experience(self, endpoint: str, experience: Experience) -> None:
-        """Keep what was learnt about an endpoint. What a full disk can't take is learnt anew."""
+        """Keep what was learnt about an endpoint. Ignores a full disk: it is learnt anew."""
         with suppress(OSError):
             _write(self._experience_path(endpoint), experience.model_dump_json())
 
     def find_experience(self, endpoint: str) -> Experience:
-        """What was learnt about an endpoint; nothing, where nothing was or it can't be read."""
+        """What was learnt about an endpoint; an empty record if nothing was, or if it can't be read."""
         try:
             return Experience.model_validate_json(self._experience_path(endpoint).read_bytes())
         except (OSError, ValidationError):
@@ -279,7 +277,7 @@ class Spool:
         return path.with_name(f"{path.name}.rejected")
 
     def find_image(self, generation: Generation, index: int) -> DownloadedImage | None:
-        """The image's file, inspected anew, where it is here and whole. Reads and decodes it: call it in a thread."""
+        """Inspect the image's file anew; None if it is missing or broken. Reads and decodes it: call it in a thread."""
         path = self.image_path(generation, index)
         try:
             image = inspect_image(path, generation.request.output_format, max_pixels=MAX_PIXELS)
@@ -314,7 +312,7 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        return True  # somebody else's
+        return True  # another user's
     return True
 
 
@@ -341,6 +339,6 @@ def _write(path: Path, text: str, settle: Callable[[int], None] | None = None) -
 def _open_new(path: Path) -> BinaryIO:
     try:
         return path.open("wb")
-    except FileNotFoundError:  # the first file of its kind; or somebody has tidied up
+    except FileNotFoundError:  # the first file of its kind; or the folder was removed
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path.open("wb")

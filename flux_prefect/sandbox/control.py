@@ -1,4 +1,4 @@
-"""Steering a running sandbox from Python."""
+"""Control a running sandbox from Python."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ class SandboxControl:
         return LedgerReport.model_validate_json(answer.content).totals
 
     def reset(self) -> None:
-        """Make it a new sandbox: empty ledger, no faults, the settings that it was started with."""
+        """Reset the sandbox: empty ledger, no faults, the settings that it was started with."""
         self._send("POST", "/sandbox/reset")
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._http.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Everything that can be made to go wrong, each by one function.
+"""The faults that can be injected, each by one function.
 
 Its name is the fault's, its docstring the description, its keyword arguments what can be set. Faults are armed
 over HTTP, each for a number of calls or for good.
@@ -107,7 +107,7 @@ class _Strike(Protocol):
 
 @dataclass(frozen=True)
 class FaultKind:
-    """One way to go wrong."""
+    """One kind of fault."""
 
     name: str
     when: When
@@ -523,7 +523,7 @@ class ArmedFaults:
         return None
 
     def all(self) -> list[ArmedFault]:
-        """What is armed, with the times that are left."""
+        """The armed faults, with the times that are left."""
         return list(self._armed)
 
     def clear(self) -> None:

@@ -22,7 +22,7 @@ _STOP_SECONDS = 30
 
 
 class SandboxFailed(Exception):
-    """The sandbox did not start; the message holds what it said."""
+    """The sandbox did not start; the message holds its output."""
 
 
 class RunningSandbox:
@@ -45,7 +45,7 @@ class RunningSandbox:
         self.control = SandboxControl(self.url)
 
     def stop(self) -> int:
-        """Stop it cleanly, within some seconds, and return its exit status. Again is harmless."""
+        """Stop it cleanly, within some seconds, and return its exit status. A second call is harmless."""
         return self._end(signal.SIGTERM)
 
     def kill(self) -> None:

@@ -1,7 +1,7 @@
-"""What the sandbox was asked, what it billed and what it still owes: one SQLite file in the data folder.
+"""The calls that the sandbox received, billed and still owes an answer: one SQLite file in the data folder.
 
 A call's row, the balance and the totals change in one transaction, committed before the answer leaves, so the
-ledger tells the truth about money even if the sandbox is killed with -9 at that moment.
+ledger stays correct about money even if the sandbox is killed with -9 at that moment.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class LogPage:
     offset: int
 
 
-# What was charged has succeeded for the service, whatever its caller got of it.
+# A charged call has succeeded for the service, even if its caller got no answer.
 _LOG = """
 SELECT *, count(*) OVER () AS total FROM (
   SELECT *, json_extract(request, '$.model') AS model,
@@ -143,7 +143,7 @@ ORDER BY number DESC LIMIT :limit OFFSET :offset
 
 
 class Ledger:
-    """The sandbox's books. For one thread; every write is committed on return and survives kill -9."""
+    """The sandbox's ledger. For one thread; every write is committed on return and survives kill -9."""
 
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None)
@@ -155,11 +155,11 @@ class Ledger:
         self._open_account()
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         self._db.close()
 
     def record(self, entry: Entry) -> bool:
-        """Write the call down and charge what it costs.
+        """Record the call and charge its cost.
 
         Returns False, with nothing written, where the balance does not cover it.
         """
@@ -243,7 +243,7 @@ class Ledger:
         self._db.execute("INSERT OR REPLACE INTO settings (id, changes) VALUES (1, ?)", (changes,))
 
     def clear(self) -> None:
-        """Forget everything: calls, images, settings; the balance is a new account's."""
+        """Delete everything: calls, images, settings; the balance is a new account's."""
         with self._transaction():
             for table in ("calls", "account", "settings"):
                 self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - the names stand in the line above

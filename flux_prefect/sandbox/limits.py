@@ -1,4 +1,4 @@
-"""How many calls may come: at once, and in a minute."""
+"""The limits of calls: at once, and in a minute."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class InFlight:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """Hold a place."""
+        """Hold a place for the length of a `with` block."""
         self.now += 1
         self.peak = max(self.peak, self.now)
         try:

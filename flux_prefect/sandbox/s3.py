@@ -40,7 +40,7 @@ class S3Failed(Exception):
 
 @dataclass(frozen=True)
 class S3Options:
-    """Where and as what the S3 server runs. Port 0 takes a free one."""
+    """The address, bucket and keys of the S3 server. Port 0 takes a free one."""
 
     folder: Path
     bucket: str
@@ -93,7 +93,7 @@ class S3Server:
                 raise S3Failed(f"The S3 server did not start. Its log: {self._log_path}")
 
     def stop(self) -> None:
-        """Stop it and wait, for some seconds; kill it where that is not enough."""
+        """Stop it and wait, for some seconds; then kill it if it still runs."""
         if self._process is None:
             return
         if self._process.poll() is None:

@@ -1,4 +1,4 @@
-"""Running the service and the S3 server together, from the first port to the last byte."""
+"""Run the service and the S3 server together, from start to shutdown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flux_prefect.sandbox.wire import TransportProtocol
 __all__ = ["CannotStart", "SandboxOptions", "run"]
 
 _GRACE_SECONDS = 1
-"""How long answers under way may still take when the sandbox is told to stop."""
+"""How long answers in progress may still take once the sandbox stops, in seconds."""
 
 
 class CannotStart(Exception):
@@ -38,7 +38,7 @@ class CannotStart(Exception):
 
 @dataclass(frozen=True)
 class SandboxOptions:
-    """What the command line says."""
+    """The options of the command line."""
 
     data: Path
     host: str
@@ -56,7 +56,7 @@ class SandboxOptions:
 
 
 def run(options: SandboxOptions) -> int:
-    """Run until SIGINT or SIGTERM. Returns the exit status: 0, or 1 where the S3 server died.
+    """Run until SIGINT or SIGTERM. Returns the exit status: 0, or 1 if the S3 server died.
 
     Raises:
         CannotStart: a port is taken, another sandbox uses the folder, or the S3 server doesn't start.
@@ -93,7 +93,7 @@ class _Server(uvicorn.Server):
         yield
 
     def stop(self) -> None:
-        """Finish what is under way within the grace, and end."""
+        """Finish the answers in progress within the grace period, then stop."""
         self.should_exit = True
         # What the stop cuts short would be logged as a failure, with a traceback.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

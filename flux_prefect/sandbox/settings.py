@@ -1,4 +1,4 @@
-"""How the sandbox behaves, readable and changeable while it runs."""
+"""The settings of the sandbox, readable and changeable while it runs."""
 
 from __future__ import annotations
 

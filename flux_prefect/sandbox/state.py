@@ -1,4 +1,4 @@
-"""What the running sandbox knows."""
+"""The state of a running sandbox."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["State"]
 
 
 class State:
-    """Ledger, settings, faults and counters of one sandbox, shared by everything that it answers.
+    """Ledger, settings, faults and counters of one sandbox, shared by all its endpoints.
 
     Settings changed over HTTP last over a restart; those named in `start` (the command line's) win over them.
     The API key lives here only: nothing writes or prints it.
@@ -60,7 +60,7 @@ class State:
         )
 
     def reset(self) -> None:
-        """Back to a new sandbox: no calls, no images, no faults, the settings of the command line."""
+        """Reset to a new sandbox: no calls, no images, no faults, the settings of the command line."""
         self.ledger.clear()
         self.faults.clear()
         self.in_flight.clear()

@@ -1,4 +1,4 @@
-"""The handles: settings, faults and the ledger over HTTP. They need no key; the sandbox listens on loopback."""
+"""The control endpoints: settings, faults and the ledger over HTTP. No key: the sandbox listens on loopback."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class Flood:
             tasks.start_soon(stop_when_the_client_leaves)
             for piece in self._pieces():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-                await anyio.lowlevel.checkpoint()  # a send that needn't wait gives nobody else a turn
+                await anyio.lowlevel.checkpoint()  # a send that needn't wait does not yield to other tasks
             await send({"type": "http.response.body", "body": b""})
             tasks.cancel_scope.cancel()
 

@@ -1,4 +1,4 @@
-"""Prompts from the rows of a table of one's own: one renderer for products, feeds and whatever has columns."""
+"""Prompts from the rows of any table: one renderer for products, feeds and other tables."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["render_prompts", "write_rows"]
 def render_prompts(
     rows: Iterable[Mapping[str, Any]], template: str, *, id_column: str = "id", seeds: str = "products", **fields: Any
 ) -> Iterator[dict[str, Any]]:
-    """Render a row for `publish_batch` from each row of a table. Rendered as it is asked for; nothing is paid.
+    """Render a row for `publish_batch` from each row of a table. Rows are rendered lazily; nothing is paid.
 
-    A row's seed follows from its id: its image stays as long as what its prompt says of it stays.
+    A row's seed follows from its id: its image stays the same as long as its rendered prompt does.
 
     Args:
         rows: The table's rows. Their columns are the template's variables.
         template: The prompt, in Jinja2, sandboxed. A column that it prints and that is missing or null in a row is an
             error of that row.
-        id_column: The column that tells the rows apart.
-        seeds: What the seeds are drawn from, beside the id. Another text draws others.
+        id_column: The column that identifies each row.
+        seeds: What the seeds are drawn from, besides the id. Another text gives other seeds.
         fields: Other fields of every request, such as `aspect_ratio`.
 
     Raises:
-        TableError: an id is missing or there twice, the template is broken, or a row can't be rendered.
+        TableError: an id is missing or not unique, the template is broken, or a row can't be rendered.
 
     Example:
         ```python
@@ -62,7 +62,7 @@ def render_prompts(
 
 
 def read_id(value: Any) -> str:
-    """A row's id as text; empty where it has none."""
+    """Convert a row's id to text; empty if it has none."""
     return "" if value is None else str(value).strip()
 
 
