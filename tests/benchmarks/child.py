@@ -55,8 +55,8 @@ class _Meter:
     def start(self) -> None:
         self._cpu = _own_cpu()
 
-    def tell(self) -> None:
-        if self.seconds is not None:  # else the traceback is being told
+    def report(self) -> None:
+        if self.seconds is not None:  # else the run failed, and the traceback is printed
             usage = Usage(
                 seconds=self.seconds,
                 cpu_seconds=_own_cpu() - self._cpu,
@@ -96,7 +96,7 @@ def main() -> None:
     """Do the job that standard input's first line names."""
     meter = _Meter()
     # Before Prefect is imported, so that it comes after Prefect's own, which send what is left in its queues.
-    atexit.register(meter.tell)
+    atexit.register(meter.report)
     asyncio.run(_work(BatchContext.model_validate_json(sys.stdin.readline()), meter))
 
 

@@ -1,7 +1,7 @@
 """Whether `flux-prefect forecast` is right: batches forecast, then measured.
 
-What the forecasts are told of this machine comes from two small runs that are none of those that they are held to: one
-image (what a run takes beside its images) and images at no latency (the CPU time of each).
+The forecasts' data on this machine are measured in two separate small runs: one image (the time of a run beside its
+images) and images at no latency (the CPU time of each).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Machine:
-    """What the forecasts are told of where they are measured.
+    """Data on the measuring machine for the forecasts.
 
     Attributes:
         run_seconds: of a run beside its images.
@@ -122,9 +122,9 @@ def run(console: Console, *, rounds: int = ROUNDS) -> None:
     )
     ratios = {}
     for case in _CASES:
-        told, measured = case.forecast(machine), seconds[case]
-        ratios[case] = told / measured
-        table.add(case.name, f"{told:.1f}", f"{measured:.1f}", f"{ratios[case]:.2f}")
+        predicted, measured = case.forecast(machine), seconds[case]
+        ratios[case] = predicted / measured
+        table.add(case.name, f"{predicted:.1f}", f"{measured:.1f}", f"{ratios[case]:.2f}")
     table.print(console)
     for case, ratio in ratios.items():
         compare(console, f"{case.name}: forecast / measured", ratio, least=0.85, most=1.15)

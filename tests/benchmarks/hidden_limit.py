@@ -1,8 +1,8 @@
-"""`python -m tests.benchmarks.hidden_limit`: what a limit that nobody tells costs beside one that is known.
+"""`python -m tests.benchmarks.hidden_limit`: measure the cost of an unknown limit compared with a known one.
 
-The sandbox takes seven generations at once. Each line is one run of the client; in the first one it was told of the
-seven. Throughput is the time that the billed images take the service, of what seven places give in the run's time:
-what the first line lacks of 100 % are connections and a busy machine, what the others lack of the first is pacing.
+The sandbox takes seven generations at once. Each line is one run of the client; in the first one its limit is set to
+seven. Throughput is the service's time for the billed images, as a share of seven times the run's time. The first
+line loses time to connections and a busy machine; the difference between the others and the first is pacing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> int:
         f"{CALLS} calls of {LATENCY} s; at most 7 at once",
         "refused",
         "throughput",
-        "of the told",
+        "of the first",
         "settled",
         "within 6-8",
     )

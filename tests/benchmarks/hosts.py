@@ -1,4 +1,4 @@
-"""Machines, as far as runs can tell: each a worker with a Prefect home, a spool and locks of its own."""
+"""Simulated machines: each is a worker with its own Prefect home, spool and locks."""
 
 from __future__ import annotations
 

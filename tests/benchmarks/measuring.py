@@ -26,7 +26,7 @@ _ROOT = Path(__file__).parents[2]
 _CHILD = f"{__package__}.child"
 
 IN_FLIGHT = 50
-"""Paid calls at once, for everybody, unless told."""
+"""Default number of paid calls at once, for every contestant."""
 
 
 class RunFailed(Exception):
@@ -92,11 +92,11 @@ def measure(
         profile=profile,
     )
     with _Child(stage, batch.home) as child:
-        child.tell(job.model_dump_json())
-        child.hear()  # it is ready
+        child.send(job.model_dump_json())
+        child.receive()  # it is ready
         server_cpu, paid = stage.prefect.settle(), _paid(stage)
-        child.tell("go")
-        usage = Usage.model_validate_json(child.hear())
+        child.send("go")
+        usage = Usage.model_validate_json(child.receive())
     if contestant != "empty" and (missing := batch.rows + 1 - stage.count_images(batch.name)):
         raise RunFailed(f"{contestant} left {missing} of {batch.rows} images out.")
     return Measurement(
@@ -137,14 +137,14 @@ class _Child:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which ends the child in its turn
             )
 
-    def tell(self, line: str) -> None:
+    def send(self, line: str) -> None:
         pipe = self._process.stdin
         assert pipe is not None
-        with suppress(BrokenPipeError):  # `hear` tells why
+        with suppress(BrokenPipeError):  # `receive` raises the reason
             pipe.write(f"{line}\n")
             pipe.flush()
 
-    def hear(self) -> str:
+    def receive(self) -> str:
         pipe = self._process.stdout
         assert pipe is not None
         line = pipe.readline()

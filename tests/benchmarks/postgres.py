@@ -137,7 +137,7 @@ def _exists(name: str) -> bool:
 
 
 def _become(account: str) -> list[str]:
-    """A command's first half, by which it runs as that user and is told when this process has died."""
+    """Return the command prefix that runs a command as that user and interrupts it when this process dies."""
     command = ["setpriv", "--pdeathsig", "INT"]
     if os.getuid() == 0:
         command += ["--reuid", account, "--regid", str(pwd.getpwnam(account).pw_gid), "--clear-groups"]

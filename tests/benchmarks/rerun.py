@@ -11,7 +11,7 @@ from .tables import Table, compare
 
 IMAGES = 1_000
 ROUNDS = 1
-_LESS_FOR_PLAIN = 5  # it takes so long that a fifth of the batch must tell
+_LESS_FOR_PLAIN = 5  # it takes so long that only a fifth of the batch is measured
 _CONTESTANTS: tuple[Name, ...] = ("plain", "auto")
 
 

@@ -116,7 +116,7 @@ async def test_generates_again_what_the_spool_has_not(
     sandbox: RunningSandbox,
     tmp_path: Path,
 ) -> None:
-    """With the same seed under the same key, never over the cap; the rest is told and left for the next run."""
+    """With the same seed under the same key, never over the cap; the rest is reported and left for the next run."""
     assert published.records is not None
     manifest = tmp_path / "manifest.jsonl"
     shutil.copy(published.records, manifest)
@@ -143,17 +143,17 @@ async def test_generates_again_what_the_spool_has_not(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [({"regenerate": True}, "set max_credits or max_images"), ({"replace": True}, "set repair or regenerate")],
 )
-async def test_settings_that_contradict_are_refused(options: dict[str, Any], told: str, bucket: ImageBucket) -> None:
+async def test_settings_that_contradict_are_refused(options: dict[str, Any], message: str, bucket: ImageBucket) -> None:
     """Before anything is looked at."""
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         await audit_bucket("nowhere.jsonl", bucket, **options)
 
 
 async def test_a_table_is_no_manifest(bucket: ImageBucket, tmp_path: Path) -> None:
-    """It is told so."""
+    """The error says that a line is not a manifest record."""
     table = tmp_path / "prompts.jsonl"
     table.write_text(json.dumps({"prompt": "a fox"}) + "\n", encoding="utf-8")
     with pytest.raises(TableError, match="is not a manifest record"):

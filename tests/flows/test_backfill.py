@@ -118,13 +118,13 @@ class TestFromPython:
         assert sandbox.control.summary().calls == 1
 
     @pytest.mark.parametrize(
-        ("end", "told"), [(date(2026, 2, 28), "is before start"), (date(2062, 3, 1), "max_days is 31")]
+        ("end", "reason"), [(date(2026, 2, 28), "is before start"), (date(2062, 3, 1), "max_days is 31")]
     )
     async def test_a_slip_in_a_date_is_not_paid_for(
-        self, end: date, told: str, bucket: ImageBucket, sandbox: RunningSandbox
+        self, end: date, reason: str, bucket: ImageBucket, sandbox: RunningSandbox
     ) -> None:
         """It is refused before the first day."""
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reason):
             await backfill([{"prompt": "x"}], bucket, FIRST, end)
         assert sandbox.control.summary().calls == 0
 

@@ -197,13 +197,13 @@ def _read_objects(bucket: ImageBucket) -> dict[str, str]:
 
 
 async def _count_task_runs(flow_run: UUID) -> int:
-    """How many task runs the server knows a flow run by, once it has been told of all."""
+    """Return the number of a flow run's task runs on the server, once all of them have arrived."""
     counts = [-1]
     async with get_client() as client:
         for _ in range(60):
             runs = await client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])))
             counts.append(len(runs))
-            if counts[-4:] == [counts[-1]] * 4:  # it is told by events, which come a moment later
+            if counts[-4:] == [counts[-1]] * 4:  # task runs arrive as events, a moment later
                 break
             await asyncio.sleep(0.3)
     return counts[-1]

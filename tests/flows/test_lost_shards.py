@@ -60,7 +60,7 @@ def hosts(team: Team, sandbox: RunningSandbox, tmp_path: Path) -> Iterator[list[
 async def test_a_killed_worker_costs_no_image(
     team: Team, sandbox: RunningSandbox, bucket: ImageBucket, hosts: list[Host]
 ) -> None:
-    """Its shard is started again elsewhere; only calls in flight can be paid for again; its page tells of the loss.
+    """Its shard is started again elsewhere; only calls in flight can be paid for again; its page reports the loss.
 
     It is killed during its first call, which takes three seconds, so that it can't have ended before.
     """

@@ -65,7 +65,7 @@ def prompts() -> list[dict[str, Any]]:
 class TestFromPython:
     """The flow called from Python, in a real Prefect run."""
 
-    async def test_every_row_is_published_and_told(
+    async def test_every_row_is_published_and_reported(
         self,
         prompts: list[dict[str, Any]],
         bucket: ImageBucket,
@@ -120,7 +120,7 @@ class TestFromPython:
     async def test_tolerated_failures_leave_the_run_completed(
         self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
     ) -> None:
-        """The state's message still tells of them."""
+        """The state's message still reports them."""
         state = await publish_batch(
             [*prompts, {"id": "bad", "prompt": ""}], bucket, credentials, max_failed=1, return_state=True
         )
@@ -167,7 +167,7 @@ class TestFromPython:
         assert report.count("published") == 12
         assert sandbox.control.summary().refused == 0
 
-    async def test_a_dry_run_tells_and_costs_nothing(
+    async def test_a_dry_run_reports_the_plan_and_costs_nothing(
         self,
         prompts: list[dict[str, Any]],
         bucket: ImageBucket,
@@ -235,7 +235,7 @@ class TestFromPython:
         credentials: AimlApiCredentials,
         sandbox: RunningSandbox,
     ) -> None:
-        """A call that was paid for and lost is told as that, by its id, and no longer as one that may have been."""
+        """A call that was paid for and lost is reported as billed, by its id, and no longer as possibly billed."""
         sandbox.control.inject("reset_after_work", times=1, prompt_contains=prompts[0]["prompt"])
         report = await publish_batch(prompts[:2], bucket, credentials)
 

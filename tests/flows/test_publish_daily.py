@@ -122,7 +122,7 @@ def test_the_form_has_help_and_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "expected"),
     [
         (["--day", "2026-03-01", "--aspect-ratio", "1:1", "--dry-run"], 0, "dry run: 4 rows: 4 to generate"),
         (["--day", "yesterday"], 2, "--day"),
@@ -131,7 +131,7 @@ def test_the_form_has_help_and_bounds() -> None:
     ids=["good", "no-day", "5-images"],
 )
 def test_from_a_shell(
-    arguments: list[str], status: int, told: str, sandbox: RunningSandbox, bucket: ImageBucket, nursery: Nursery
+    arguments: list[str], status: int, expected: str, sandbox: RunningSandbox, bucket: ImageBucket, nursery: Nursery
 ) -> None:
     """The example table, with a template for the rows that have none."""
     template = "a {{ colour }} {{ name }} {{ scene }}"
@@ -139,5 +139,5 @@ def test_from_a_shell(
     ended = nursery.run("publish", "daily", *table, *arguments)
 
     assert ended.returncode == status, ended.stderr
-    assert told in (ended.stdout if status == 0 else ended.stderr)
+    assert expected in (ended.stdout if status == 0 else ended.stderr)
     assert sandbox.control.summary().calls == 0

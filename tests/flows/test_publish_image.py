@@ -60,7 +60,7 @@ def test_the_form_offers_what_the_service_offers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "expected"),
     [
         (["a fox", "--seed", "3", "--aspect-ratio", "1:1"], 0, "s3://images/"),
         (["a fox", "--seed", "0"], 2, "seed is '0'"),
@@ -73,7 +73,7 @@ def test_the_form_offers_what_the_service_offers() -> None:
 def test_from_a_shell(
     arguments: list[str],
     status: int,
-    told: str,
+    expected: str,
     sandbox: RunningSandbox,
     bucket: ImageBucket,
     nursery: Nursery,
@@ -82,5 +82,5 @@ def test_from_a_shell(
     ended = nursery.run("publish", "image", *arguments, "--bucket", bucket.uri)
 
     assert ended.returncode == status, ended.stderr
-    assert told in (ended.stdout if status == 0 else ended.stderr)
+    assert expected in (ended.stdout if status == 0 else ended.stderr)
     assert sandbox.control.summary().calls == (1 if status == 0 else 0)

@@ -220,7 +220,7 @@ async def test_a_limit_over_all_workers_follows_what_the_service_takes(
 async def test_two_calls_at_once_are_one_batch(
     team: Team, service: RunningSandbox, command: Command, bucket: ImageBucket, tmp_path: Path
 ) -> None:
-    """The second waits for the first, and then tells of it: no row is paid for, or becomes part of a shard, twice."""
+    """The second waits for the first, then reports its result: no row is paid for, or is part of a shard, twice."""
     service.control.settings(latency=1.0)
     rows = [{**row, "seed": n} for n, row in enumerate(make_rows(16), start=1)]
     table = write_table(tmp_path, rows)

@@ -1,4 +1,4 @@
-"""Batches that are told to end while they pay: by a signal, by Ctrl-C, and by Prefect."""
+"""Batches that are stopped while they pay: by a signal, by Ctrl-C, and by Prefect."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def read_records(bucket: ImageBucket) -> list[dict[str, Any]]:
 
 
 def check_ended_in_order(bucket: ImageBucket, sandbox: RunningSandbox, spool: Spool) -> UUID:
-    """What was in flight is published, the rest is told row by row, nothing is owed; the flow run's id."""
+    """What was in flight is published, the rest is reported row by row, nothing is owed; the flow run's id."""
     records = read_records(bucket)
     published = [record for record in records if record["status"] == "published"]
     assert [record["row"] for record in records] == list(range(1, ROWS + 1))
@@ -129,7 +129,7 @@ async def test_a_signal_ends_a_batch_in_order(
     density: str,
     status: int,
 ) -> None:
-    """Calls in flight are awaited and published, nothing new is sent, the manifest tells of every row once."""
+    """Calls in flight are awaited and published, nothing new is sent, the manifest has every row once."""
     batch = command.start(density)
     wait_for(lambda: len(spool.open_calls()) == AT_ONCE)
     batch.signal(number)
