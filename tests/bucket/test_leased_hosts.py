@@ -34,11 +34,11 @@ class Host:
     nursery: Nursery
     folder: Path
 
-    def publish(self, table: Path, bucket: str, *arguments: str) -> Batch:
+    def publish(self, table: Path, bucket: str, *arguments: str, density: str = "chunks") -> Batch:
         """Start a batch over a table into a saved bucket."""
         return self.nursery.start(
             self.folder / uuid4().hex,
-            *(str(table), "--bucket", bucket, "--density", "chunks", *arguments),
+            *(str(table), "--bucket", bucket, "--density", density, *arguments),
         )
 
     def calls(self) -> int:
@@ -181,7 +181,8 @@ def test_a_host_that_was_stopped_past_its_lease_sends_nothing_more(
     """
     sandbox.control.settings(latency=2.0)
     table = write_table(tmp_path, 3)
-    first = hosts[0].publish(table, leased.reference, "--density", "steps", "--max-in-flight", "1", "--max-failed", "3")
+    limits = ("--max-in-flight", "1", "--max-failed", "3")
+    first = hosts[0].publish(table, leased.reference, *limits, density="steps")
     wait_for(lambda: len(list_objects(leased)) >= 2 and sandbox.control.summary().in_flight == 1)
     first.signal(signal.SIGSTOP)
     assert images(list_objects(leased)) == []
