@@ -226,7 +226,7 @@ class Lease:
             return True
         latest = await self._place.read()
         if latest is None or not self._is_ours(latest):
-            self._lost = "somebody removed it" if latest is None else f"{self._name_holder(latest)} took it over"
+            self._lost = "its object was removed" if latest is None else f"{self._name_holder(latest)} took it over"
             self.check()
         else:  # written by a renewal of ours whose answer was lost, so it is not known when: once more
             self._etag = latest.etag
@@ -264,7 +264,7 @@ class Lease:
         try:
             return LeaseRecord.model_validate_json(version.content)
         except ValidationError as error:
-            raise KeyOccupied(f"{self._place.uri} is there but is no lease: remove it.") from error
+            raise KeyOccupied(f"{self._place.uri} exists but is not a lease: remove it.") from error
 
     def _name_holder(self, version: Version) -> str:
         record = self._read(version)

@@ -65,7 +65,7 @@ class SandboxControl:
         return names
 
     def settings(self, **changes: Any) -> SandboxSettings:
-        """Change settings, where any are named, and read them all.
+        """Change the named settings, if any, and read them all.
 
         Raises:
             SandboxRefused: a name or a value is wrong.

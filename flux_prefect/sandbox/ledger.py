@@ -161,7 +161,7 @@ class Ledger:
     def record(self, entry: Entry) -> bool:
         """Record the call and charge its cost.
 
-        Returns False, with nothing written, where the balance does not cover it.
+        Returns False, with nothing written, if the balance does not cover it.
         """
         billed, failed = entry.images > 0, (entry.status or 0) >= 400  # noqa: PLR2004 - where errors begin
         with self._transaction():

@@ -49,7 +49,7 @@ def render_prompts(
     seen: set[str] = set()
     for number, row in enumerate(rows, start=1):
         if id_column not in row:
-            raise TableError(f"id_column {id_column!r} is no column of the table: it has {', '.join(map(str, row))}.")
+            raise TableError(f"id_column {id_column!r} is not a column of the table: {', '.join(map(str, row))}.")
         row_id = read_id(row[id_column])
         if not row_id or row_id in seen:
             raise TableError(f"Row {number} has no {id_column} of its own: {row_id!r}.")

@@ -317,7 +317,7 @@ async def test_a_lease_taken_away_is_noticed_at_the_next_renewal(bucket: ImageBu
     other = LeaseRecord(holder="x", host="elsewhere", pid=7, fence=2, writes=1).model_dump_json()
     for take_away, told in (
         (lambda: client.put_object(Bucket="images", Key=key, Body=other), "process 7 on elsewhere took it over"),
-        (lambda: client.delete_object(Bucket="images", Key=key), "somebody removed it"),
+        (lambda: client.delete_object(Bucket="images", Key=key), "its object was removed"),
     ):
         async with leases.hold("a") as lease:
             take_away()

@@ -16,20 +16,20 @@ def wait_for(
     every: float = 0.02,
     describe: Callable[[], str] | None = None,
 ) -> Found:
-    """Look until something is so.
+    """Call `look` until it returns something.
 
     Args:
-        look: returns what was found, or a false value.
-        seconds: after which it fails.
-        every: seconds between two looks.
-        describe: returns what to add to the failure's message.
+        look: Returns what was found, or a false value.
+        seconds: How long to wait before failing.
+        every: Seconds between two looks.
+        describe: Returns what to add to the failure's message.
 
     Returns:
-        What it was that `look` found.
+        What `look` found.
     """
     end = time.monotonic() + seconds
     while not (found := look()):
         if time.monotonic() > end:
-            raise AssertionError("it never came to be so" + ("" if describe is None else f": {describe()}"))
+            raise AssertionError(f"not found within {seconds:g} s" + ("" if describe is None else f": {describe()}"))
         time.sleep(every)
     return found
