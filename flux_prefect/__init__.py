@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from flux_prefect.cache_policies import PromptSeedCachePolicy
     from flux_prefect.credentials import AimlApiCredentials
     from flux_prefect.custody import CallOutcome
-    from flux_prefect.flows.audit_bucket import AuditedImage, AuditReport, audit_bucket
+    from flux_prefect.flows.audit_bucket import audit_bucket
     from flux_prefect.flows.backfill import BackfillReport, DayOutcome, backfill
     from flux_prefect.flows.publish_batch import publish_batch
     from flux_prefect.flows.publish_daily import publish_daily
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from flux_prefect.host.locks import HostLockManager
     from flux_prefect.host.spool import ImageFile, PaidCall, Spool
     from flux_prefect.inline import run_inline
+    from flux_prefect.manifest.audit import AuditedImage, AuditReport
     from flux_prefect.manifest.plan import Plan
     from flux_prefect.manifest.records import ItemRecord, ItemStatus
     from flux_prefect.manifest.report import BatchReport
@@ -154,7 +155,8 @@ _OWNERS = {
     "bucket.published_image": ("PublishedImage", "PublishingRun"),
     "cache_policies": ("PromptSeedCachePolicy",),
     "credentials": ("AimlApiCredentials",),
-    "flows.audit_bucket": ("AuditedImage", "AuditReport", "audit_bucket"),
+    "flows.audit_bucket": ("audit_bucket",),
+    "manifest.audit": ("AuditedImage", "AuditReport"),
     "flows.backfill": ("BackfillReport", "DayOutcome", "backfill"),
     "flows.publish_batch": ("publish_batch",),
     "flows.publish_daily": ("publish_daily",),

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from flux_prefect.cli.flow_commands import FlowCommand, Given, one_line
 from flux_prefect.cli.publish import batch_to_json
-from flux_prefect.flows.audit_bucket import AuditReport, audit_bucket
+from flux_prefect.flows.audit_bucket import audit_bucket
+from flux_prefect.manifest.audit import AuditReport
 
 __all__ = ["audit"]
 

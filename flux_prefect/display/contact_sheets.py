@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import anyio.to_thread
 from PIL import Image, ImageDraw, ImageFont
+from prefect.artifacts import acreate_markdown_artifact
 
-__all__ = ["MAX_DATA_URI", "Cell", "ContactSheet"]
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.manifest.records import ItemRecord
+
+__all__ = ["Cell", "ContactSheet", "publish_contact_sheet"]
+
+_MARKDOWN = re.compile(r"([!-/:-@\[-`{-~])")  # all of ASCII's punctuation, any of which may be escaped
 
 MAX_DATA_URI = 200 * 1024
 """The maximum length of a preview's `data:` URI, in characters."""
@@ -110,3 +121,42 @@ def _encode(image: Image.Image, quality: int) -> bytes:
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
+
+
+async def publish_contact_sheet(prompt: str, items: Sequence[ItemRecord], bucket: ImageBucket, columns: int) -> str:
+    """Publish a prompt's contact sheet, show it in the run and return its address.
+
+    The key is a digest of the sheet's requests, so a repeated sweep replaces only its own sheet.
+    """
+    sheet = ContactSheet(prompt, len(items), columns)
+    for item in items:
+        content = await bucket.read_image(item.images[0]) if item.images else None
+        await anyio.to_thread.run_sync(sheet.add, Cell(_label(item), content))
+    places = "\n".join(json.dumps(item.request.payload(), sort_keys=True) for item in items if item.request is not None)
+    digest = hashlib.sha256(places.encode()).hexdigest()[:32]
+    path = f"contact-sheets/{digest}.jpg"
+    await bucket.put_file(
+        path,
+        io.BytesIO(await anyio.to_thread.run_sync(sheet.to_jpeg)),
+        content_type="image/jpeg",
+        cache_control="no-cache",  # a later sweep may fill in failed images
+    )
+    uri = f"{bucket.uri}/{path}"
+    text = _MARKDOWN.sub(r"\\\1", " ".join(prompt.split()))
+    preview = await anyio.to_thread.run_sync(sheet.to_data_uri)
+    await acreate_markdown_artifact(
+        f"{text}\n\n![contact sheet]({preview})\n\n`{uri}`\n",
+        key=f"flux-contact-sheet-{digest[:12]}",
+        description=f"{len(items)} variants: {uri}",
+    )
+    return uri
+
+
+def _label(item: ItemRecord) -> str:
+    request = item.request
+    if request is None:
+        return item.status
+    text = f"seed {request.seed} · {request.aspect_ratio}"
+    if request.guidance_scale is not None:
+        text += f" · guidance {request.guidance_scale:g}"
+    return text if item.images else f"{item.status}: {text}"

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import anyio
-import anyio.to_thread
 from prefect import flow
-from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -25,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flux_prefect.api.models import AspectRatio, ImageRequest, OutputFormat, SafetyTolerance, Seed, TextToImageModel
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.display.contact_sheets import Cell, ContactSheet
+from flux_prefect.display.contact_sheets import publish_contact_sheet
 from flux_prefect.errors import BatchFailed, TooManyCombinations
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, InFlight
 from flux_prefect.flows.publish_batch import publish_batch
@@ -39,8 +34,6 @@ __all__ = ["SweepReport", "sweep_seeds"]
 
 Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
 Guidance = Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)]
-
-_MARKDOWN = re.compile(r"([!-/:-@\[-`{-~])")  # all of ASCII's punctuation, any of which may be escaped
 
 
 class SweepReport(BaseModel):
@@ -145,7 +138,7 @@ async def sweep_seeds(
     sheets: dict[str, str] = {}
     if isinstance(batch, BatchReport) and not dry_run:
         for prompt, items in itertools.groupby(batch.read(), key=_prompt_of):
-            sheets[prompt] = await _publish_sheet(prompt, list(items), destination, columns=len(set(seeds)))
+            sheets[prompt] = await publish_contact_sheet(prompt, list(items), destination, columns=len(set(seeds)))
             get_run_logger().info("Contact sheet: %s", sheets[prompt])
     if not isinstance(result, BatchReport):
         return cast("SweepReport", State(type=state.type, name=state.name, message=state.message, data=result))
@@ -166,42 +159,3 @@ def _check_number(requests: Sequence[ImageRequest], most: int, endpoint: str) ->
 
 def _prompt_of(item: ItemRecord) -> str:
     return "" if item.request is None else item.request.prompt
-
-
-async def _publish_sheet(prompt: str, items: Sequence[ItemRecord], bucket: ImageBucket, columns: int) -> str:
-    """Publish a prompt's contact sheet, show it in the run and return its address.
-
-    The key is a digest of the sheet's requests, so a repeated sweep replaces only its own sheet.
-    """
-    sheet = ContactSheet(prompt, len(items), columns)
-    for item in items:
-        content = await bucket.read_image(item.images[0]) if item.images else None
-        await anyio.to_thread.run_sync(sheet.add, Cell(_label(item), content))
-    places = "\n".join(json.dumps(item.request.payload(), sort_keys=True) for item in items if item.request is not None)
-    digest = hashlib.sha256(places.encode()).hexdigest()[:32]
-    path = f"contact-sheets/{digest}.jpg"
-    await bucket.put_file(
-        path,
-        io.BytesIO(await anyio.to_thread.run_sync(sheet.to_jpeg)),
-        content_type="image/jpeg",
-        cache_control="no-cache",  # a later sweep may fill in failed images
-    )
-    uri = f"{bucket.uri}/{path}"
-    text = _MARKDOWN.sub(r"\\\1", " ".join(prompt.split()))
-    preview = await anyio.to_thread.run_sync(sheet.to_data_uri)
-    await acreate_markdown_artifact(
-        f"{text}\n\n![contact sheet]({preview})\n\n`{uri}`\n",
-        key=f"flux-contact-sheet-{digest[:12]}",
-        description=f"{len(items)} variants: {uri}",
-    )
-    return uri
-
-
-def _label(item: ItemRecord) -> str:
-    request = item.request
-    if request is None:
-        return item.status
-    text = f"seed {request.seed} · {request.aspect_ratio}"
-    if request.guidance_scale is not None:
-        text += f" · guidance {request.guidance_scale:g}"
-    return text if item.images else f"{item.status}: {text}"

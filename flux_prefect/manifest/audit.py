@@ -1,165 +1,257 @@
-"""Comparison of a manifest with its bucket, and the first steps of restoring what is missing or wrong.
-
-Only objects that the manifest names are read or changed.
-"""
+"""An audit of a manifest against its bucket, image by image, with repairs and a report."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import itertools
+import json
+import logging
+from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
-from uuid import uuid4
+from typing import IO, Any, Literal
 
-import anyio.to_thread
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.bucket.published_image import PublishedImage
-from flux_prefect.errors import BucketError, ImageChanged, RepairImpossible, SpoolUnreadable
-from flux_prefect.host.spool import ImageFile, Spool
+from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
+from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.errors import BatchFailed, FluxError, RepairImpossible, TableError
+from flux_prefect.manifest.inspection import Finding, check_key, find_in_spool, inspect_published, set_aside
+from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.manifest.report import BatchReport
+from flux_prefect.money.budget import describe_credits
+from flux_prefect.tables.manifest_lines import read_records
+from flux_prefect.tables.sources import Source
 
-if TYPE_CHECKING:
-    from types_boto3_s3.type_defs import HeadObjectOutputTypeDef
+__all__ = ["Audit", "AuditReport", "AuditedImage", "read_manifest_items", "tabulate_audit"]
 
-__all__ = ["Finding", "Inspection", "check_key", "find_in_spool", "inspect_published", "set_aside"]
+_MAX_REPORTED = 100
 
-Finding = Literal["ok", "missing", "wrong_checksum", "missing_sidecar", "unreadable"]
+Mended = Literal["put back from the spool", "published again"]
 
 
-class Inspection(BaseModel):
-    """The state of one image in its bucket."""
+class AuditedImage(BaseModel):
+    """An image that differs from the manifest, and the outcome of its repair."""
 
     model_config = ConfigDict(frozen=True)
 
-    finding: Finding = Field(
-        description=(
-            "ok; missing; wrong_checksum: the key holds other bytes, or an object that is not an image of this "
-            "package; missing_sidecar: the image exists without its record; unreadable: the bucket returned an error."
-        )
+    row: int = Field(description="The row's number in the table, from 1.")
+    id: str = Field(description="The row's id.")
+    key: str = Field(description="The image's key.")
+    finding: Finding = Field(description="What was found.")
+    mended: Mended | None = Field(default=None, description="How the image was restored; None if it was not.")
+    message: str = Field(default="", description="What differs, or why the image was not restored.")
+
+
+class AuditReport(BaseModel):
+    """The findings of an audit, and its repairs."""
+
+    model_config = ConfigDict(frozen=True)
+
+    counts: dict[Finding, int] = Field(description="Number of images by finding.")
+    mended: dict[Mended, int] = Field(default_factory=dict, description="Number of restored images by method.")
+    unpublished: int = Field(default=0, description="Rows without an image in the manifest. They are not inspected.")
+    problems: tuple[AuditedImage, ...] = Field(
+        default=(), description="The first hundred images that were not ok; those that were not restored come first."
     )
-    message: str = Field(default="", description="The difference, or the bucket's error.")
+    batch: BatchReport | None = Field(
+        default=None, description="Report of the batch that generated images again; it has its own manifest."
+    )
+
+    @property
+    def images(self) -> int:
+        """Number of inspected images."""
+        return sum(self.counts.values())
+
+    @property
+    def still_wrong(self) -> int:
+        """Number of images that differ from the manifest and were not restored."""
+        return self.images - self.counts.get("ok", 0) - sum(self.mended.values())
+
+    def summary(self) -> str:
+        """Summarize the findings, the repairs and their cost in one line."""
+        found = ", ".join(f"{number:,} {finding}" for finding, number in sorted(self.counts.items(), key=_ok_first))
+        line = f"{self.images:,} images: {found or 'none'}"
+        line += "".join(f"; {number:,} {how}" for how, number in self.mended.items())
+        if self.batch is not None:
+            line += f", {describe_credits(self.batch.credits_used)}"
+        return f"{line}; {self.still_wrong:,} still wrong" if self.still_wrong else line
 
 
-async def inspect_published(bucket: ImageBucket, image: PublishedImage, *, deep: bool) -> Inspection:
-    """Compare an image and its record in the bucket with their entry in a manifest.
+def _by_row(image: AuditedImage) -> int:
+    return image.row
 
-    Sends two HEAD requests and compares the size, the digest stored with the image, and the server's own digest where
-    there is one. Runs in a thread. Never raises an error of the bucket.
+
+def _ok_first(item: tuple[Finding, int]) -> tuple[bool, str]:
+    return item[0] != "ok", item[0]
+
+
+class Audit:
+    """A running audit. Its memory is some 500 bytes for each image that is wrong, and none for others.
+
+    Attributes:
+        wanted: The images to be generated again, by row id.
 
     Args:
-        bucket: the bucket and its credentials. The key is the image's own, even if the block would now use another.
-        image: the image as recorded in the manifest.
-        deep: also read the image's bytes, once, in a megabyte of memory. The traffic may be charged.
+        bucket: Where the images are.
+        missing: Gets the requests of images to be generated again, as JSON Lines.
+        deep: Read the images' bytes as well.
+        repair: Restore images from this host's spool.
+        replace: Move what lies under a wrong image's key, so that the image can be restored.
+        account: Pays for images that are generated again; None to pay for none.
+        run: The run that restores, for the images' records.
+        logger: Of the run.
     """
-    if image.bucket != bucket.bucket_name:
-        return Inspection(finding="unreadable", message=f"it is in another bucket, {image.bucket!r}")
-    return await anyio.to_thread.run_sync(_inspect, bucket, image, deep)
+
+    def __init__(  # noqa: PLR0913 - keyword-only from the third on
+        self,
+        bucket: ImageBucket,
+        missing: IO[str],
+        *,
+        deep: bool,
+        repair: bool,
+        replace: bool,
+        account: AimlApiCredentials | None,
+        run: PublishingRun,
+        logger: logging.Logger | logging.LoggerAdapter[Any],
+    ) -> None:
+        self.wanted: dict[str, list[AuditedImage]] = {}
+        self._bucket = bucket
+        self._missing = missing
+        self._deep = deep
+        self._repair = repair
+        self._replace = replace
+        self._account = account
+        self._run = run
+        self._counts: Counter[Finding] = Counter()
+        self._mended: Counter[Mended] = Counter()
+        self._unpublished = 0
+        self._wrong: list[AuditedImage] = []
+        self._right: list[AuditedImage] = []
+        self._logger = logger
+        self._batch: BatchReport | None = None
+
+    async def inspect(self, item: ItemRecord) -> None:
+        """Inspect a row's images; restore missing ones from the spool or add them to the batch."""
+        if not item.images:
+            self._unpublished += 1
+        wanted: list[AuditedImage] = []
+        for image in item.images:
+            inspection = await inspect_published(self._bucket, image, deep=self._deep)
+            self._counts[inspection.finding] += 1
+            if inspection.finding == "ok":
+                continue
+            found = AuditedImage(
+                row=item.row, id=item.id, key=image.key, finding=inspection.finding, message=inspection.message
+            )
+            try:
+                if await self._restore(found, item, image):
+                    self._record_mended(found, "put back from the spool")
+                else:
+                    wanted.append(found)
+            except FluxError as error:
+                self._record_wrong(found, error.message)
+        if wanted and item.request is not None:
+            self.wanted[item.id] = wanted
+            self._missing.write(json.dumps({**item.request.payload(), "id": item.id}) + "\n")
+
+    async def _restore(self, found: AuditedImage, item: ItemRecord, image: PublishedImage) -> bool:
+        """Restore an image from the spool. Returns False if it must be generated; its key is then free.
+
+        Raises:
+            RepairImpossible, BucketError: neither is possible or allowed.
+        """
+        if found.finding == "unreadable" or not (self._repair or self._account):
+            raise RepairImpossible("")
+        if found.finding == "wrong_checksum" and not self._replace:
+            raise RepairImpossible("the object was not moved: set replace")
+        if self._repair:
+            try:
+                file = await find_in_spool(self._bucket, image)
+            except RepairImpossible:
+                if self._account is None:
+                    raise
+            else:
+                await self._free_key(found, image)
+                if (await self._bucket.publish(file, self._run)).sha256 != image.sha256:
+                    raise RepairImpossible("another object was written under its key meanwhile")
+                return True
+        self._check_generable(found, item, image)
+        await self._free_key(found, image)
+        return False
+
+    def _check_generable(self, found: AuditedImage, item: ItemRecord, image: PublishedImage) -> None:
+        if found.finding == "missing_sidecar":
+            raise RepairImpossible(
+                "no spool of this host has its record, and an image that exists is not paid for again"
+            )
+        if self._account is None or item.request is None or item.request.seed is None:
+            raise RepairImpossible("the manifest does not have its request")
+        if item.request.fingerprint(self._account.base_url) != image.fingerprint:
+            raise RepairImpossible("it was generated at another endpoint than that of the credentials")
+        check_key(self._bucket, item.request, image)
+
+    async def _free_key(self, found: AuditedImage, image: PublishedImage) -> None:
+        if found.finding == "wrong_checksum":
+            kept = await set_aside(self._bucket, image)
+            self._logger.warning("The object of %s was moved to %s", image.key, kept)
+
+    def record_batch(self, result: Any, message: str | None) -> None:
+        """Record the outcomes of the images that the batch generated again."""
+        batch = result.report if isinstance(result, BatchFailed) else result
+        if isinstance(batch, BatchReport):
+            self._batch = batch
+            for item in batch.read():
+                there = {image.key for image in item.images}
+                for found in self.wanted.pop(item.id, []):
+                    if found.key in there:
+                        self._record_mended(found, "published again")
+                    else:
+                        self._record_wrong(found, item.message or item.status)
+        for found in itertools.chain.from_iterable(self.wanted.values()):
+            self._record_wrong(found, message or "the batch did not finish")
+
+    def report(self) -> AuditReport:
+        """Return the findings and repairs so far."""
+        return AuditReport(
+            counts=dict(self._counts),
+            mended=dict(self._mended),
+            unpublished=self._unpublished,
+            problems=(*sorted(self._wrong, key=_by_row), *sorted(self._right, key=_by_row))[:_MAX_REPORTED],
+            batch=self._batch,
+        )
+
+    def _record_mended(self, found: AuditedImage, how: Mended) -> None:
+        self._mended[how] += 1
+        if len(self._right) < _MAX_REPORTED:
+            self._right.append(found.model_copy(update={"mended": how}))
+
+    def _record_wrong(self, found: AuditedImage, reason: str) -> None:
+        if len(self._wrong) < _MAX_REPORTED:
+            message = "; ".join(part for part in (found.message, reason) if part)
+            self._wrong.append(found.model_copy(update={"message": message}))
 
 
-async def find_in_spool(bucket: ImageBucket, image: PublishedImage) -> ImageFile:
-    """Find the image's exact bytes in this host's spool, verified and ready to be published under its key.
+def read_manifest_items(source: Source) -> Iterator[ItemRecord]:
+    """Yield the records of a manifest.
 
     Raises:
-        RepairImpossible: the spool does not have them, or the block would publish the image under another key.
+        TableError: the source is no .jsonl manifest, or a record is broken.
     """
-    spool = Spool()
-    try:
-        generation = spool.find_generation(image.fingerprint)
-    except SpoolUnreadable as error:
-        raise RepairImpossible(error.message) from error
-    if generation is None:
-        raise RepairImpossible("this host's spool has no record of it")
-    check_key(bucket, generation.request, image)
-    found = await anyio.to_thread.run_sync(spool.find_image, generation, image.index)
-    if found is None:
-        raise RepairImpossible("its file is not in this host's spool")
-    if found.sha256 != image.sha256:
-        raise RepairImpossible("this host's spool has different bytes of it")
-    return ImageFile(**found.model_dump(), index=image.index, generation=generation)
+    if source.format != "jsonl":
+        raise TableError(f"{source.name} is not a .jsonl manifest: use the .jsonl file beside it.")
+    with source.open() as file:
+        for record in read_records(file, source.name):
+            try:
+                yield ItemRecord.model_validate(record)
+            except ValidationError as error:
+                raise TableError(f"{source.name}: the record of row {record['row']} is broken ({error}).") from error
 
 
-def check_key(bucket: ImageBucket, request: ImageRequest, image: PublishedImage) -> None:
-    """Verify that the block would publish an image under the key in the manifest.
-
-    Raises:
-        RepairImpossible: it would use another key.
-    """
-    if bucket.key_of(request, image.fingerprint, image.index) != image.key:
-        raise RepairImpossible("prefix or key_template of the bucket differ from those that it was published with")
-
-
-async def set_aside(bucket: ImageBucket, image: PublishedImage) -> str:
-    """Free an image's key: copy the object there to `replaced/` below the prefix, then remove it.
-
-    Returns:
-        The copy's key.
-
-    Raises:
-        BucketError: the bucket refused. Without a complete copy, the object is not removed.
-    """
-    return await anyio.to_thread.run_sync(_set_aside, bucket, image)
-
-
-def _inspect(bucket: ImageBucket, image: PublishedImage, deep: bool) -> Inspection:  # noqa: FBT001 - run_sync passes positional arguments
-    try:
-        found = bucket.objects.head_with_checksum(image.key)
-        if found is None:
-            return Inspection(finding="missing")
-        difference = _compare(found, image)
-        if difference is None and deep:
-            difference = _compare_bytes(bucket, image)
-        if difference is not None:
-            return Inspection(finding="wrong_checksum", message=difference)
-        if bucket.objects.head(image.sidecar_key) is None:
-            return Inspection(finding="missing_sidecar")
-    except ImageChanged as error:
-        return Inspection(finding="wrong_checksum", message=error.message)
-    except BucketError as error:
-        return Inspection(finding="unreadable", message=error.message)
-    return Inspection(finding="ok")
-
-
-def _compare(found: HeadObjectOutputTypeDef, image: PublishedImage) -> str | None:
-    stored = found["Metadata"].get("flux-sha256")
-    if stored is None:
-        return "its key holds an object that was not published as an image"
-    owner = (found["Metadata"].get("flux-fingerprint"), found["Metadata"].get("flux-index"))
-    if owner != (image.fingerprint, str(image.index)):
-        return "its key holds another request's image"
-    if stored != image.sha256:
-        return f"it was published with the SHA-256 {stored[:16]}…, not {image.sha256[:16]}…"
-    if found["ContentLength"] != image.size:
-        return f"it has {found['ContentLength']:,} bytes, not {image.size:,}"
-    checksum = found.get("ChecksumSHA256", "")
-    # A checksum with a hyphen belongs to a multipart upload, and is not a digest of the object's bytes.
-    if checksum and "-" not in checksum and base64.b64decode(checksum).hex() != image.sha256:
-        return "the server's own SHA-256 of it differs"
-    return None
-
-
-def _compare_bytes(bucket: ImageBucket, image: PublishedImage) -> str | None:
-    digest = hashlib.sha256()
-
-    def receive(_: int, pieces: Iterator[bytes]) -> None:
-        for piece in pieces:
-            digest.update(piece)
-
-    if not bucket.objects.stream(image.key, receive):
-        return "it was deleted during the audit"
-    return None if digest.hexdigest() == image.sha256 else "the SHA-256 of its bytes differs"
-
-
-def _set_aside(bucket: ImageBucket, image: PublishedImage) -> str:
-    name = f"{image.fingerprint}-{image.index}-{uuid4().hex}"
-    copy = f"{bucket.prefix}/replaced/{name}".lstrip("/")
-    try:
-        bucket.objects.copy(image.key, copy)
-        bucket.objects.delete(image.key)
-    except BucketError as error:
-        raise BucketError(
-            f"{image.uri} can't be moved to replaced/: {error.message} The keys must allow s3:GetObject, s3:PutObject "
-            "and s3:DeleteObject."
-        ) from error
-    return copy
+def tabulate_audit(report: AuditReport) -> list[dict[str, Any]]:
+    """The counts and the first problems as rows of a table artifact."""
+    sums = [{"row": "", "id": "all", "found": name, "message": f"{count:,}"} for name, count in report.counts.items()]
+    problems = [
+        {"row": each.row, "id": each.id, "found": each.finding, "message": each.mended or each.message or each.key}
+        for each in report.problems
+    ]
+    return [*sums, *problems]

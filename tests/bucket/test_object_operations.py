@@ -22,7 +22,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishingRun
 from flux_prefect.errors import BucketError, ChecksumsRefused, ConditionsIgnored, ImageChanged, KeyOccupied
 from flux_prefect.host.spool import ImageFile
-from flux_prefect.manifest.audit import set_aside
+from flux_prefect.manifest.inspection import set_aside
 
 RUN = PublishingRun()
 OWNER = "123456789012"

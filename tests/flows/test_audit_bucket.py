@@ -20,7 +20,7 @@ from flux_prefect.errors import AuditFailed, TableError
 from flux_prefect.flows.audit_bucket import audit_bucket
 from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.host.spool import Spool
-from flux_prefect.manifest.audit import inspect_published
+from flux_prefect.manifest.inspection import inspect_published
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.manifest.writer import record_line
