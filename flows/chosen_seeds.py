@@ -5,7 +5,10 @@ from __future__ import annotations
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flux_prefect import BatchReport, publish_batch, sweep_seeds
+from flux_prefect import AspectRatio, BatchReport, publish_batch, sweep_seeds
+
+ASPECT_RATIO: AspectRatio = "1:1"
+"""Of what is tried and of what is published: another one would be another image."""
 
 
 @flow
@@ -21,7 +24,7 @@ async def try_seeds(prompts: list[str], bucket: str, seeds: list[int], credentia
     Returns:
         The s3:// addresses of the contact sheets.
     """
-    report = await sweep_seeds(prompts, bucket, seeds=seeds, credentials=credentials)
+    report = await sweep_seeds(prompts, bucket, seeds=seeds, aspect_ratios=[ASPECT_RATIO], credentials=credentials)
     for prompt, sheet in report.sheets.items():
         get_run_logger().info("%s: choose from %s", prompt, sheet)
     return list(report.sheets.values())
@@ -41,5 +44,8 @@ async def publish_chosen(chosen: dict[str, int], bucket: str, credentials: str |
     Returns:
         The report of the batch; its `manifest` is the table.
     """
-    rows = [{"id": str(number), "prompt": prompt, "seed": seed} for number, (prompt, seed) in enumerate(chosen.items())]
+    rows = [
+        {"id": str(number), "prompt": prompt, "seed": seed, "aspect_ratio": ASPECT_RATIO}
+        for number, (prompt, seed) in enumerate(chosen.items())
+    ]
     return await publish_batch(rows, bucket, credentials)
