@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -619,3 +620,23 @@ async def test_a_kept_answer_is_taken_up_by_the_next_look(
     assert service.posts == []
     assert spool.open_calls() == []
     assert _files(spool, "answers") == []
+
+
+async def test_an_answer_in_an_unknown_shape_is_kept_with_its_address(
+    service: Service, client: AimlApiClient, spool: Spool
+) -> None:
+    """It was paid for: the body lies in the spool, and the error names the file."""
+    body = {"output": {"images": ["https://cdn.example/0.jpg"]}, "meta": {"usage": {"credits_used": 168_000}}}
+
+    async def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json=body)
+
+    service.answer = answer
+    with pytest.raises(EmptyGeneration) as caught:
+        await obtain(REQUEST, client, spool, Order())
+
+    (kept,) = spool.kept_answers(FINGERPRINT)
+    assert json.loads(kept.answer.content) == body
+    assert str(spool.answer_path(kept.call)) in caught.value.message
+    assert caught.value.billed is Billed.YES
+    assert [call.billed for call in spool.open_calls(FINGERPRINT)] == [Billed.YES]

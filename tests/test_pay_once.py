@@ -152,8 +152,6 @@ class TestLostAnswers:
 class TestUnreadableAnswers:
     """Answers in a shape that this release does not know."""
 
-    BODY = b'{"output": {"pictures": ["https://cdn.example/0.jpg"]}}'
-
     async def test_it_is_kept_before_it_is_parsed(
         self, sandbox: RunningSandbox, credentials: AimlApiCredentials, request_: ImageRequest
     ) -> None:

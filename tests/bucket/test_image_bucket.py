@@ -53,7 +53,7 @@ def file(tmp_path: Path, request_: ImageRequest) -> ImageFile:
 
 
 async def test_a_published_image_is_found_as_it_was_published(bucket: ImageBucket, file: ImageFile) -> None:
-    """One HEAD tells all that the upload told, but for who wrote it."""
+    """One HEAD returns all that the upload returned, except who wrote it."""
     published = await bucket.publish(file, RUN)
     found = await bucket.find(file.generation.request, file.generation.fingerprint, 0)
 
@@ -67,7 +67,7 @@ async def test_a_published_image_is_found_as_it_was_published(bucket: ImageBucke
 
 
 async def test_the_object_has_the_bytes_and_headers_of_an_image(bucket: ImageBucket, file: ImageFile) -> None:
-    """Content type, cache control and metadata are there for whoever serves the bucket."""
+    """Content type, cache control and metadata are there for a server of the bucket."""
     published = await bucket.publish(file, RUN)
     stored = bucket.get_client().get_object(Bucket="images", Key=published.key)
 
@@ -305,7 +305,7 @@ def test_a_bad_block_does_not_print_its_keys(field: str) -> None:
 
 
 async def test_a_missing_file_says_how_to_get_it_back(bucket: ImageBucket, file: ImageFile) -> None:
-    """Whoever composes the tasks alone reads what to do."""
+    """The message says what to do where the tasks are called one by one."""
     file.path.unlink()
     with pytest.raises(ImageChanged, match=r"download_image\.with_options\(refresh_cache=True\)"):
         await bucket.publish(file, RUN)

@@ -138,7 +138,7 @@ async def test_a_lease_says_who_holds_it_and_no_time(bucket: ImageBucket, leases
 
 
 async def test_a_long_work_keeps_its_lease(bucket: ImageBucket, leases: BucketLeases) -> None:
-    """Whoever waits gets in after it, not when `lease_seconds` are over."""
+    """A waiting holder gets in after it, not when `lease_seconds` are over."""
     order: list[str] = []
 
     async def wait() -> None:
@@ -312,17 +312,17 @@ async def test_who_lost_a_lease_does_not_remove_the_next_one(
 
 
 async def test_a_lease_taken_away_is_noticed_at_the_next_renewal(bucket: ImageBucket, leases: BucketLeases) -> None:
-    """Whoever overwrote or removed it: the holder stops, and names who has it."""
+    """However it was overwritten or removed: the holder stops, and names who has it."""
     client, key = bucket.get_client(), f"{bucket.prefix}/{NAME}"
     other = LeaseRecord(holder="x", host="elsewhere", pid=7, fence=2, writes=1).model_dump_json()
-    for take_away, told in (
+    for take_away, message in (
         (lambda: client.put_object(Bucket="images", Key=key, Body=other), "process 7 on elsewhere took it over"),
         (lambda: client.delete_object(Bucket="images", Key=key), "its object was removed"),
     ):
         async with leases.hold("a") as lease:
             take_away()
             await anyio.sleep(SECONDS * 0.6)
-            with pytest.raises(LeaseLost, match=told):
+            with pytest.raises(LeaseLost, match=message):
                 lease.check()
         client.delete_object(Bucket="images", Key=key)
 
