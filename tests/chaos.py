@@ -78,6 +78,7 @@ def run_chaos(folder: Path, *, rows: int, kills: int, max_in_flight: int, seed: 
     """
     chance = random.Random(seed)  # noqa: S311 - chooses moments
     os.environ["FLUX_PREFECT_SPOOL"] = str(folder / "spool")
+    os.environ["FLUX_PREFECT_REPEAT_UNKNOWN"] = str(kills)  # one row may be in flight at every kill
     tables = [_write_table(folder, rows, f"{seed} 1")]
     done = in_flight = 0
     with start_sandbox(folder / "sandbox", latency=0.5, fast_bytes=20_000) as sandbox:

@@ -21,6 +21,7 @@ from flux_prefect.errors import (
     AuthenticationFailed,
     Billed,
     DownloadInterrupted,
+    DownloadRefused,
     EmptyGeneration,
     FluxError,
     GenerationTimedOut,
@@ -175,7 +176,7 @@ GENERATION_FAULTS = [
 
 DOWNLOAD_FAULTS = [
     Fault("dead_url", FOREVER, ImageGone, attempts=1),
-    Fault("gone_403", FOREVER, ImageGone, attempts=1),
+    Fault("gone_403", FOREVER, DownloadRefused, attempts=1),
     Fault("cut_download", 1, None, attempts=2),
     Fault("cut_download", FOREVER, DownloadInterrupted, attempts=ALL_ATTEMPTS),
     Fault("reset_download", 1, None, attempts=2),
