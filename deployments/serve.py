@@ -73,7 +73,9 @@ def _make_limit(spec: Mapping[str, Any] | int | None) -> ConcurrencyLimitConfig 
 
 def main(arguments: list[str] | None = None) -> None:
     """Serve until the process is stopped."""
-    parser = argparse.ArgumentParser(description="Serve every deployment of prefect.yaml.")
+    parser = argparse.ArgumentParser(
+        prog="python -m deployments.serve", description="Serve every deployment of prefect.yaml."
+    )
     parser.add_argument(
         "--prefect-file", type=Path, default=PREFECT_FILE, metavar="FILE", help="instead of prefect.yaml"
     )
