@@ -232,7 +232,12 @@ async def _look(
     if order.refresh and order.replacing is None:
         return None
     kept = recover(request, endpoint, spool)
-    return kept if kept is not None or results is None else await results.read()
+    if results is None:
+        return kept
+    if kept is None:
+        return await results.read()
+    await results.write(kept)
+    return kept
 
 
 async def _check_repeats(request: ImageRequest, fingerprint: str, client: AimlApiClient, spool: Spool) -> None:

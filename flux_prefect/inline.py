@@ -11,8 +11,11 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 from uuid import UUID, uuid4
 
@@ -23,14 +26,15 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import MissingContextError
 from prefect.filesystems import LocalFileSystem, NullFileSystem
 from prefect.logging import get_run_logger
-from prefect.results import ResultStore, get_result_store
+from prefect.results import ResultRecord, ResultStore, get_result_store  # type: ignore[attr-defined]
 from prefect.settings import get_current_settings
 from prefect.states import Failed
 from prefect.tasks import Task
-from prefect.transactions import get_transaction
+from prefect.transactions import BaseTransaction, get_transaction
 
 from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import FluxError, ResultStoreUnreadable
+from flux_prefect.local_files import part_path
 
 __all__ = ["StepResults", "StepRun", "current_step", "run_inline"]
 
@@ -48,13 +52,18 @@ class StepResults:
         store: The task's result store.
         key: The step's cache key.
         holder: The holder of the key's lock, if the policy has one.
-        written: Whether the step itself has stored its result.
+        lifetime: How long the result is valid; None: without end.
+        transaction: Prefect's transaction around the step, if it is run by Prefect's engine.
+        stored: Whether the step itself has found or stored its result. The transaction then writes it no second time:
+            Prefect writes local results in place, and another run would read half a record.
     """
 
     store: ResultStore
     key: str
     holder: str
-    written: bool = False
+    lifetime: timedelta | None = None
+    transaction: BaseTransaction | None = None
+    stored: bool = False
 
     async def read(self) -> Any:
         """Read the result; None if there is none, it has expired, or its record is broken.
@@ -64,9 +73,21 @@ class StepResults:
         Raises:
             ResultStoreUnreadable: the storage can't be read.
         """
+        record = await self.find()
+        return None if record is None else record.result
+
+    async def find(self) -> ResultRecord[Any] | None:
+        """Find the valid record of the result. Raises as `read`."""
+        record = await self._record()
+        if record is None or _is_over(record):  # a broken or expired record is none: it is made anew
+            return None
+        self._settle()
+        return record
+
+    async def _record(self) -> ResultRecord[Any] | None:
         if self.store.metadata_storage is not None or self.store.result_storage is None:
             found = await self.store.aexists(self.key)
-            return (await self.store.aread(self.key, self.holder)).result if found else None
+            return await self.store.aread(self.key, self.holder) if found else None
         try:
             content: Any = self.store.result_storage.read_path(self.key)
             if inspect.isawaitable(content):
@@ -79,18 +100,44 @@ class StepResults:
                 "for, so nothing was sent. Correct PREFECT_DEFAULT_RESULT_STORAGE_BLOCK or the block's keys, or its "
                 "network, then run again."
             ) from error
-        if not content:
+        try:
+            return ResultRecord.deserialize(content, backup_serializer=self.store.serializer)
+        except Exception:  # noqa: BLE001 - whatever a serializer says of bytes that it did not write
             return None
-        found = await self.store.aexists(self.key)  # a broken or expired record is none: it is made anew
-        return (await self.store.aread(self.key, self.holder)).result if found else None
 
     async def write(self, result: Any) -> None:
-        """Store the result. A failure to store it is logged, as the engine does: the step has succeeded."""
+        """Store the result, whole at once. A failure is logged, as the engine does: the step has succeeded."""
+        expiration: Any = None if self.lifetime is None else datetime.now(timezone.utc) + self.lifetime
         try:
-            await _write(self.store, self.key, self.holder, result)
-            self.written = True
+            if isinstance(self.store.result_storage, LocalFileSystem) and self.store.metadata_storage is None:
+                record = self.store.create_result_record(result, key=self.key, expiration=expiration)
+                await run_in_thread(_write_record, record)
+            else:
+                await self.store.awrite(result, key=self.key, expiration=expiration, holder=self.holder)
+            self._settle()
         except Exception:  # noqa: BLE001 - see above
             _logger().exception("The result could not be stored under %s; the work goes on with it", self.key)
+
+    def _settle(self) -> None:
+        self.stored = True
+        if self.transaction is not None:
+            self.transaction.write_on_commit = False
+
+
+def _is_over(record: ResultRecord[Any]) -> bool:
+    expiration = record.metadata.expiration
+    return expiration is not None and expiration <= datetime.now(timezone.utc)
+
+
+def _write_record(record: ResultRecord[Any]) -> None:
+    path = Path(cast("str", record.metadata.storage_key))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_path(path)
+    try:
+        part.write_bytes(record.serialize())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -138,15 +185,16 @@ def _results_of(task: Task[Any, Any]) -> StepResults | None:
     store, key = transaction.store, transaction.key
     if store is None or key is None or store.lock_manager is not None:  # under a lock Prefect itself has looked
         return None
-    return StepResults(store, key, holder=uuid4().hex)
+    return StepResults(store, key, uuid4().hex, task.cache_expiration, transaction)
 
 
 async def run_inline(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Return or raise what `await task(...)` would, with the same cache key, without calling Prefect's server.
 
-    The task's cache policy with its lock, `refresh_cache`, result storage and serializer, `retries`, their delays and
-    their condition apply; all other options of a task (hooks, time-outs, expiration, jitter) do not. Locks are held for
-    an attempt, and released if it is cancelled. A result that can't be stored is logged and returned.
+    The task's cache policy with its lock, `refresh_cache`, `cache_expiration`, result storage and serializer, and
+    `retries` with their delays and condition apply; all other options of a task (hooks, time-outs, jitter) do not.
+    Locks are held for an attempt, and released if it is cancelled. A result that can't be stored is logged and
+    returned.
 
     Costs about a millisecond with a cache policy, and next to nothing without.
 
@@ -163,7 +211,7 @@ async def run_inline(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **
     """
     parameters = _bind(task.fn, args, kwargs)
     key = _key(task, parameters)
-    results = None if key is None else StepResults(await _store(task), key, holder=uuid4().hex)
+    results = None if key is None else StepResults(await _store(task), key, uuid4().hex, task.cache_expiration)
     step = StepRun(refresh=_refreshes(task), news=logging.DEBUG, results=results)
     for failures in itertools.count():
         token = _inline.set(step)
@@ -192,10 +240,13 @@ async def _through_cache(
     if store.lock_manager is not None:
         await store.aacquire_lock(key, holder)
     try:
-        if not step.refresh and await store.aexists(key):
-            return cast("_R", (await store.aread(key, holder)).result)
+        if not step.refresh:
+            with suppress(ResultStoreUnreadable):  # the step looks itself where a miss would cost money
+                record = await results.find()
+                if record is not None:
+                    return cast("_R", record.result)
         result = await task.fn(**parameters)
-        if not results.written:
+        if not results.stored:
             await results.write(result)
         return result
     finally:
@@ -210,14 +261,6 @@ def _is_absence(error: Exception) -> bool:
     response = getattr(error, "response", None)
     code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
     return code in _ABSENT_CODES
-
-
-async def _write(store: ResultStore, key: str, holder: str, result: Any) -> None:
-    if isinstance(store.result_storage, LocalFileSystem):
-        # The same in one thread: asynchronously, opening, writing and closing the file are a thread's work each.
-        await run_in_thread(lambda: store.write(result, key=key, holder=holder))
-    else:
-        await store.awrite(result, key=key, holder=holder)
 
 
 async def _store(task: Task[Any, Any]) -> ResultStore:

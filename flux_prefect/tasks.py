@@ -147,7 +147,11 @@ async def download_image(generation: Generation, credentials: AimlApiCredentials
         ```
     """
     async with credentials.open_client() as client:
-        return await custody.download(generation, index, client, Spool())
+        file = await custody.download(generation, index, client, Spool())
+    results = current_step().results
+    if results is not None:
+        await results.write(file)
+    return file
 
 
 @task(

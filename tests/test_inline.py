@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
+from prefect.filesystems import LocalFileSystem
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.tasks import Task
 from prefect.transactions import IsolationLevel
@@ -217,6 +219,49 @@ class TestCache:
 
         assert result["done"] == 1
         assert "The result could not be stored" in caplog.text
+
+
+class TestRecords:
+    """Prefect writes local results in place: whoever reads at that moment finds half a record."""
+
+    @pytest.mark.parametrize("run", [run_as_task, run_inline], ids=["task-run", "inline"])
+    async def test_a_record_is_never_seen_half_written(
+        self,
+        credentials: AimlApiCredentials,
+        request_: ImageRequest,
+        monkeypatch: pytest.MonkeyPatch,
+        storage: Path,
+        run: StepRunner,
+    ) -> None:
+        """Nothing goes through the writer that truncates first, neither when it is paid nor when it is found."""
+        in_place = []
+        for name in ("write_path", "awrite_path"):
+            monkeypatch.setattr(LocalFileSystem, name, lambda _, path, **__: in_place.append(path))
+
+        async def make() -> list[Any]:
+            generation = await run(generate_image, request_, credentials)
+            return [generation, await run(download_image, generation, credentials, 0)]
+
+        first = await in_a_flow(make)
+        for record in storage.iterdir():
+            record.unlink()  # the next run finds the answer in the spool, and stores it again
+
+        assert await in_a_flow(make) == first
+        assert len(list(storage.iterdir())) == 2
+        assert in_place == []
+
+    @pytest.mark.parametrize("run", [run_as_task, run_inline], ids=["task-run", "inline"])
+    async def test_its_lifetime_is_the_tasks(
+        self, credentials: AimlApiCredentials, request_: ImageRequest, storage: Path, run: StepRunner
+    ) -> None:
+        """`cache_expiration` ends the record in both."""
+        short = generate_image.with_options(cache_expiration=timedelta(hours=1))
+
+        await in_a_flow(lambda: run(short, request_, credentials))
+
+        (path,) = storage.iterdir()
+        ends = datetime.fromisoformat(json.loads(path.read_text())["metadata"]["expiration"].replace("Z", "+00:00"))
+        assert timedelta(minutes=58) < ends - datetime.now(timezone.utc) <= timedelta(hours=1)
 
 
 class TestLocks:
