@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 UPLOAD_SECONDS = 30.0
 """The shortest time between two uploads of a growing manifest, in seconds."""
 
+_GROWTH = 2
+"""How much larger a growing manifest must be than at its last upload. All its uploads together then send, with the
+one at the end, at most three times its final size."""
+
 CLOSE_SECONDS = 120.0
 """How long the whole manifest is offered to a bucket that is unavailable when the run ends."""
 
@@ -52,14 +56,15 @@ class ManifestWriter:
     """Writer of a run's manifest. Use it with `async with`, and only one at a time for each run.
 
     When `append` returns, the record is complete in the local file and survives a kill of the process. The growing file
-    is uploaded to the bucket in the background, and in the table's order at the end. A writer that is opened again for
+    is uploaded to the bucket in the background whenever its size has doubled, and in the table's order at the end: of a
+    killed run the local file has every record, the bucket more than half of them. A writer that is opened again for
     the same run appends to its file; of several records of a row the last one counts.
 
     Args:
         bucket: where the images are.
         run: the flow run's id; part of the key.
         folder: the folder of the local file, created where it is missing. The file is never removed.
-        upload_every: seconds between two uploads of a growing manifest.
+        upload_every: the shortest time between two uploads of a growing manifest, in seconds.
         patience: seconds for which an upload at the end is repeated while the bucket is unavailable.
         copies: the name of the copies for the run that ended last; None for a run that is part of another one.
     """
@@ -180,6 +185,8 @@ class ManifestWriter:
             with anyio.move_on_after(self._upload_every):
                 await self._closing.wait()
                 return
+            if self._size < _GROWTH * self._uploaded:
+                continue
             try:
                 await self.flush()
             except BucketError as error:

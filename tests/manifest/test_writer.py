@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -310,6 +311,17 @@ class GatedBucket(ImageBucket):
         self._running -= 1
 
 
+class MeasuringBucket(ImageBucket):
+    """A bucket that notes the sizes of what it is sent by path, and stores nothing."""
+
+    _block_type_slug: ClassVar[str | None] = "measuring-bucket"
+    _sent: dict[str, list[int]] = PrivateAttr(default_factory=dict)
+
+    async def put_file(self, path: str, file: Any, *, content_type: str, cache_control: str) -> None:  # noqa: ARG002
+        """Count the bytes."""
+        self._sent.setdefault(path, []).append(len(file.read()))
+
+
 @pytest.fixture
 def gated(bucket: ImageBucket) -> GatedBucket:
     """The bucket, with a gate."""
@@ -334,6 +346,21 @@ class TestWhileItGrows:
             await _until(lambda: self._has_uploaded(bucket, [2, 1]))
             with pytest.raises(ValueError, match="There is no object"):
                 await bucket.read_path("manifests/latest.jsonl")
+
+    async def test_a_long_run_sends_its_manifest_three_times_at_most(self, tmp_path: Path) -> None:
+        """However often the interval ends: here after every record, as in a run of 1,500 slow rows."""
+        bucket = MeasuringBucket(bucket_name="images", prefix="measured")
+        async with ManifestWriter(bucket, RUN, tmp_path, upload_every=0.0) as manifest:
+            for row in range(1, 1501):
+                manifest.append(_record(row))
+                for _ in range(20):
+                    await anyio.lowlevel.checkpoint()
+        size = manifest.path.stat().st_size
+        sent = bucket._sent[f"manifests/{RUN}/manifest.jsonl"]
+        assert len(sent) > 5
+        assert sent[-1] == size
+        assert sum(sent) <= 3 * size
+        assert len(bucket._sent[f"manifests/{RUN}/manifest.parquet"]) == 1
 
     async def test_nothing_is_uploaded_before_the_interval_ends(self, bucket: ImageBucket, tmp_path: Path) -> None:
         """A short run uploads at its end, or on `flush`."""
