@@ -135,7 +135,7 @@ class AimlApiCredentials(CredentialsBlock):
     def get_client(self) -> AimlApiClient:
         """Create a client of the service, for one `async with` block on one event loop.
 
-        All clients of a process share the in-flight limit of their endpoint.
+        All clients of a process share the in-flight limit of their account.
         """
         settings = current_settings()
         return AimlApiClient(
@@ -151,7 +151,7 @@ class AimlApiCredentials(CredentialsBlock):
                 url_settling=settings.url_settling_seconds,
                 url_life=settings.url_life_seconds,
             ),
-            pacer=shared_pacer(self.base_url, self.max_in_flight),
+            pacer=shared_pacer(self.base_url, self.api_key, self.max_in_flight),
             gate=nullcontext if self.concurrency_limit is None else partial(_take_slot, self.concurrency_limit),
         )
 

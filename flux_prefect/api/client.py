@@ -114,7 +114,7 @@ class AimlApiClient:
 
     Example:
         ```python
-        async with AimlApiClient(api_key=key, base_url=url, pacer=shared_pacer(url, 16)) as client:
+        async with AimlApiClient(api_key=key, base_url=url, pacer=shared_pacer(url, key, 16)) as client:
             generation = await client.generate(ImageRequest(prompt="a lighthouse at dusk", seed=7))
             print(generation.images[0].url, await client.balance())
         ```

@@ -49,7 +49,7 @@ _ABSENT, _GONE = 404, {404, 410}
 _EXPIRED = 403  # of a signed URL; the answer of many a proxy as well
 _REFUSED = {401, 403, 407, 451}
 _TRANSIENT = {408, 425, 429}
-_PAUSES = (0.5, 1.0, 2.0)  # before a URL that is not there yet is asked again; the last repeats
+_PAUSES = (0.5, 1.0, 2.0)  # before a URL is asked again, at least; the last repeats
 
 
 class DownloadedImage(InspectedImage):
@@ -110,6 +110,7 @@ class Downloader:
     ) -> DownloadedImage:
         """Download one image to `destination`: complete, verified, flushed to disk, and moved into place atomically.
 
+        A host that is busy and requests a delay (Retry-After) is asked again after it, if that is before the deadline.
         See `AimlApiClient.download`.
         """
         inline = url[:5].lower() == "data:"
@@ -163,6 +164,10 @@ class Downloader:
                         await self._follow(target, part, delivered_at)
                     except _NotThereYet:
                         await anyio.sleep(pause)
+                    except DownloadInterrupted as error:
+                        if not _is_in_time(error.retry_after):
+                            raise
+                        await anyio.sleep(max(pause, error.retry_after or 0))
                     else:
                         return
         except httpx.InvalidURL as error:
@@ -314,6 +319,11 @@ class _PartFile:
                 f"{self.path} could not be written {explain_os_error(error, remedy)}, then run again. "
                 "The image is paid for; its URL dies within minutes."
             ) from error
+
+
+def _is_in_time(delay: float | None) -> bool:
+    """Whether a requested delay ends before the enclosing deadline. Without a request there is no delay."""
+    return delay is not None and anyio.current_time() + delay < anyio.current_effective_deadline()
 
 
 def _is_base64(head: str) -> bool:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import hashlib
 import heapq
 import itertools
 import logging
@@ -35,6 +36,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+
+from pydantic import SecretStr
 
 from flux_prefect.api.models import normalize_endpoint
 
@@ -369,28 +372,30 @@ class Pacer:
 _SHARING = threading.Lock()  # a cache alone could build two pacers if two threads miss it at once
 
 
-def shared_pacer(endpoint: str, max_in_flight: int) -> Pacer:
-    """Return this process's only pacer for an endpoint, however its URL is written.
+def shared_pacer(endpoint: str, api_key: SecretStr, max_in_flight: int) -> Pacer:
+    """Return this process's only pacer for an account: an API key at an endpoint, however its URL is written.
 
-    The service limits accounts, so all clients of a process share the learned limit. The last caller's `max_in_flight`
-    applies to all of them, so a long-running worker follows a changed setting without a restart. If it is lowered,
-    calls in flight finish; if it is raised, a limit that was halved still grows by one at a time.
+    The service limits accounts, so all clients of an account share the learned limit. Of the key, only a digest is
+    stored. The last caller's `max_in_flight` applies to all of them, so a long-running worker follows a changed
+    setting without a restart. If it is lowered, calls in flight finish; if it is raised, a limit that was halved still
+    grows by one at a time.
 
     Example:
         ```python
-        async with AimlApiClient(api_key=key, base_url=url, pacer=shared_pacer(url, 16)) as client:
+        async with AimlApiClient(api_key=key, base_url=url, pacer=shared_pacer(url, key, 16)) as client:
             await client.balance()
         ```
     """
+    account = hashlib.sha256(api_key.get_secret_value().strip().encode()).digest()
     with _SHARING:
-        pacer = _pacer(normalize_endpoint(endpoint))
+        pacer = _pacer(normalize_endpoint(endpoint), account)
         if pacer.max_in_flight != max_in_flight:
             pacer.max_in_flight = max_in_flight
     return pacer
 
 
 @functools.cache
-def _pacer(endpoint: str) -> Pacer:  # noqa: ARG001 - the cache's key
+def _pacer(endpoint: str, account: bytes) -> Pacer:  # noqa: ARG001 - the cache's keys
     return Pacer(1)
 
 

@@ -92,7 +92,8 @@ async def execute_batch(  # noqa: PLR0913 - keyword-only from the fourth on
 
 def resume_pace(context: BatchContext) -> Pacer:
     """Return the account's pacer, starting where this host's last batch at the endpoint ended."""
-    pacer = shared_pacer(context.account.base_url, context.account.max_in_flight)
+    account = context.account
+    pacer = shared_pacer(account.base_url, account.api_key, account.max_in_flight)
     if context.experience.in_flight is not None and pacer.ceiling is None:
         pacer.resume(context.experience.in_flight)
     return pacer

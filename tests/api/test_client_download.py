@@ -7,8 +7,11 @@ import gzip
 import hashlib
 import os
 import socket
+import time
 import urllib.parse
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -200,17 +203,59 @@ async def test_each_refusal_is_its_own_error(
     destination: Path,
 ) -> None:
     """Dead for ever, for now, or nothing to be done; always of an image that was paid for."""
-    response = httpx.Response(status, content=HTML, headers={"Retry-After": "7"})
+    response = httpx.Response(status, content=HTML, headers={"Retry-After": "700"})
     async with make_client(lambda _: response) as client:
         with pytest.raises(DownloadError) as raised:
             await client.download(PUBLIC, destination, expected="jpeg")
     error = raised.value
     assert type(error) is kind
     assert (error.retryable, error.billed) == (retryable, Billed.YES)
-    assert error.retry_after == (7 if kind is DownloadInterrupted else None)
+    assert error.retry_after == (700 if kind is DownloadInterrupted else None)
     assert "93.184.215.14" in error.message
     assert "secret" not in error.message
     assert left_behind(destination) == []
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("form", ["seconds", "date"])
+async def test_a_busy_host_is_asked_again_when_it_says(status: int, form: str, jpeg: bytes, destination: Path) -> None:
+    """Once, after the delay that it requested in either form, and not as a failure of the row."""
+    asked: list[float] = []
+
+    def handler(_: httpx.Request) -> httpx.Response:
+        asked.append(time.time())
+        if len(asked) > 1:
+            return httpx.Response(200, content=jpeg)
+        delay = "1.2" if form == "seconds" else format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2))
+        return httpx.Response(status, headers={"Retry-After": delay})
+
+    async with make_client(handler) as client:
+        await client.download(PUBLIC, destination, expected="jpeg")
+    first, second = asked
+    assert 0.9 < second - first < 4
+
+
+async def test_a_delay_beyond_the_deadline_is_not_waited_for(destination: Path) -> None:
+    """The error comes at once, with the delay in it: Prefect's retries come later."""
+    response = httpx.Response(429, headers={"Retry-After": "30"})
+    async with make_client(lambda _: response, timeouts=Timeouts(download=20)) as client:
+        with anyio.fail_after(5), pytest.raises(DownloadInterrupted) as raised:
+            await client.download(PUBLIC, destination, expected="jpeg")
+    assert raised.value.retry_after == 30
+
+
+async def test_a_host_that_is_always_busy_is_given_up(destination: Path) -> None:
+    """At the deadline of the download, with a half second between two requests at the least."""
+    asked: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(503, headers={"Retry-After": "0"})
+
+    async with make_client(handler, timeouts=Timeouts(download=1)) as client:
+        with pytest.raises(DownloadInterrupted):
+            await client.download(PUBLIC, destination, expected="jpeg")
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

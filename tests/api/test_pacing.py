@@ -9,10 +9,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 import pytest
+from pydantic import SecretStr
 
 from flux_prefect.api.pacing import Pacer, PacingTimeout, Turn, shared_pacer
 
 FOREVER = 60.0
+KEY = SecretStr("sk-test")
 
 
 async def _until(condition: Callable[[], bool]) -> None:
@@ -532,22 +534,24 @@ async def test_slowing_down_is_logged_once_a_burst(caplog: pytest.LogCaptureFixt
     ]
 
 
-def test_a_process_has_one_pacer_for_an_endpoint() -> None:
-    """Whichever way its URL is written; another endpoint has its own."""
-    one = shared_pacer("https://one.test", 4)
-    assert shared_pacer("HTTPS://ONE.test/", 4) is one
-    assert shared_pacer("https://two.test", 4) is not one
+def test_a_process_has_one_pacer_for_an_account() -> None:
+    """Whichever way its URL is written; another endpoint has its own, and so has another key."""
+    one = shared_pacer("https://one.test", KEY, 4)
+    assert shared_pacer("HTTPS://ONE.test/", KEY, 4) is one
+    assert shared_pacer("https://one.test", SecretStr(f" {KEY.get_secret_value()}\n"), 4) is one
+    assert shared_pacer("https://two.test", KEY, 4) is not one
+    assert shared_pacer("https://one.test", SecretStr("sk-another"), 4) is not one
     assert (one.limit, one.max_in_flight) == (4, 4)
 
 
 async def test_the_last_setting_of_the_shared_limit_holds() -> None:
     """Raised or lowered for all, and what was learnt from refusals stays."""
-    pacer = shared_pacer("https://three.test", 4)
-    assert shared_pacer("https://three.test", 8).limit == 8
+    pacer = shared_pacer("https://three.test", KEY, 4)
+    assert shared_pacer("https://three.test", KEY, 8).limit == 8
     await _refuse(pacer)
-    shared_pacer("https://three.test", 16)
+    shared_pacer("https://three.test", KEY, 16)
     assert (pacer.limit, pacer.max_in_flight) == (4, 16)
-    shared_pacer("https://three.test", 2)
+    shared_pacer("https://three.test", KEY, 2)
     assert (pacer.limit, pacer.max_in_flight) == (2, 2)
 
 
@@ -558,7 +562,7 @@ def test_threads_that_ask_at_once_share_one_pacer() -> None:
 
     def ask() -> None:
         start.wait()
-        found.append(shared_pacer("https://four.test", 4))
+        found.append(shared_pacer("https://four.test", KEY, 4))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:

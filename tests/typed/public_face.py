@@ -121,7 +121,7 @@ async def read_the_tables() -> None:
 
 async def use_the_client(credentials: AimlApiCredentials) -> None:
     """The service without Prefect."""
-    pacer = shared_pacer(credentials.base_url, 16)
+    pacer = shared_pacer(credentials.base_url, credentials.api_key, 16)
     async with AimlApiClient(api_key=credentials.api_key, base_url=credentials.base_url, pacer=pacer) as client:
         assert_type(client, AimlApiClient)
         assert_type(await client.balance(), Balance)
