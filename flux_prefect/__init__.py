@@ -29,13 +29,14 @@ if TYPE_CHECKING:
         TextToImageModel,
     )
     from flux_prefect.api.pacing import Pacer, shared_pacer
+    from flux_prefect.batch.days import BackfillReport, DayOutcome
     from flux_prefect.bucket.image_bucket import ImageBucket
     from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
     from flux_prefect.cache_policies import PromptSeedCachePolicy
     from flux_prefect.credentials import AimlApiCredentials
     from flux_prefect.custody import CallOutcome
     from flux_prefect.flows.audit_bucket import audit_bucket
-    from flux_prefect.flows.backfill import BackfillReport, DayOutcome, backfill
+    from flux_prefect.flows.backfill import backfill
     from flux_prefect.flows.publish_batch import publish_batch
     from flux_prefect.flows.publish_daily import publish_daily
     from flux_prefect.flows.publish_image import publish_image
@@ -151,13 +152,14 @@ _OWNERS = {
         "TextToImageModel",
     ),
     "api.pacing": ("Pacer", "shared_pacer"),
+    "batch.days": ("BackfillReport", "DayOutcome"),
     "bucket.image_bucket": ("ImageBucket",),
     "bucket.published_image": ("PublishedImage", "PublishingRun"),
     "cache_policies": ("PromptSeedCachePolicy",),
     "credentials": ("AimlApiCredentials",),
     "flows.audit_bucket": ("audit_bucket",),
     "manifest.audit": ("AuditedImage", "AuditReport"),
-    "flows.backfill": ("BackfillReport", "DayOutcome", "backfill"),
+    "flows.backfill": ("backfill",),
     "flows.publish_batch": ("publish_batch",),
     "flows.publish_daily": ("publish_daily",),
     "flows.publish_image": ("publish_image",),

@@ -65,7 +65,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flux_prefect.flows.backfill import BackfillReport
+    from flux_prefect.batch.days import BackfillReport
     from flux_prefect.manifest.audit import AuditReport
     from flux_prefect.manifest.report import BatchReport
 

@@ -14,7 +14,7 @@ from flux_prefect.money.budget import Budget
 from flux_prefect.pipeline import check_ready
 from flux_prefect.settings import current_settings
 
-__all__ = ["BatchContext", "open_context"]
+__all__ = ["BatchContext", "open_context", "uncapped_budget"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,8 @@ async def open_context(
     )
     async with credentials.open_client() as client:
         yield BatchContext(bucket, credentials, client, spool, experience, budget)
+
+
+def uncapped_budget(endpoint: str) -> Budget:
+    """Make a budget without caps, at the prices that this host observed at an endpoint: for estimates."""
+    return Budget(prices=Spool().find_experience(endpoint).prices, default_price=current_settings().credits_per_image)

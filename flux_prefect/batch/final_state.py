@@ -15,7 +15,7 @@ from flux_prefect.errors import BatchFailed
 from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.manifest.report import BatchReport
 
-__all__ = ["announce_plan", "batch_state", "cancelled_state", "finish_dry_run"]
+__all__ = ["announce_plan", "batch_state", "cancelled_state", "copy_state", "finish_dry_run"]
 
 
 async def announce_plan(plan: Plan, source: str | Sequence[Any], logger: Logger) -> None:
@@ -55,6 +55,14 @@ def batch_state(report: BatchReport, max_failed: int) -> State[Any]:
 def cancelled_state(manifest: str) -> State[Any]:
     """Build the final state of a cancelled run that has ended in order."""
     return Cancelled(message=f"What was paid for is published. The record of every row: {manifest}")
+
+
+def copy_state(state: State[Any], result: Any) -> State[Any]:
+    """Build a run's final state as a copy of its subrun's, so that the run's page shows the subrun's summary.
+
+    Prefect would aggregate the subrun's own state into a new one. Callers of the flow get the result.
+    """
+    return State(type=state.type, name=state.name, message=state.message, data=result)
 
 
 async def _show_plan(plan: Plan, logger: Logger) -> None:

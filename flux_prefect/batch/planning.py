@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from rich import box
@@ -11,19 +12,28 @@ from rich.table import Table as Grid
 
 from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.batch.context import BatchContext, uncapped_budget
 from flux_prefect.batch.published_index import PublishedIndex
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.concurrency import for_each
 from flux_prefect.custody import recover
-from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError
+from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError, TooManyCombinations
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.seeds import with_seed
 from flux_prefect.tables.table import Row, Table
 
-__all__ = ["PlannedBatch", "add_estimates", "check_balance", "make_plan", "tabulate_plan"]
+__all__ = [
+    "PlannedBatch",
+    "add_estimates",
+    "check_balance",
+    "check_combinations",
+    "make_plan",
+    "open_plan",
+    "tabulate_plan",
+]
 
 _LOOKUPS_AT_ONCE = 32
 _MAX_LISTED_KEYS = 3000  # a thousand keys are listed in the time of about fifteen lookups
@@ -52,6 +62,28 @@ class PlannedBatch:
             TableError: the table has changed and can't be read completely any more.
         """
         return _seeded(self.table, self.run)
+
+
+@asynccontextmanager
+async def open_plan(context: BatchContext, table: Table, *, run: str) -> AsyncIterator[PlannedBatch]:
+    """Plan a batch, with the balance and the duration, and keep what was found for the block. Nothing is paid for.
+
+    Args:
+        context: bucket, account, client and budget of the batch.
+        table: the table.
+        run: id of the run; seeds of rows without one are drawn from it.
+
+    Raises:
+        TableError: the table can't be read completely.
+    """
+    planned = await make_plan(table, context.bucket, context.account.base_url, context.budget, run=run)
+    try:
+        planned.plan = await add_estimates(
+            planned.plan, context.client, context.experience.seconds, context.account.max_in_flight
+        )
+        yield planned
+    finally:
+        planned.found.close()
 
 
 async def make_plan(
@@ -157,6 +189,21 @@ def check_balance(plan: Plan) -> None:
         raise BalanceTooLow(
             f"The batch may cost {describe_credits(plan.spendable)} and the account has "
             f"{describe_credits(plan.balance)}: top it up, or set max_credits to what it may spend. Nothing was sent."
+        )
+
+
+def check_combinations(requests: Sequence[ImageRequest], most: int, endpoint: str) -> None:
+    """Verify that a sweep has no more images than it may have.
+
+    Raises:
+        TooManyCombinations: it has more; the message has their number and cost.
+    """
+    if len(requests) > most:
+        budget = uncapped_budget(endpoint)
+        cost = describe_credits(sum(budget.price_of(request).credits for request in requests))
+        raise TooManyCombinations(
+            f"The lists make {len(requests):,} images, at most {cost}, and max_combinations is {most}: "
+            "shorten a list, or raise max_combinations. Nothing was sent."
         )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,9 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 from prefect.artifacts import acreate_markdown_artifact
 
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.display.progress import Logger
 from flux_prefect.manifest.records import ItemRecord
 
-__all__ = ["Cell", "ContactSheet", "publish_contact_sheet"]
+__all__ = ["Cell", "ContactSheet", "publish_contact_sheet", "publish_contact_sheets"]
 
 _MARKDOWN = re.compile(r"([!-/:-@\[-`{-~])")  # all of ASCII's punctuation, any of which may be escaped
 
@@ -123,6 +125,24 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
+async def publish_contact_sheets(
+    records: Iterable[ItemRecord], bucket: ImageBucket, columns: int, logger: Logger
+) -> dict[str, str]:
+    """Publish the contact sheet of each prompt, and return their addresses by prompt.
+
+    Args:
+        records: the records; those of one prompt follow each other.
+        bucket: the bucket of the images, and of the sheets.
+        columns: the number of images in a line.
+        logger: the run's logger.
+    """
+    sheets: dict[str, str] = {}
+    for prompt, variants in itertools.groupby(records, key=_prompt_of):
+        sheets[prompt] = await publish_contact_sheet(prompt, list(variants), bucket, columns=columns)
+        logger.info("Contact sheet: %s", sheets[prompt])
+    return sheets
+
+
 async def publish_contact_sheet(prompt: str, items: Sequence[ItemRecord], bucket: ImageBucket, columns: int) -> str:
     """Publish a prompt's contact sheet, show it in the run and return its address.
 
@@ -150,6 +170,10 @@ async def publish_contact_sheet(prompt: str, items: Sequence[ItemRecord], bucket
         description=f"{len(items)} variants: {uri}",
     )
     return uri
+
+
+def _prompt_of(record: ItemRecord) -> str:
+    return "" if record.request is None else record.request.prompt
 
 
 def _label(item: ItemRecord) -> str:

@@ -2,69 +2,33 @@
 
 from __future__ import annotations
 
-from datetime import date, timedelta
-from typing import Annotated, Any, Literal, cast
+from datetime import date
+from typing import Annotated, Any, cast
 
 from prefect import flow
 from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from flux_prefect.batch.days import BackfillReport, DayOutcome, Order, list_days, remaining_credits
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.errors import BackfillFailed, BalanceTooLow, BatchFailed, TableError
-from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, InFlight, Tolerated
-from flux_prefect.flows.publish_daily import Template, TemplateTable, publish_daily
-from flux_prefect.host.spool import Spool
+from flux_prefect.errors import BackfillFailed, BatchFailed
+from flux_prefect.flows.form_types import (
+    BucketChoice,
+    CredentialsChoice,
+    CreditCap,
+    InFlight,
+    Template,
+    TemplateTable,
+    Tolerated,
+)
+from flux_prefect.flows.publish_daily import publish_daily
 from flux_prefect.manifest.report import BatchReport
-from flux_prefect.money.budget import Budget, describe_credits
-from flux_prefect.settings import current_settings
 from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, ImageSettings
 
-__all__ = ["BackfillReport", "DayOutcome", "backfill"]
-
-Order = Literal["oldest first", "newest first"]
-
-
-class DayOutcome(BaseModel):
-    """The outcome of one day."""
-
-    model_config = ConfigDict(frozen=True)
-
-    day: date = Field(description="The day.")
-    state: str = Field(description="The name of the Prefect state in which its run ended.")
-    message: str = Field(description="The message of that state.")
-    report: BatchReport | None = Field(description="The batch's report; None if the batch did not start.")
-
-    @property
-    def failed(self) -> bool:
-        """Whether the day's run ended in a state other than Completed."""
-        return self.state != "Completed"
-
-
-class BackfillReport(BaseModel):
-    """The outcomes of a range of days, in the order of their runs."""
-
-    model_config = ConfigDict(frozen=True)
-
-    days: tuple[DayOutcome, ...] = Field(description="One outcome a day.")
-
-    @property
-    def failed(self) -> list[date]:
-        """The days whose runs failed."""
-        return [outcome.day for outcome in self.days if outcome.failed]
-
-    @property
-    def credits_used(self) -> float:
-        """Reported cost of all days, in credits."""
-        return sum(outcome.report.credits_used for outcome in self.days if outcome.report is not None)
-
-    def summary(self) -> str:
-        """Summarize the number of days, their cost and the failed days in one line."""
-        line = f"{len(self.days) - len(self.failed)} of {len(self.days)} days published"
-        line += f", {describe_credits(self.credits_used)}"
-        return f"{line}; failed: {', '.join(map(str, self.failed))}" if self.failed else line
+__all__ = ["backfill"]
 
 
 @flow(name="backfill", flow_run_name="backfill {start} to {end}")
@@ -119,7 +83,7 @@ async def backfill(
         report = await backfill(rows, "s3://images/daily", start=date(2026, 11, 1), end=date(2026, 11, 2))
         ```
     """
-    days = _list_days(start, end, max_days, order)
+    days = list_days(start, end, max_days, order)
     account = await AimlApiCredentials.resolve(credentials)
     outcomes: list[DayOutcome] = []
     left = max_credits
@@ -146,8 +110,7 @@ async def backfill(
         report = result.report if isinstance(result, BatchFailed) else result
         day_report = report if isinstance(report, BatchReport) else None
         outcomes.append(DayOutcome(day=day, state=state.name or "", message=state.message or "", report=day_report))
-        if left is not None:
-            left = 0.0 if _may_have_spent_all(result) else max(0.0, left - _spent_at_most(day_report, account.base_url))
+        left = remaining_credits(left, result, account.base_url)
     ended = BackfillReport(days=tuple(outcomes))
     await acreate_table_artifact(
         [{"day": str(each.day), "state": each.state, "message": each.message} for each in ended.days],
@@ -159,36 +122,3 @@ async def backfill(
         error = BackfillFailed(ended.summary(), ended)
         return cast("BackfillReport", Failed(message=error.message, data=error))
     return cast("BackfillReport", Completed(message=ended.summary(), data=ended))
-
-
-def _list_days(start: date, end: date, max_days: int, order: Order) -> list[date]:
-    count = (end - start).days + 1
-    if count < 1:
-        raise ValueError(f"end {end} is before start {start}: swap them")
-    if count > max_days:
-        raise ValueError(
-            f"{start} to {end} are {count:,} days and max_days is {max_days}: correct a date, or raise max_days"
-        )
-    days = [start + timedelta(days=number) for number in range(count)]
-    return days if order == "oldest first" else days[::-1]
-
-
-def _may_have_spent_all(result: Any) -> bool:
-    """Whether a day ended without a report for another reason than the checks before the first paid call."""
-    return not isinstance(result, (BatchReport, BatchFailed, TableError, BalanceTooLow))
-
-
-def _spent_at_most(report: BatchReport | None, endpoint: str) -> float:
-    """Return a day's cost in credits. Calls without a reported cost count at their price."""
-    if report is None:
-        return 0.0
-    spent = report.credits_used
-    if report.unknown_calls or report.unpriced_calls:
-        budget = Budget(
-            prices=Spool().find_experience(endpoint).prices, default_price=current_settings().credits_per_image
-        )
-        for item in report.read():
-            unreported = item.calls - item.billed_calls - item.unbilled_calls + item.unpriced_calls
-            if item.request is not None and unreported:
-                spent += unreported * budget.price_of(item.request).credits
-    return spent

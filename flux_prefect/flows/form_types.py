@@ -9,14 +9,57 @@ The title of a block's class must stay its name: Prefect's server uses it to fin
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
+from zoneinfo import ZoneInfo
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.tables.table import Only
 
-__all__ = ["BucketChoice", "CredentialsChoice", "CreditCap", "ImageCap", "InFlight", "Tolerated"]
+__all__ = [
+    "BucketChoice",
+    "CredentialsChoice",
+    "CreditCap",
+    "ImageCap",
+    "InFlight",
+    "RowsChoice",
+    "TableChoice",
+    "Template",
+    "TemplateTable",
+    "Timezone",
+    "Tolerated",
+]
+
+TableChoice = (
+    Annotated[str, Field(title="File")]
+    | Annotated[list[ImageRequest], Field(title="Requests")]
+    | Annotated[list[dict[str, Any]], Field(title="Rows")]
+)
+"""A prompt table, for `open_table`."""
+
+RowsChoice = Annotated[Only, Field(title="Some rows")] | Annotated[None, Field(title="All rows")]
+"""The rows of a manifest to try again, or None for all rows."""
+
+TemplateTable = Annotated[str, Field(title="File")] | Annotated[list[dict[str, Any]], Field(title="Rows")]
+"""A table of prompt templates, for `render_table`."""
+
+Template = Annotated[str, Field(title="Template")] | Annotated[None, Field(title="None")]
+"""The prompt of rows without one."""
+
+
+def _known_timezone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"timezone {name!r} is unknown: write it as Europe/Berlin or UTC") from error
+    return name
+
+
+Timezone = Annotated[str, AfterValidator(_known_timezone)]
+"""The name of a time zone."""
 
 BucketChoice = Annotated[ImageBucket, Field(title="Saved block")] | Annotated[str, Field(title="Name or s3://…")]
 """A bucket, for `ImageBucket.resolve`."""

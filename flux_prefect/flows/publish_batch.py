@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from typing import Annotated, Any, Literal, cast
+from typing import Literal, cast
 
 from prefect import flow
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from pydantic import Field
 
-from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.context import open_context
 from flux_prefect.batch.engine import choose_density
 from flux_prefect.batch.final_state import announce_plan, batch_state, cancelled_state, finish_dry_run
-from flux_prefect.batch.planning import add_estimates, check_balance, make_plan
+from flux_prefect.batch.planning import check_balance, open_plan
 from flux_prefect.batch.session import execute_batch
 from flux_prefect.batch.shutdown import is_cancelling
 from flux_prefect.bucket.image_bucket import ImageBucket
@@ -24,19 +22,22 @@ from flux_prefect.display.artifacts import publish_artifacts
 from flux_prefect.display.events import emit_batch_events, emit_item_events
 from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.display.run_names import initial_run_name
-from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.flows.form_types import (
+    BucketChoice,
+    CredentialsChoice,
+    CreditCap,
+    ImageCap,
+    InFlight,
+    RowsChoice,
+    TableChoice,
+    Tolerated,
+)
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.manifest.writer import ManifestWriter
-from flux_prefect.tables.table import Only, open_table
+from flux_prefect.tables.table import open_table
 
-__all__ = ["Table", "publish_batch"]
-
-Table = (
-    Annotated[str, Field(title="File")]
-    | Annotated[list[ImageRequest], Field(title="Requests")]
-    | Annotated[list[dict[str, Any]], Field(title="Rows")]
-)
+__all__ = ["publish_batch"]
 
 
 def _name_run() -> str:
@@ -45,14 +46,14 @@ def _name_run() -> str:
 
 @flow(name="publish-batch", flow_run_name=_name_run)
 async def publish_batch(
-    source: Table,
+    source: TableChoice,
     bucket: BucketChoice,
     credentials: CredentialsChoice = None,
     max_in_flight: InFlight = 8,
     max_failed: Tolerated = 0,
     max_credits: CreditCap = None,
     max_images: ImageCap = None,
-    only: Annotated[Only, Field(title="Some rows")] | Annotated[None, Field(title="All rows")] = None,
+    only: RowsChoice = None,
     density: Literal["auto", "steps", "chunks"] = "auto",
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
@@ -104,9 +105,7 @@ async def publish_batch(
             open_context(destination, account, max_credits=max_credits, max_images=max_images)
         )
         table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
-        planned = await make_plan(table, destination, account.base_url, context.budget, run=str(flow_run.id))
-        cleanup.callback(planned.found.close)
-        planned.plan = await add_estimates(planned.plan, context.client, context.experience.seconds, max_in_flight)
+        planned = await cleanup.enter_async_context(open_plan(context, table, run=str(flow_run.id)))
         if dry_run:
             return cast("BatchReport", await finish_dry_run(planned.plan, source, logger))
         await announce_plan(planned.plan, source, logger)

@@ -12,28 +12,26 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
+from flux_prefect.batch.final_state import copy_state
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
+from flux_prefect.flows.form_types import (
+    BucketChoice,
+    CredentialsChoice,
+    CreditCap,
+    ImageCap,
+    InFlight,
+    Template,
+    TemplateTable,
+    Timezone,
+    Tolerated,
+)
 from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, ImageSettings, render_table
 
-__all__ = ["Template", "TemplateTable", "publish_daily"]
-
-
-def _known_timezone(name: str) -> str:
-    try:
-        ZoneInfo(name)
-    except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"timezone {name!r} is unknown: write it as Europe/Berlin or UTC") from error
-    return name
-
-
-TemplateTable = Annotated[str, Field(title="File")] | Annotated[list[dict[str, Any]], Field(title="Rows")]
-Template = Annotated[str, Field(title="Template")] | Annotated[None, Field(title="None")]
-Timezone = Annotated[str, AfterValidator(_known_timezone)]
+__all__ = ["publish_daily"]
 
 
 def scheduled_day(timezone: str) -> date:
@@ -118,13 +116,4 @@ async def publish_daily(
             dry_run=dry_run,
             return_state=True,
         )
-    return cast("BatchReport", await _end_as(state))
-
-
-async def _end_as(state: State[Any]) -> State[Any]:
-    """Copy the subrun's state, so that this run's page shows its summary; callers of the flow get the state's result.
-
-    Prefect would aggregate the subrun's own state into a new one.
-    """
-    result = await state.aresult(raise_on_failure=False)
-    return State(type=state.type, name=state.name, message=state.message, data=result)
+    return cast("BatchReport", copy_state(state, await state.aresult(raise_on_failure=False)))

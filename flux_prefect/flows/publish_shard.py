@@ -15,18 +15,13 @@ from pydantic import Field
 
 from flux_prefect.batch.context import open_context
 from flux_prefect.batch.final_state import cancelled_state
-from flux_prefect.batch.planning import PlannedBatch
-from flux_prefect.batch.published_index import PublishedIndex
-from flux_prefect.batch.session import BatchResult, execute_batch, resume_pace
 from flux_prefect.batch.shutdown import is_cancelling
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import ShardSuperseded
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight
-from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.writer import ManifestWriter
-from flux_prefect.sharding.heartbeat import heartbeat_object, sending_heartbeats
-from flux_prefect.sharding.shards import plan_shard
+from flux_prefect.sharding.session import execute_shard
 from flux_prefect.tables.table import open_table
 
 __all__ = ["publish_shard"]
@@ -70,56 +65,21 @@ async def publish_shard(
     destination = await ImageBucket.resolve(bucket)
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
     run = str(flow_run.id)
-    progress = _ShardProgress()
     async with AsyncExitStack() as cleanup:
         context = await cleanup.enter_async_context(
             open_context(destination, account, max_credits=max_credits, max_images=max_images, prices=prices)
         )
         table = await cleanup.enter_async_context(open_table(source, bucket=destination))
-        planned = PlannedBatch(plan_shard(table, context), run, PublishedIndex(), table)
-        cleanup.callback(planned.found.close)
         manifest = ManifestWriter(destination, run, context.spool.root / "manifests", copies=None)
-        pacer = resume_pace(context)
-
-        def read_fields() -> dict[str, Any]:
-            return {
-                **progress.sums(),
-                "credits_spent": context.budget.spent.credits,
-                "images_spent": int(context.budget.spent.images),
-                "in_flight": pacer.learned_limit,
-                "prices": context.budget.observed,
-            }
-
         try:
-            async with sending_heartbeats(
-                heartbeat_object(destination, run), read_fields, interval=sign_seconds, on_lost=context.budget.close
-            ):
-                progress.result = await execute_batch(
-                    context, planned, manifest, density="chunks", on_record=progress.add, logger=logger
-                )
+            report = await execute_shard(
+                context, table, manifest, run=run, heartbeat_seconds=sign_seconds, logger=logger
+            )
         except ShardSuperseded as lost:
             return cast("dict[str, int]", Crashed(message=lost.message))
         except TerminationSignal:
             if not await is_cancelling(run):
                 raise
             return cast("dict[str, int]", cancelled_state(manifest.uri))
-    report = progress.result.report
     state: State[Any] = Completed(message=report.summary(), data=report.counts)
     return cast("dict[str, int]", state)
-
-
-class _ShardProgress:
-    """The progress of a shard's rows, as its heartbeats report it."""
-
-    def __init__(self) -> None:
-        self.result: BatchResult | None = None
-        self._done = 0
-        self._images = 0
-
-    def add(self, record: ItemRecord) -> None:
-        self._done += 1
-        self._images += sum(image.created for image in record.images)
-
-    def sums(self) -> dict[str, Any]:
-        found = None if self.result is None else self.result.reconciliation
-        return {"done": self._done, "images": self._images, "reconciliation": found}

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, cast
 
 from prefect import flow
-from prefect.client.orchestration import PrefectClient, get_client
-from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flux_prefect.batch.context import BatchContext, open_context
+from flux_prefect.batch.context import open_context
 from flux_prefect.batch.final_state import announce_plan, batch_state, cancelled_state, finish_dry_run
-from flux_prefect.batch.planning import PlannedBatch, add_estimates, check_balance, make_plan
-from flux_prefect.batch.shutdown import is_cancelling, sigterm_as_cancellation
+from flux_prefect.batch.planning import check_balance, open_plan
+from flux_prefect.batch.shutdown import is_cancelling
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.bucket.leases import BucketLeases
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.display.artifacts import live_progress, publish_artifacts
+from flux_prefect.display.artifacts import publish_artifacts
 from flux_prefect.display.events import emit_batch_events
-from flux_prefect.display.progress import Progress
 from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.display.run_names import initial_run_name
-from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, ImageCap, InFlight, Tolerated
-from flux_prefect.flows.publish_batch import Table
-from flux_prefect.host.spool import Experience
-from flux_prefect.manifest.records import ItemRecord
-from flux_prefect.manifest.report import BatchReport, Tally
+from flux_prefect.flows.form_types import (
+    BucketChoice,
+    CredentialsChoice,
+    CreditCap,
+    ImageCap,
+    InFlight,
+    RowsChoice,
+    TableChoice,
+    Tolerated,
+)
+from flux_prefect.manifest.report import BatchReport
 from flux_prefect.manifest.writer import ManifestWriter
-from flux_prefect.sharding.runs import ShardRuns
-from flux_prefect.sharding.shards import Split, active_batch_object, split_batch
-from flux_prefect.sharding.supervisor import ShardingOptions, Supervisor
-from flux_prefect.tables.table import Only, open_table
-from flux_prefect.tables.table import Table as Rows
+from flux_prefect.sharding.active_batch import active_batch_object, hold_active_batch
+from flux_prefect.sharding.call_limit import CallLimit
+from flux_prefect.sharding.references import reference_bucket, reference_credentials
+from flux_prefect.sharding.runs import ShardRuns, check_deployment
+from flux_prefect.sharding.session import supervise_shards
+from flux_prefect.sharding.shards import split_batch
+from flux_prefect.sharding.supervisor import ShardingOptions
+from flux_prefect.tables.table import open_table
 
 __all__ = ["publish_sharded"]
 
@@ -47,7 +52,7 @@ def _name_run() -> str:
 
 @flow(name="publish-sharded", flow_run_name=_name_run)
 async def publish_sharded(
-    source: Table,
+    source: TableChoice,
     bucket: BucketChoice,
     credentials: CredentialsChoice = None,
     deployment: str = "publish-shard/worker",
@@ -57,7 +62,7 @@ async def publish_sharded(
     max_failed: Tolerated = 0,
     max_credits: CreditCap = None,
     max_images: ImageCap = None,
-    only: Annotated[Only, Field(title="Some rows")] | Annotated[None, Field(title="All rows")] = None,
+    only: RowsChoice = None,
     lost_after_seconds: Annotated[float, Field(ge=5)] = 120,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
@@ -109,134 +114,56 @@ async def publish_sharded(
         ```
     """
     logger = get_run_logger()
-    shared: dict[str, Any] = {"bucket": _name_bucket(bucket), "credentials": _name_credentials(credentials)}
+    parameters: dict[str, Any] = {
+        "bucket": reference_bucket(bucket),
+        "credentials": reference_credentials(credentials),
+    }
     destination = await ImageBucket.resolve(bucket)
     account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
-    newest, tally = RecentRecords(), Tally()
+    newest = RecentRecords()
     async with AsyncExitStack() as cleanup:
         prefect = await cleanup.enter_async_context(get_client())
-        await _check_deployment(prefect, deployment)
-        resize = await _size_limit(prefect, account)
+        await check_deployment(prefect, deployment)
+        limit = CallLimit(prefect, account)
+        await limit.resize()
         context = await cleanup.enter_async_context(
             open_context(destination, account, max_credits=max_credits, max_images=max_images)
         )
         table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
         if dry_run:
-            planned = await _plan(context, table, cleanup)
+            planned = await cleanup.enter_async_context(open_plan(context, table, run=str(flow_run.id)))
             return cast("BatchReport", await finish_dry_run(planned.plan, source, logger))
-        active_batch = active_batch_object(destination, source, table, only=only, endpoint=account.base_url)
-        seen = await active_batch.read()  # another run may end and remove it while this run waits
-        lease = await cleanup.enter_async_context(BucketLeases(destination, lost_after_seconds).hold(active_batch.uri))
-        if (version := await active_batch.read() or seen) is not None:
-            split = Split.model_validate_json(version.content)
+        marker = active_batch_object(destination, source, table, only=only, endpoint=account.base_url)
+        active_batch = await cleanup.enter_async_context(
+            hold_active_batch(destination, marker, lost_after_seconds=lost_after_seconds)
+        )
+        if (split := active_batch.unfinished) is not None:
             logger.info("Resuming the batch %s", split.run)
         else:
-            planned = await _plan(context, table, cleanup)
+            planned = await cleanup.enter_async_context(open_plan(context, table, run=str(flow_run.id)))
             check_balance(planned.plan)
             split = await split_batch(planned, context, rows_a_shard=rows_a_shard)
-            await active_batch.write(split.model_dump_json().encode(), over=None)
+            await active_batch.store(split)
         await announce_plan(split.plan, source, logger)
         most = max(1, min(at_once, len(split.shards)))
-        shared["max_in_flight"] = max_in_flight if account.concurrency_limit else max(1, max_in_flight // most)
+        parameters["max_in_flight"] = limit.of_each(most)
         manifest = ManifestWriter(destination, split.run, context.spool.root / "manifests")
-
-        def record_row(record: ItemRecord) -> None:
-            manifest.append(record)
-            tally.add(record)
-            newest.add(record)
-
-        supervisor = Supervisor(
-            context=context,
-            split=split,
-            runs=ShardRuns(prefect, split.run, deployment),
-            options=ShardingOptions(most, lost_after_seconds, shared, resize),
-            on_record=record_row,
-            progress=Progress.of(split.plan),
-            check_lease=lease.check,
-            logger=logger,
-        )
-        started = time.monotonic()
         try:
-            with sigterm_as_cancellation():
-                async with manifest, live_progress(supervisor.progress, logger):
-                    await supervisor.run()
+            report = await supervise_shards(
+                context,
+                split,
+                manifest,
+                active_batch=active_batch,
+                runs=ShardRuns(prefect, split.run, deployment),
+                options=ShardingOptions(most, lost_after_seconds, parameters, limit.resize),
+                on_record=newest.add,
+                logger=logger,
+            )
         except TerminationSignal:
             if not await is_cancelling(str(flow_run.id)):
                 raise
             return cast("BatchReport", cancelled_state(manifest.uri))
-        if supervisor.complete and (version := await active_batch.read()) is not None:
-            await active_batch.remove(version.etag)
-    report = _sum_up(tally, supervisor, manifest, time.monotonic() - started)
-    context.spool.keep_experience(account.base_url, _learn(context, report, supervisor))
     await publish_artifacts(report, newest.records(), destination, context.spool, logger)
     emit_batch_events(report, destination, split.run, succeeded=report.unsuccessful <= max_failed)
     logger.info("%s. Manifest: %s", report.summary(), report.manifest)
     return cast("BatchReport", batch_state(report, max_failed))
-
-
-async def _plan(context: BatchContext, table: Rows, cleanup: AsyncExitStack) -> PlannedBatch:
-    planned = await make_plan(table, context.bucket, context.account.base_url, context.budget, run=str(flow_run.id))
-    cleanup.callback(planned.found.close)
-    planned.plan = await add_estimates(
-        planned.plan, context.client, context.experience.seconds, context.account.max_in_flight
-    )
-    return planned
-
-
-async def _check_deployment(prefect: PrefectClient, deployment: str) -> None:
-    try:
-        await prefect.read_deployment_by_name(deployment)
-    except ObjectNotFound as error:
-        raise ValueError(
-            f"deployment {deployment!r} does not exist on this Prefect server: deploy deployments/prefect.yaml, or "
-            "name the deployment of publish_shard that workers run. PREFECT_API_URL chooses the server."
-        ) from error
-
-
-async def _size_limit(prefect: PrefectClient, account: AimlApiCredentials) -> Callable[[int | None], Awaitable[None]]:
-    """Create the account's concurrency limit, if it names one, and return the function that resizes it."""
-    name, most = account.concurrency_limit, account.max_in_flight
-    size: int | None = None
-
-    async def resize(seen: int | None) -> None:
-        nonlocal size
-        wanted = most if seen is None else max(1, min(most, seen))
-        if name is not None and wanted != size:
-            await prefect.upsert_global_concurrency_limit_by_name(name, wanted)
-            size = wanted
-
-    await resize(None)
-    return resize
-
-
-def _name_bucket(bucket: ImageBucket | str) -> str:
-    if isinstance(bucket, str):
-        return bucket
-    if bucket._block_document_name is None:  # noqa: SLF001 - the name has no public attribute
-        raise ValueError("bucket is a block that is not saved, so no worker can load it: save it, or use s3://name.")
-    return bucket.reference
-
-
-def _name_credentials(credentials: AimlApiCredentials | str | None) -> str | None:
-    if credentials is None or isinstance(credentials, str):
-        return credentials
-    if credentials._block_document_name is None:  # noqa: SLF001 - the name has no public attribute
-        raise ValueError("credentials is a block that is not saved, so no worker can load it: save it first.")
-    return credentials._block_document_name  # noqa: SLF001 - as above
-
-
-def _sum_up(tally: Tally, supervisor: Supervisor, manifest: ManifestWriter, seconds: float) -> BatchReport:
-    report = tally.report(seconds=seconds, plan=supervisor.split.plan)
-    report = report.model_copy(update={"manifest": manifest.uri, "records": manifest.path})
-    found = supervisor.reconciliation()
-    return report if found is None else report.settle(found)
-
-
-def _learn(context: BatchContext, report: BatchReport, supervisor: Supervisor) -> Experience:
-    """Return this host's experience with the endpoint, with the pace of all workers. Limits stay each worker's own."""
-    seconds = context.experience.seconds
-    if report.billed_calls:
-        seconds = report.seconds * min(context.account.max_in_flight, report.billed_calls) / report.billed_calls
-    return context.experience.model_copy(
-        update={"prices": {**context.experience.prices, **supervisor.prices}, "seconds": seconds}
-    )

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import anyio
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
@@ -17,18 +13,17 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field
 
-from flux_prefect.api.models import AspectRatio, ImageRequest, OutputFormat, SafetyTolerance, Seed, TextToImageModel
+from flux_prefect.api.models import AspectRatio, OutputFormat, SafetyTolerance, Seed, TextToImageModel
+from flux_prefect.batch.final_state import copy_state
+from flux_prefect.batch.planning import check_combinations
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.display.contact_sheets import publish_contact_sheet
-from flux_prefect.errors import BatchFailed, TooManyCombinations
+from flux_prefect.display.contact_sheets import publish_contact_sheets
+from flux_prefect.errors import BatchFailed
 from flux_prefect.flows.form_types import BucketChoice, CredentialsChoice, CreditCap, InFlight
 from flux_prefect.flows.publish_batch import publish_batch
-from flux_prefect.host.spool import Spool
-from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport
-from flux_prefect.money.budget import Budget, describe_credits
-from flux_prefect.settings import current_settings
+from flux_prefect.tables.variants import combine_requests, write_requests
 
 __all__ = ["SweepReport", "sweep_seeds"]
 
@@ -100,30 +95,21 @@ async def sweep_seeds(
         report = await sweep_seeds(["a lighthouse at dusk"], "s3://images/sweeps", seeds=[1, 2, 3])
         ```
     """
-    guidances: list[float | None] = [*guidance_scales] or [None]
-    requests = [
-        ImageRequest(
-            prompt=prompt,
-            seed=seed,
-            aspect_ratio=aspect_ratio,
-            guidance_scale=guidance,
-            output_format=output_format,
-            safety_tolerance=safety_tolerance,
-            model=model,
-        )
-        for prompt, aspect_ratio, guidance, seed in itertools.product(
-            dict.fromkeys(prompts),
-            dict.fromkeys(aspect_ratios),
-            dict.fromkeys(guidances),
-            dict.fromkeys(seeds),
-        )
-    ]
+    requests = combine_requests(
+        prompts,
+        seeds,
+        aspect_ratios,
+        guidance_scales,
+        output_format=output_format,
+        safety_tolerance=safety_tolerance,
+        model=model,
+    )
     account = await AimlApiCredentials.resolve(credentials)
-    _check_number(requests, max_combinations, account.base_url)
+    check_combinations(requests, max_combinations, account.base_url)
     destination = await ImageBucket.resolve(bucket)
     with tempfile.TemporaryDirectory(prefix="flux-sweep-") as folder:
         table = Path(folder, "sweep.jsonl")
-        await anyio.Path(table).write_text("".join(f"{json.dumps(request.payload())}\n" for request in requests))
+        await write_requests(requests, table)
         state: State[Any] = await publish_batch.with_options(flow_run_name=f"{len(requests)} variants")(
             str(table),
             bucket,
@@ -137,25 +123,7 @@ async def sweep_seeds(
     batch = result.report if isinstance(result, BatchFailed) else result
     sheets: dict[str, str] = {}
     if isinstance(batch, BatchReport) and not dry_run:
-        for prompt, items in itertools.groupby(batch.read(), key=_prompt_of):
-            sheets[prompt] = await publish_contact_sheet(prompt, list(items), destination, columns=len(set(seeds)))
-            get_run_logger().info("Contact sheet: %s", sheets[prompt])
+        sheets = await publish_contact_sheets(batch.read(), destination, len(set(seeds)), get_run_logger())
     if not isinstance(result, BatchReport):
-        return cast("SweepReport", State(type=state.type, name=state.name, message=state.message, data=result))
+        return cast("SweepReport", copy_state(state, result))
     return cast("SweepReport", Completed(message=state.message, data=SweepReport(batch=result, sheets=sheets)))
-
-
-def _check_number(requests: Sequence[ImageRequest], most: int, endpoint: str) -> None:
-    if len(requests) > most:
-        budget = Budget(
-            prices=Spool().find_experience(endpoint).prices, default_price=current_settings().credits_per_image
-        )
-        cost = describe_credits(sum(budget.price_of(request).credits for request in requests))
-        raise TooManyCombinations(
-            f"The lists make {len(requests):,} images, at most {cost}, and max_combinations is {most}: "
-            "shorten a list, or raise max_combinations. Nothing was sent."
-        )
-
-
-def _prompt_of(item: ItemRecord) -> str:
-    return "" if item.request is None else item.request.prompt

@@ -16,7 +16,7 @@ from prefect.states import Cancelling, Crashed
 
 from flux_prefect.money.budget import Amount
 
-__all__ = ["ShardRun", "ShardRuns"]
+__all__ = ["ShardRun", "ShardRuns", "check_deployment"]
 
 _PAGE = 200  # the most that the server returns in one response
 
@@ -115,6 +115,22 @@ class ShardRuns:
             await self._client.set_flow_run_state(run, state, force=force)
         except ObjectNotFound:
             return  # the run was deleted
+
+
+async def check_deployment(client: PrefectClient, deployment: str) -> None:
+    """Verify that the deployment of shards exists.
+
+    Raises:
+        ValueError: it does not. The message has the command that registers it.
+    """
+    try:
+        await client.read_deployment_by_name(deployment)
+    except ObjectNotFound as error:
+        raise ValueError(
+            f"deployment {deployment!r} does not exist on this Prefect server: register it with `flux-prefect deploy "
+            "publish_shard --pool NAME`, or name the deployment of publish_shard that workers run. PREFECT_API_URL "
+            "chooses the server."
+        ) from error
 
 
 def _parse_run(run: FlowRun) -> ShardRun:

@@ -3,32 +3,27 @@
 <prefix>/manifests/<run>/shards/<shard>.jsonl            rows of a shard, as a manifest of pending rows
 <prefix>/manifests/<run>/shards/<shard>-<attempt>.jsonl  those of them that a later attempt processes
 <prefix>/manifests/<run>/shards/settled.jsonl            records of rows that the plan has settled
-<prefix>/manifests/sharded/<digest>.json                 while the batch is active: its run and its shards
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import io
-import json
 import math
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.batch.context import BatchContext
 from flux_prefect.batch.planning import PlannedBatch
-from flux_prefect.bucket.conditional_object import ConditionalObject
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.concurrency import for_each
 from flux_prefect.custody import recover
-from flux_prefect.display.run_names import name_source
 from flux_prefect.inline import run_inline
 from flux_prefect.manifest.plan import Plan
 from flux_prefect.manifest.records import ItemRecord, record_invalid, record_skipped, record_unchanged
@@ -38,12 +33,11 @@ from flux_prefect.money.budget import Amount, Budget, spending_from
 from flux_prefect.pipeline import produce_image
 from flux_prefect.tables.file_views import open_view
 from flux_prefect.tables.manifest_lines import read_records
-from flux_prefect.tables.table import Only, Row, Table
+from flux_prefect.tables.table import Row, Table
 
 __all__ = [
     "Shard",
     "Split",
-    "active_batch_object",
     "assign_shard",
     "plan_shard",
     "read_rows",
@@ -53,7 +47,6 @@ __all__ = [
     "write_attempt_table",
 ]
 
-_PATIENCE = 30.0
 _AT_ONCE = 8
 _ROWS_PER_YIELD = 100
 _JSONL = "application/x-ndjson"
@@ -87,26 +80,6 @@ class Split(BaseModel):
     shards: tuple[Shard, ...] = Field(description="The shards, ordered by number.")
     settled: int = Field(description="Rows that need no shard.")
     plan: Plan = Field(description="The plan of the batch.")
-
-
-def active_batch_object(
-    bucket: ImageBucket, source: str | Sequence[Any], table: Table, *, only: Only | None, endpoint: str
-) -> ConditionalObject:
-    """The object in the bucket that marks a batch over this table as active. Reads the table once.
-
-    It is the same object on every machine for the same rows, file name, `only`, bucket and endpoint.
-
-    Raises:
-        TableError: the table can't be read completely.
-    """
-    name = name_source(source) if isinstance(source, str) else ""
-    server = bucket.get_client().meta.endpoint_url
-    digest = hashlib.sha256(json.dumps([name, only, endpoint, bucket.bucket_name, bucket.prefix, server]).encode())
-    for row in table.rows():
-        request = None if row.request is None else row.request.payload()
-        line = json.dumps([row.number, row.id, request, row.carried, row.error], sort_keys=True, default=str)
-        digest.update(line.encode(errors="replace") + b"\n")
-    return ConditionalObject(bucket, f"manifests/sharded/{digest.hexdigest()[:40]}.json", patience=_PATIENCE)
 
 
 def shard_path(run: str, shard: int, attempt: int) -> str:

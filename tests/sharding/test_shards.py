@@ -20,9 +20,9 @@ from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.pipeline import produce_image
 from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.sharding.active_batch import active_batch_object
 from flux_prefect.sharding.shards import (
     Split,
-    active_batch_object,
     assign_shard,
     read_rows,
     settled_path,
