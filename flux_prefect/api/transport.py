@@ -9,30 +9,59 @@ redirects and logins, which are not used here, would double the cost of a reques
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import aiohttp
+import anyio
 import httpx
 from aiohttp.abc import AbstractResolver
 from multidict import CIMultiDict
 from yarl import URL
 
+from flux_prefect.errors import InvalidSettings
+
 __all__ = ["AiohttpTransport", "find_proxy", "open_transport", "send"]
 
 _READ_BUFFER = 256 * 1024  # bytes: an image in two or three pieces
 _LONGEST_HEADER = 64 * 1024  # bytes: signed URLs in redirects are long
+_PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 def find_proxy(url: httpx.URL) -> str | None:
-    """The proxy for a URL according to the environment, or None."""
+    """The proxy for a URL according to the environment, or None.
+
+    Raises:
+        InvalidSettings: the environment names one that can't be used. The message does not show it, as it may hold a
+            password.
+    """
     if urllib.request.proxy_bypass(url.host):
         return None
     proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+    name = url.scheme if proxies.get(url.scheme) else "all"
+    proxy = proxies.get(name)
+    if not proxy:
+        return None
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if not _is_usable(proxy):
+        raise InvalidSettings(
+            f"{name.upper()}_PROXY names no proxy that can be used: write it as http://HOST:PORT, https://HOST:PORT, "
+            "socks5://HOST:PORT or socks5h://HOST:PORT, or unset it."
+        )
+    return proxy
+
+
+def _is_usable(proxy: str) -> bool:
+    try:
+        url = httpx.URL(proxy)
+    except httpx.InvalidURL:
+        return False
+    return url.scheme in _PROXY_SCHEMES and bool(url.host)
 
 
 def open_transport(
@@ -49,7 +78,10 @@ def open_transport(
     if proxy is None:
         return AiohttpTransport(tls=tls, keep_alive=keep_alive, resolver=resolver)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if keep_alive else 0)
-    return httpx.AsyncHTTPTransport(verify=tls, limits=limits, proxy=proxy)
+    if not proxy.startswith("socks5"):
+        return httpx.AsyncHTTPTransport(verify=tls, limits=limits, proxy=proxy)
+    # Either way the proxy resolves names; httpx 0.27 knows the first spelling only.
+    return _SocksTransport(verify=tls, limits=limits, proxy=proxy.replace("socks5h://", "socks5://", 1))
 
 
 @asynccontextmanager
@@ -140,6 +172,35 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         return self._session
 
 
+class _SocksTransport(httpx.AsyncHTTPTransport):
+    """httpx's transport through a SOCKS proxy, with an end to the proxy's handshake and a type for its failures.
+
+    httpx waits for the proxy's replies without end, and raises whatever its parser does. Nothing was sent to the
+    service by then, which the errors here say: `ProxyError` and `ConnectTimeout`.
+    """
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send the request and wait for the head of its response."""
+        patience = request.extensions.get("timeout", {}).get("connect") or math.inf
+        in_handshake = False
+
+        async def watch(event: str, _: Any) -> None:
+            nonlocal in_handshake
+            if event.startswith("socks.setup_socks5_connection."):
+                in_handshake = not event.endswith(".complete")
+                scope.deadline = anyio.current_time() + patience if in_handshake else math.inf
+
+        request.extensions = {**request.extensions, "trace": watch}
+        with anyio.CancelScope() as scope:
+            try:
+                return await super().handle_async_request(request)
+            except Exception as error:
+                if in_handshake and not isinstance(error, httpx.ProxyError):
+                    raise httpx.ProxyError(f"the SOCKS proxy broke off its handshake ({_named(error)})") from error
+                raise
+        raise httpx.ConnectTimeout("the SOCKS proxy did not answer")
+
+
 class _Body(httpx.AsyncByteStream):
     """The body of a response, in chunks as they arrive."""
 
@@ -178,6 +239,10 @@ def _kind(error: Exception) -> type[httpx.TransportError]:
         (OSError, httpx.ReadError),
     )
     return next((ours for theirs, ours in kinds if isinstance(error, theirs)), httpx.RemoteProtocolError)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _reason(error: Exception) -> str:
