@@ -29,13 +29,17 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import from_json
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.keys import (
     DEFAULT_KEY_TEMPLATE,
+    DEFAULT_RECORDS_PREFIX,
     check_key_template,
+    check_records_apart,
     clean_prefix,
     object_key,
+    record_key,
     sidecar_key,
 )
 from flux_prefect.bucket.object_operations import Checksums, ObjectHeaders, ObjectOperations
@@ -116,6 +120,13 @@ class ImageBucket(WritableFileSystem):
         description=(
             "The key below the prefix. Needs {fingerprint} and {index}; "
             "may use {extension}, {seed}, {aspect_ratio} and {model}."
+        ),
+    )
+    records_prefix: str = Field(
+        default=DEFAULT_RECORDS_PREFIX,
+        description=(
+            "Where the JSON record of each image goes, below the prefix. Records hold prompts, costs and runs: leave "
+            "them out of what a bucket policy opens to the public."
         ),
     )
     public_base_url: str | None = Field(
@@ -224,10 +235,22 @@ class ImageBucket(WritableFileSystem):
     def _safe_prefix(cls, prefix: str) -> str:
         return clean_prefix(prefix)
 
+    @field_validator("records_prefix")
+    @classmethod
+    def _safe_records_prefix(cls, prefix: str) -> str:
+        if not (cleaned := clean_prefix(prefix)):
+            raise ValueError("records_prefix is empty: records hold prompts and costs, and need a folder of their own")
+        return cleaned
+
     @field_validator("key_template")
     @classmethod
     def _safe_template(cls, template: str) -> str:
         return check_key_template(template)
+
+    @model_validator(mode="after")
+    def _records_apart(self) -> ImageBucket:
+        check_records_apart(self.records_prefix, self.key_template)
+        return self
 
     @model_validator(mode="after")
     def _both_keys(self) -> ImageBucket:
@@ -348,7 +371,14 @@ class ImageBucket(WritableFileSystem):
 
     def key_of(self, request: ImageRequest, fingerprint: str, index: int) -> str:
         """The key of one image in this bucket."""
-        return object_key(request, fingerprint, index, prefix=self.prefix, template=self.key_template)
+        return object_key(
+            request,
+            fingerprint,
+            index,
+            prefix=self.prefix,
+            template=self.key_template,
+            records_prefix=self.records_prefix,
+        )
 
     async def find(self, request: ImageRequest, fingerprint: str, index: int) -> PublishedImage | None:
         """The image as published, or None. One HEAD, no cost at the image service.
@@ -369,7 +399,7 @@ class ImageBucket(WritableFileSystem):
         return await run_in_thread(partial(self.objects.list_keys, prefix, most=most))
 
     async def publish(self, file: ImageFile, run: PublishingRun) -> PublishedImage:
-        """Put an image under its key unless it is there already; its JSON record goes first.
+        """Put an image under its key unless it is there already; its JSON record goes first, below `records_prefix`.
 
         Idempotent, and safe against any number of publishers at once: the first whole object wins and stays, and
         every publisher returns it. The server verifies the SHA-256 of what it stores. At most two PUTs and a HEAD.
@@ -384,13 +414,12 @@ class ImageBucket(WritableFileSystem):
             raise _changed(file)
         generation = file.generation
         key = self.key_of(generation.request, generation.fingerprint, file.index)
-        record_key = sidecar_key(key, file.sha256)
         published_at = datetime.now(timezone.utc)
         record = write_sidecar(file, key, published_at, run)
-        metadata = ImageMetadata.of(file)
+        metadata = ImageMetadata.of(file, records=self.records_prefix)
 
         def put() -> str | None:
-            self.objects.put_new(record_key, record, ObjectHeaders("application/json", self.cache_control))
+            self.objects.put_new(self._record_key(key, metadata), record, ObjectHeaders("application/json", "no-store"))
             headers = ObjectHeaders(file.content_type, self.cache_control, metadata.headers(), archivable=True)
             with _open_image(file) as body:
                 return self.objects.put_new(key, body, headers, sha256=file.sha256)
@@ -429,6 +458,26 @@ class ImageBucket(WritableFileSystem):
         if hashlib.sha256(content).hexdigest() != image.sha256:
             raise ImageChanged(f"{image.uri} no longer has the bytes that were published: its SHA-256 differs.")
         return content
+
+    def record_keys(self, image: PublishedImage) -> tuple[str, ...]:
+        """The keys that may hold the record of an image: of when it was published, and of today.
+
+        They differ for images of 0.1.0, whose records can be moved to today's.
+        """
+        today = record_key(image.key, image.sha256, prefix=self.prefix, records_prefix=self.records_prefix)
+        return tuple(dict.fromkeys((image.sidecar_key, today)))
+
+    async def read_record(self, image: PublishedImage) -> dict[str, Any] | None:
+        """The JSON record of a published image, None where there is none. One GET, of older images up to two.
+
+        Raises:
+            BucketError: it can't be read.
+        """
+        objects = replace(self.objects, bucket_name=image.bucket)
+        for key in self.record_keys(image):
+            if (found := await run_in_thread(objects.read, key)) is not None:
+                return _parse_record(found.content)
+        return None
 
     async def read_path(self, path: str) -> bytes:
         """The bytes of the object at `path` below the prefix.
@@ -500,6 +549,11 @@ class ImageBucket(WritableFileSystem):
             raise ValueError("path is empty: name an object below the bucket's prefix")
         return f"{self.prefix}/{relative}" if self.prefix else relative
 
+    def _record_key(self, key: str, metadata: ImageMetadata) -> str:
+        if metadata.records is None:
+            return sidecar_key(key, metadata.sha256)
+        return record_key(key, metadata.sha256, prefix=self.prefix, records_prefix=metadata.records)
+
     def _public_url(self, key: str) -> str | None:
         return f"{self.public_base_url.rstrip('/')}/{quote(key)}" if self.public_base_url else None
 
@@ -536,10 +590,18 @@ class ImageBucket(WritableFileSystem):
             key=key,
             uri=f"s3://{self.bucket_name}/{key}",
             url=self._public_url(key),
-            sidecar_key=sidecar_key(key, metadata.sha256),
-            **metadata.model_dump(),
+            sidecar_key=self._record_key(key, metadata),
+            **metadata.model_dump(exclude={"records"}),
             **found,
         )
+
+
+def _parse_record(content: bytes) -> dict[str, Any] | None:
+    try:
+        record = from_json(content)
+    except ValueError:  # not written by this package
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _open_image(file: ImageFile) -> BinaryIO:

@@ -7,14 +7,24 @@ import string
 
 from flux_prefect.api.models import FILE_EXTENSIONS, ImageRequest
 
-__all__ = ["DEFAULT_KEY_TEMPLATE", "check_key_template", "clean_prefix", "object_key", "sidecar_key"]
+__all__ = [
+    "DEFAULT_KEY_TEMPLATE",
+    "DEFAULT_RECORDS_PREFIX",
+    "check_key_template",
+    "check_records_apart",
+    "clean_prefix",
+    "object_key",
+    "record_key",
+    "sidecar_key",
+]
 
 DEFAULT_KEY_TEMPLATE = "{fingerprint}-{index}.{extension}"
+DEFAULT_RECORDS_PREFIX = "records"
 
 _REQUIRED = {"fingerprint", "index"}
 _ALLOWED = _REQUIRED | {"extension", "seed", "aspect_ratio", "model"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_MAX_KEY_BYTES = 1024 - 22  # S3's limit, less what `sidecar_key` adds
+_MAX_KEY_BYTES = 1024 - 22  # S3's limit, less what names a record
 
 
 def check_key_template(template: str) -> str:
@@ -42,6 +52,21 @@ def check_key_template(template: str) -> str:
     return template
 
 
+def check_records_apart(records_prefix: str, template: str) -> None:
+    """Verify that no image is published among the records, and no record among the images of a folder of their own.
+
+    Raises:
+        ValueError: one lies in the other, so that a policy that opens the images to the public would open the records.
+    """
+    folder, slash, _ = template.partition("{")[0].rpartition("/")
+    images, records = f"{folder}/", f"{records_prefix}/"
+    if slash and (images.startswith(records) or records.startswith(images)):
+        raise ValueError(
+            f"records_prefix {records_prefix!r} and key_template {template!r} share a folder: records hold prompts and "
+            "costs, so they need one without images"
+        )
+
+
 def clean_prefix(prefix: str) -> str:
     """Return the prefix without slashes at its ends.
 
@@ -55,8 +80,14 @@ def clean_prefix(prefix: str) -> str:
     return prefix
 
 
-def object_key(
-    request: ImageRequest, fingerprint: str, index: int, *, prefix: str = "", template: str = DEFAULT_KEY_TEMPLATE
+def object_key(  # noqa: PLR0913 - the fields of a bucket, each with its name
+    request: ImageRequest,
+    fingerprint: str,
+    index: int,
+    *,
+    prefix: str = "",
+    template: str = DEFAULT_KEY_TEMPLATE,
+    records_prefix: str = DEFAULT_RECORDS_PREFIX,
 ) -> str:
     """The key of one image of a request. Nothing of the prompt goes into it.
 
@@ -65,15 +96,21 @@ def object_key(
             included): found before anything is paid for.
     """
     key = _render(template, request, fingerprint, index)
-    return _check_key(f"{prefix}/{key}" if prefix else key)
+    return _check_key(f"{prefix}/{key}" if prefix else key, extra=f"{records_prefix}/")
+
+
+def record_key(key: str, sha256: str, *, prefix: str = "", records_prefix: str = DEFAULT_RECORDS_PREFIX) -> str:
+    """The key of an image's JSON record: below `records_prefix`, as the image's own is below `prefix`.
+
+    The digest of the bytes is part of it. So a record always describes the bytes under the image's key, also where
+    two hosts publish different bytes under one key and one of them comes too late.
+    """
+    below = key.removeprefix(f"{prefix}/") if prefix else key
+    return sidecar_key(f"{prefix}/{records_prefix}/{below}".lstrip("/"), sha256)
 
 
 def sidecar_key(key: str, sha256: str) -> str:
-    """The key of the JSON record beside an image.
-
-    The digest of the bytes is part of it: a record always describes the bytes that it stands beside, also where
-    two hosts publish different bytes under one key and one of them comes too late.
-    """
+    """The key of a JSON record beside its image, where 0.1.0 published it."""
     return f"{key}.{sha256[:16]}.json"
 
 
@@ -88,13 +125,15 @@ def _render(template: str, request: ImageRequest, fingerprint: str, index: int) 
     )
 
 
-def _check_key(key: str) -> str:
+def _check_key(key: str, *, extra: str = "") -> str:
     if any(segment in {"", ".", ".."} for segment in key.split("/")):
         raise ValueError(f"the object key {key!r} has an empty or dot segment: correct prefix or key_template")
     if _CONTROL.search(key):
         raise ValueError(f"the object key {key!r} has a control character in it: correct prefix or key_template")
-    if len(key.encode()) > _MAX_KEY_BYTES:
+    most = _MAX_KEY_BYTES - len(extra.encode())
+    if len(key.encode()) > most:
         raise ValueError(
-            f"the object key {key[:80]!r}… is longer than {_MAX_KEY_BYTES:,} bytes: shorten prefix or key_template"
+            f"the object key {key[:80]!r}… is longer than {most:,} bytes: shorten prefix, key_template or "
+            "records_prefix"
         )
     return key

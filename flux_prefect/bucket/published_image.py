@@ -1,9 +1,10 @@
-"""A published image: its description, the metadata of its object, and the JSON record (sidecar) beside it."""
+"""A published image: its description, the metadata of its object, and its JSON record (sidecar)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from urllib.parse import quote, unquote
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from pydantic_core import to_json
@@ -14,7 +15,7 @@ __all__ = ["ImageMetadata", "PublishedImage", "PublishingRun", "write_sidecar"]
 
 
 class PublishedImage(BaseModel):
-    """One image in the bucket, whole, with its JSON record beside it."""
+    """One image in the bucket, whole, with a JSON record of its own."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -37,7 +38,7 @@ class PublishedImage(BaseModel):
 
 
 class PublishingRun(BaseModel):
-    """The run that publishes, for the record beside the image."""
+    """The run that publishes, for the image's record."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,7 +47,12 @@ class PublishingRun(BaseModel):
 
 
 class ImageMetadata(BaseModel):
-    """The metadata of an image's object: what one HEAD reads back of the image."""
+    """The metadata of an image's object: what one HEAD reads back of the image.
+
+    Attributes:
+        records: the bucket's `records_prefix` when the image was published; None for a record beside the image, as
+            0.1.0 wrote it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -56,9 +62,10 @@ class ImageMetadata(BaseModel):
     width: int
     height: int
     seed: int | None = None
+    records: str | None = None
 
     @classmethod
-    def of(cls, file: ImageFile) -> ImageMetadata:
+    def of(cls, file: ImageFile, *, records: str) -> ImageMetadata:
         """The metadata of a file that is about to be published."""
         generation = file.generation
         return cls(
@@ -68,6 +75,7 @@ class ImageMetadata(BaseModel):
             width=file.width,
             height=file.height,
             seed=generation.seed,
+            records=records,
         )
 
     @classmethod
@@ -84,11 +92,12 @@ class ImageMetadata(BaseModel):
             width=int(headers["flux-width"]),
             height=int(headers["flux-height"]),
             seed=int(headers["flux-seed"]) if "flux-seed" in headers else None,
+            records=unquote(headers["flux-records"]) if "flux-records" in headers else None,
         )
 
     def headers(self) -> dict[str, str]:
-        """The metadata as S3 stores it."""
-        return {f"flux-{name}": str(value) for name, value in self if value is not None}
+        """The metadata as S3 stores it, in ASCII."""
+        return {f"flux-{name}": quote(str(value)) for name, value in self if value is not None}
 
 
 def write_sidecar(file: ImageFile, key: str, published_at: datetime, run: PublishingRun) -> bytes:

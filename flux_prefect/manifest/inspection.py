@@ -112,7 +112,7 @@ def _inspect(bucket: ImageBucket, image: PublishedImage, deep: bool) -> Inspecti
             difference = _compare_bytes(bucket, image)
         if difference is not None:
             return Inspection(finding="wrong_checksum", message=difference)
-        if bucket.objects.head(image.sidecar_key) is None:
+        if all(bucket.objects.head(key) is None for key in bucket.record_keys(image)):
             return Inspection(finding="missing_sidecar")
     except ImageChanged as error:
         return Inspection(finding="wrong_checksum", message=error.message)

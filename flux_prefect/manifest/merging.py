@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
 
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import FluxError, RunStopped
 from flux_prefect.manifest.records import ItemRecord
 
@@ -89,7 +86,7 @@ async def attribute_images(
     for row, record in merged.items():
         if record.status != "unchanged" or record.images[0].fingerprint in counted:
             continue
-        sidecar = await _read_sidecar(bucket, record.images[0])
+        sidecar = await bucket.read_record(record.images[0]) or {}
         if sidecar.get("run", {}).get("flow_run_id") not in runs:
             continue
         counted.add(record.images[0].fingerprint)
@@ -105,15 +102,6 @@ async def attribute_images(
             }
         )
     return merged
-
-
-async def _read_sidecar(bucket: ImageBucket, image: PublishedImage) -> Mapping[str, Any]:
-    path = image.sidecar_key.removeprefix(f"{bucket.prefix}/")
-    try:
-        record = json.loads(await bucket.read_path(path))
-    except ValueError:  # missing, or not written by this package
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _unite(ids: Iterable[Iterable[str]]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.bucket.keys import check_key_template, clean_prefix, object_key, sidecar_key
+from flux_prefect.bucket.keys import check_key_template, clean_prefix, object_key, record_key
 
 FINGERPRINT = "0123456789abcdef" * 2
 REQUEST = ImageRequest(prompt="a lighthouse", seed=7)
@@ -103,20 +103,20 @@ def test_a_prefix_that_leads_elsewhere_is_refused(prefix: str) -> None:
 
 def test_the_length_of_a_key_is_counted_in_bytes() -> None:
     """The longest key allowed leaves room for its record; one character more is refused before anything is paid."""
-    room = 1024 - 22 - len(object_key(REQUEST, FINGERPRINT, 0, prefix="x")) + 1
+    room = 1024 - 22 - len("records/") - len(object_key(REQUEST, FINGERPRINT, 0, prefix="x")) + 1
     longest = object_key(REQUEST, FINGERPRINT, 0, prefix="x" * room)
-    assert len(sidecar_key(longest, "f" * 64).encode()) == 1024
+    assert len(record_key(longest, "f" * 64, prefix="x" * room).encode()) == 1024
     with pytest.raises(ValueError, match="longer than"):
         object_key(REQUEST, FINGERPRINT, 0, prefix="x" * (room + 1))
     with pytest.raises(ValueError, match="longer than"):
         object_key(REQUEST, FINGERPRINT, 0, prefix="é" * (room // 2 + 1))
 
 
-def test_a_record_stands_beside_its_bytes() -> None:
-    """Different bytes under one key have different records."""
+def test_a_record_is_of_its_bytes() -> None:
+    """Different bytes under one key have different records, below a prefix of their own."""
     key = object_key(REQUEST, FINGERPRINT, 0)
-    assert sidecar_key(key, "a" * 64) == f"{key}.aaaaaaaaaaaaaaaa.json"
-    assert sidecar_key(key, "a" * 64) != sidecar_key(key, "b" * 64)
+    assert record_key(key, "a" * 64) == f"records/{key}.aaaaaaaaaaaaaaaa.json"
+    assert record_key(f"a/b/{key}", "b" * 64, prefix="a/b") == f"a/b/records/{key}.bbbbbbbbbbbbbbbb.json"
 
 
 @given(prompt=st.text(min_size=1, max_size=200).filter(str.strip), seed=st.integers(1, 2**32 - 1))
