@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from flux_prefect.manifest.plan import Plan
     from flux_prefect.manifest.records import ItemRecord, ItemStatus
     from flux_prefect.manifest.report import BatchReport
-    from flux_prefect.money.budget import Amount, Budget, spending_from
+    from flux_prefect.money.budget import Budget, spending_from
+    from flux_prefect.money.ledger import Amount
     from flux_prefect.pipeline import ImageOutcome, Production, Status, check_ready, produce_image, run_as_task
     from flux_prefect.sandbox.control import SandboxControl
     from flux_prefect.sandbox.launching import RunningSandbox, start_sandbox
@@ -171,7 +172,8 @@ _OWNERS = {
     "manifest.plan": ("Plan",),
     "manifest.records": ("ItemRecord", "ItemStatus"),
     "manifest.report": ("BatchReport",),
-    "money.budget": ("Amount", "Budget", "spending_from"),
+    "money.budget": ("Budget", "spending_from"),
+    "money.ledger": ("Amount",),
     "pipeline": ("ImageOutcome", "Production", "Status", "check_ready", "produce_image", "run_as_task"),
     "sandbox.control": ("SandboxControl",),
     "sandbox.launching": ("RunningSandbox", "start_sandbox"),

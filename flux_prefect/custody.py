@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
-from uuid import uuid4
 
 from flux_prefect.api.answers import RawAnswer
 from flux_prefect.api.client import AimlApiClient
@@ -31,7 +30,7 @@ from flux_prefect.errors import (
 )
 from flux_prefect.host.locks import HostLockManager
 from flux_prefect.host.spool import ImageFile, KeptAnswer, PaidCall, Spool
-from flux_prefect.money.budget import current_budget
+from flux_prefect.money.budget import Budget, current_budget
 from flux_prefect.money.reconciliation import reconcile
 from flux_prefect.settings import current_settings
 
@@ -91,8 +90,11 @@ async def generate(
         LeaseLost: nothing was sent, as the lease of the enclosing `BucketLeases.hold` is lost.
         SpoolUnwritable: nothing was sent.
     """
+    budget = current_budget() or Budget(default_price=current_settings().credits_per_image)
+    lease = current_lease()
+    reservation = await budget.reserve(request)
     call = PaidCall(
-        client_request_id=f"fp-{uuid4().hex}",
+        client_request_id=reservation.call,
         fingerprint="unseeded" if request.seed is None else request.fingerprint(client.base_url),
         endpoint=client.base_url,
         sent_at=datetime.now(timezone.utc),
@@ -110,22 +112,22 @@ async def generate(
 
     def note() -> None:
         nonlocal call, sent, billed
-        if budget is not None:
-            budget.check_open()  # it may have been closed while the call waited for its turn
+        budget.check_open()  # it may have been closed while the call waited for its turn
         if lease is not None:
             lease.check()
         # Now, after any wait for its turn.
         call = call.model_copy(update={"sent_at": datetime.now(timezone.utc), "sends": call.sends + 1})
+        reservation.note_sent(call)
         spool.open_call(call)
         sent, billed = True, Billed.UNKNOWN  # until there is an answer
 
     def take_note_back() -> None:
         nonlocal billed
         spool.close_call(call)
+        reservation.note_refused()
         billed = Billed.NO
 
-    budget, lease = current_budget(), current_lease()
-    reservation = None if budget is None else await budget.reserve(request)
+    delivered = False
     try:
         generation = await client.generate(
             request,
@@ -134,7 +136,7 @@ async def generate(
             after_refusal=take_note_back,
             on_answer=keep,
         )
-        billed, credits_used = Billed.YES, generation.credits_used
+        billed, credits_used, delivered = Billed.YES, generation.credits_used, True
     except ServiceError as error:
         billed, credits_used = error.billed, error.credits_used
         if error.billed is Billed.NO:
@@ -147,8 +149,7 @@ async def generate(
     finally:
         if sent:
             _count(call, billed, credits_used)
-        if reservation is not None:
-            reservation.settle(billed, credits_used)
+        reservation.settle(billed, credits_used, delivered=delivered)
     return await run_to_end(_keep, call, generation.model_copy(update={"replaces": replaces}), spool)
 
 
@@ -204,6 +205,7 @@ async def obtain(
     async with _LOCKS.hold(f"generate-{fingerprint}"):
         kept = await _look(request, client.base_url, spool, order, results)
         if kept is not None and kept.client_request_id != order.replacing:
+            _settle_by(kept)
             return kept, False
         if kept is not None and kept.replaces is not None:
             raise ImageGone(
@@ -257,6 +259,13 @@ async def _check_repeats(request: ImageRequest, fingerprint: str, client: AimlAp
         f"FLUX_PREFECT_REPEAT_UNKNOWN={len(lost)}.",
         client_request_id=lost[-1].client_request_id,
     )
+
+
+def _settle_by(kept: Generation) -> None:
+    """Settle the call of a kept answer, which this run may have sent in an attempt that was killed."""
+    budget = current_budget()
+    if budget is not None:
+        budget.ledger.settle(kept.client_request_id, Billed.YES, kept.credits_used, delivered=True)
 
 
 def _name_kept_answer(error: ServiceError, path: Path | None) -> None:

@@ -119,8 +119,8 @@ class Production:
 
     @property
     def unpriced_calls(self) -> int:
-        """How many billed calls have no reported cost."""
-        return sum(call.billed is Billed.YES and call.credits_used is None for call in self.calls)
+        """How many billed calls have no reported cost, or one of 0."""
+        return sum(call.billed is Billed.YES and not call.credits_used for call in self.calls)
 
     @property
     def unbilled_calls(self) -> int:

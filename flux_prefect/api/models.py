@@ -385,9 +385,9 @@ def _read_cost(body: Any, headers: Mapping[str, str]) -> _Cost:
     meta = body.get("meta") if isinstance(body, dict) else None
     usage = meta.get("usage") if isinstance(meta, dict) else None
     usage = usage if isinstance(usage, dict) else {}
-    credits_used = _first_number(headers.get("x-aimlapi-credits-used"), usage.get("credits_used"))
-    usd_spent = _first_number(headers.get("x-aimlapi-usd-spent"), usage.get("usd_spent"))
-    if credits_used is None and usd_spent is not None:
+    credits_used = _largest(headers.get("x-aimlapi-credits-used"), usage.get("credits_used"))
+    usd_spent = _largest(headers.get("x-aimlapi-usd-spent"), usage.get("usd_spent"))
+    if not credits_used and usd_spent is not None:
         credits_used = usd_spent * CREDITS_PER_USD
     return _Cost(credits_used=credits_used, usd_spent=usd_spent)
 
@@ -452,8 +452,8 @@ def _read_number(value: Any) -> float | None:
     return number if math.isfinite(number) and number >= 0 else None
 
 
-def _first_number(*values: Any) -> float | None:
-    return next((number for number in map(_read_number, values) if number is not None), None)
+def _largest(*values: Any) -> float | None:
+    return max((number for number in map(_read_number, values) if number is not None), default=None)
 
 
 def _read_int(value: Any) -> int | None:

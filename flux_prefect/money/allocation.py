@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from flux_prefect.money.budget import Amount
+from flux_prefect.money.ledger import Amount
 
 __all__ = ["Allocation", "ShardCost"]
 

@@ -6,14 +6,18 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
 
 import anyio
 
 from flux_prefect.api.models import CREDITS_PER_USD, ImageRequest
 from flux_prefect.errors import Billed, BudgetExhausted, RunStopped
+from flux_prefect.host.spool import PaidCall
+from flux_prefect.money.ledger import Amount, CallRecord, Ledger, current_row
 
-__all__ = ["Amount", "Budget", "Reservation", "current_budget", "describe_credits", "spending_from"]
+__all__ = ["Budget", "Reservation", "current_budget", "describe_credits", "spending_from"]
 
 
 class Budget:
@@ -21,7 +25,8 @@ class Budget:
 
     Guarantee: as long as no image costs more than its price here, all admitted calls together never cost more than the
     caps, however they end. A call that may have been billed counts as billed. An image that costs more than its price
-    raises the price for all later calls; nothing lowers it.
+    raises the price for all later calls; nothing lowers it. A billed image that is reported to cost nothing counts at
+    its price.
 
     For one event loop.
 
@@ -30,11 +35,11 @@ class Budget:
         default_price: the price of an image of any other model, in credits.
         max_credits: the cap in credits, or None.
         max_images: the cap in paid images, or None.
+        ledger: the run's ledger. What it has of earlier attempts counts under the caps. A new one in memory if None.
 
     Attributes:
         cap: both caps together; infinite if there is none.
-        spent: what calls of this run cost, or may have cost.
-        observed: the most credits that an image cost in this run, by model.
+        ledger: has every call that was admitted and sent.
 
     Example:
         ```python
@@ -52,11 +57,11 @@ class Budget:
         default_price: float,
         max_credits: float | None = None,
         max_images: int | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.max_credits = max_credits
         self.max_images = max_images
-        self.spent = Amount(0.0, 0)
-        self.observed: dict[str, float] = {}
+        self.ledger = Ledger() if ledger is None else ledger
         self._prices = dict(prices or {})
         self._default_price = default_price
         self.cap = Amount(
@@ -65,6 +70,18 @@ class Budget:
         self._open: set[Reservation] = set()
         self._closed: str | None = None
         self._settled = anyio.Event()
+
+    @property
+    def spent(self) -> Amount:
+        """What the calls of this run cost, or may have cost, over all its attempts. Without those in flight."""
+        sums, in_flight = self.ledger.sums, {reservation.call for reservation in self._open}
+        unknown = (call.counted for name, call in sums.unknown.items() if name not in in_flight)
+        return sum(unknown, Amount(sums.credits_used, sums.images))
+
+    @property
+    def observed(self) -> dict[str, float]:
+        """The most credits that an image cost in this run, by model."""
+        return self.ledger.prices
 
     def price_of(self, request: ImageRequest) -> Amount:
         """Return the most that a request's images cost."""
@@ -99,28 +116,22 @@ class Budget:
         while True:
             self.check_open()
             price = self.price_of(request)
-            if not (self.spent + price).fits(self.cap):
+            spent = self.spent
+            if not (spent + price).fits(self.cap):
                 raise BudgetExhausted(
-                    f"Not sent: {price} would exceed the cap of {self.cap}, as {self.spent} are spent. "
+                    f"Not sent: {price} would exceed the cap of {self.cap}, as {spent} are spent. "
                     "Raise max_credits or max_images, or run again later: what is published by then costs nothing."
                 )
             # Summed from scratch each time: an accumulated rounding error could make a call wait for ever.
             reserved = sum((other.price for other in self._open), Amount(0.0, 0))
-            if not self._open or (self.spent + reserved + price).fits(self.cap):
-                reservation = Reservation(self, request, price)
+            if not self._open or (spent + reserved + price).fits(self.cap):
+                reservation = Reservation(self, request, price, self.ledger.new_call_id(), current_row())
                 self._open.add(reservation)
                 return reservation
             await self._settled.wait()
 
-    def _settle(self, reservation: Reservation, billed: Billed, credits_used: float | None) -> None:
+    def _release(self, reservation: Reservation) -> None:
         self._open.remove(reservation)
-        request = reservation.request
-        if billed is Billed.YES and credits_used is not None:
-            self.spent += Amount(credits_used, request.num_images)
-            each = credits_used / request.num_images
-            self.observed[request.model] = max(each, self.observed.get(request.model, 0.0))
-        elif billed is not Billed.NO:
-            self.spent += reservation.price
         self._wake()
 
     def _wake(self) -> None:
@@ -128,39 +139,67 @@ class Budget:
         settled.set()
 
 
-@dataclass(frozen=True)
-class Amount:
-    """An amount of credits and images."""
-
-    credits: float
-    images: float
-
-    def __add__(self, other: Amount) -> Amount:
-        return Amount(self.credits + other.credits, self.images + other.images)
-
-    def __str__(self) -> str:
-        parts = [
-            *([f"{self.credits:,.0f} credits"] if math.isfinite(self.credits) else []),
-            *([f"{self.images:.0f} image{'' if self.images == 1 else 's'}"] if math.isfinite(self.images) else []),
-        ]
-        return " and ".join(parts)
-
-    def fits(self, cap: Amount) -> bool:
-        """Whether neither exceeds the cap."""
-        return self.credits <= cap.credits and self.images <= cap.images
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Reservation:
-    """The amount reserved for one call."""
+    """The amount reserved for one call, and the call's entries in the ledger.
+
+    Attributes:
+        budget: the budget that it belongs to.
+        request: what the call asks for.
+        price: the most that it costs.
+        call: our id of the call.
+        row: the row of the table that it is made for, or None.
+    """
 
     budget: Budget
     request: ImageRequest
     price: Amount
+    call: str
+    row: int | None
+    _record: CallRecord | None = field(default=None, repr=False)
 
-    def settle(self, billed: Billed, credits_used: float | None) -> None:
-        """Settle the reservation by the call's outcome. Call it once."""
-        self.budget._settle(self, billed, credits_used)  # noqa: SLF001 - a reservation belongs to its budget
+    def note_sent(self, call: PaidCall) -> None:
+        """Note in the ledger that the call is sent now. Call it directly before each time that it is.
+
+        Raises:
+            SpoolUnwritable: so it must not be sent.
+        """
+        record = self._described(fingerprint=call.fingerprint, endpoint=call.endpoint, sent_at=call.sent_at)
+        self.budget.ledger.open(record)
+        self._record = record
+
+    def note_refused(self) -> None:
+        """Note that the service refused the call, which costs nothing. It may be sent again."""
+        if self._record is not None:
+            self.budget.ledger.close(self._record.model_copy(update={"billed": Billed.NO}))
+
+    def settle(self, billed: Billed, credits_used: float | None, *, delivered: bool = False) -> None:
+        """Settle the reservation by the call's outcome. Call it once.
+
+        Args:
+            billed: what is known of the call's cost.
+            credits_used: its cost as reported, in credits, or None.
+            delivered: whether its answer came, with images.
+        """
+        record = self._record
+        if record is None and billed is not Billed.NO:
+            record = self._described(sent_at=datetime.now(timezone.utc))
+        if record is not None:
+            outcome = {"billed": billed, "credits_used": credits_used, "delivered": delivered}
+            self.budget.ledger.close(record.model_copy(update=outcome))
+        self.budget._release(self)  # noqa: SLF001 - a reservation belongs to its budget
+
+    def _described(self, **known: Any) -> CallRecord:
+        return CallRecord(
+            call=self.call,
+            attempt=self.budget.ledger.attempt,
+            row=self.row,
+            model=self.request.model,
+            images=self.request.num_images,
+            price=self.price.credits,
+            sends=1 if self._record is None else self._record.sends + 1,
+            **known,
+        )
 
 
 _budget: ContextVar[Budget | None] = ContextVar("budget", default=None)

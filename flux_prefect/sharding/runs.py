@@ -14,7 +14,7 @@ from prefect.deployments.flow_runs import arun_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling, Crashed
 
-from flux_prefect.money.budget import Amount
+from flux_prefect.money.ledger import Amount
 
 __all__ = ["ShardRun", "ShardRuns", "check_deployment"]
 

@@ -29,7 +29,8 @@ from flux_prefect.manifest.plan import Plan
 from flux_prefect.manifest.records import ItemRecord, record_invalid, record_skipped, record_unchanged
 from flux_prefect.manifest.writer import record_line
 from flux_prefect.money.allocation import ShardCost
-from flux_prefect.money.budget import Amount, Budget, spending_from
+from flux_prefect.money.budget import Budget, spending_from
+from flux_prefect.money.ledger import Amount
 from flux_prefect.pipeline import produce_image
 from flux_prefect.tables.file_views import open_view
 from flux_prefect.tables.manifest_lines import read_records

@@ -27,7 +27,7 @@ from flux_prefect.errors import BucketUnavailable, FluxError, RunStopped, ShardL
 from flux_prefect.manifest.merging import attribute_images, is_pending, mark_failed, merge_attempts
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.money.allocation import Allocation
-from flux_prefect.money.budget import Amount
+from flux_prefect.money.ledger import Amount
 from flux_prefect.money.reconciliation import Reconciliation
 from flux_prefect.settings import current_settings
 from flux_prefect.sharding.heartbeat import Heartbeat, heartbeat_object, mark_lost, parse_heartbeat

@@ -238,12 +238,16 @@ def test_all_that_the_service_says_is_kept(now: datetime) -> None:
     assert (generation.endpoint, generation.created_at) == (ENDPOINT, now)
 
 
-def test_the_cost_in_the_headers_is_the_bill(now: datetime) -> None:
-    """Headers are set by the one who bills, so they go before the body."""
+@pytest.mark.parametrize(("in_headers", "in_body"), [(1, 0), (0, 1)])
+def test_the_larger_of_two_reported_costs_counts(now: datetime, in_headers: int, in_body: int) -> None:
+    """A service that reports 0 in one place and the cost in the other has charged the cost."""
     generation = _parse(
-        {"data": [{"url": URL}], "meta": {"usage": {"credits_used": 1, "usd_spent": 1}}},
+        {"data": [{"url": URL}], "meta": {"usage": {"credits_used": 168000 * in_body, "usd_spent": 0.084 * in_body}}},
         now,
-        headers={"x-aimlapi-credits-used": "168000", "x-aimlapi-usd-spent": "0.084"},
+        headers={
+            "x-aimlapi-credits-used": str(168000 * in_headers),
+            "x-aimlapi-usd-spent": str(0.084 * in_headers),
+        },
     )
     assert (generation.credits_used, generation.usd_spent) == (168000, 0.084)
 

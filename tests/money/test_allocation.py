@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_prefect.money.allocation import Allocation, ShardCost
-from flux_prefect.money.budget import Amount
+from flux_prefect.money.ledger import Amount
 
 PRICE = 100.0
 

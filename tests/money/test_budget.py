@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.errors import Billed, BudgetExhausted, RunStopped
-from flux_prefect.money.budget import Amount, Budget, Reservation
+from flux_prefect.money.budget import Budget, Reservation
+from flux_prefect.money.ledger import Amount
 
 PRICE = 200_000
 
