@@ -165,13 +165,13 @@ class Reservation:
             SpoolUnwritable: so it must not be sent.
         """
         record = self._described(fingerprint=call.fingerprint, endpoint=call.endpoint, sent_at=call.sent_at)
-        self.budget.ledger.open(record)
+        self.budget.ledger.record_sent(record)
         self._record = record
 
     def note_refused(self) -> None:
         """Note that the service refused the call, which costs nothing. It may be sent again."""
         if self._record is not None:
-            self.budget.ledger.close(self._record.model_copy(update={"billed": Billed.NO}))
+            self.budget.ledger.record(self._record.model_copy(update={"billed": Billed.NO}))
 
     def settle(self, billed: Billed, credits_used: float | None, *, delivered: bool = False) -> None:
         """Settle the reservation by the call's outcome. Call it once.
@@ -186,7 +186,7 @@ class Reservation:
             record = self._described(sent_at=datetime.now(timezone.utc))
         if record is not None:
             outcome = {"billed": billed, "credits_used": credits_used, "delivered": delivered}
-            self.budget.ledger.close(record.model_copy(update=outcome))
+            self.budget.ledger.record(record.model_copy(update=outcome))
         self.budget._release(self)  # noqa: SLF001 - a reservation belongs to its budget
 
     def _described(self, **known: Any) -> CallRecord:

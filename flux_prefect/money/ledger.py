@@ -274,7 +274,7 @@ class Ledger:
         """Return the sums over the calls of one row."""
         return self._fold.rows.get(number, Sums())
 
-    def open(self, record: CallRecord) -> None:
+    def record_sent(self, record: CallRecord) -> None:
         """Note a call before it is sent.
 
         Raises:
@@ -286,7 +286,7 @@ class Ledger:
             raise _unwritable(self._path, error) from error
         self._count(record)
 
-    def close(self, record: CallRecord) -> None:
+    def record(self, record: CallRecord) -> None:
         """Note what became known of a call. A full disk is ignored: the call then stays noted as perhaps billed."""
         with suppress(OSError):
             self._append(record)
@@ -298,13 +298,19 @@ class Ledger:
         if known is None or (known.billed is not Billed.UNKNOWN and not delivered):
             return False
         update = {"billed": billed, "credits_used": credits_used, "delivered": delivered}
-        self.close(known.model_copy(update=update))
+        self.record(known.model_copy(update=update))
         return True
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def _count(self, record: CallRecord) -> None:
         self._fold.add(record)
         if self._within is not None:
-            self._within.close(record.model_copy(update={"row": None, "attempt": self._within.attempt}))
+            self._within.record(record.model_copy(update={"row": None, "attempt": self._within.attempt}))
 
     def _append(self, record: CallRecord) -> None:
         if self._file is None:

@@ -141,6 +141,7 @@ class Run:
         if torn:
             with (self.folder / f"{RUN}.jsonl").open("ab") as file:
                 file.write(b'{"ledger":1,"call":"fp-half-a-li')
+        self.ledger.close()
         self.start()
 
     def read_log(self) -> None:
@@ -192,6 +193,7 @@ def test_the_sums_equal_the_books_and_the_cap_holds(
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), cap)
         asyncio.run(play(run))
+        run.ledger.close()
         total, sums = run.service.total, run.ledger.sums
         assert total.fits(cap)
         assert (sums.billed_calls, sums.images) == (len(run.service.charged), total.images)
@@ -218,15 +220,17 @@ def sums_of(sums: Sums) -> dict[str, Any]:
 @contextmanager
 def opened(folder: Path, attempt: int = 1, **options: Any) -> Iterator[Ledger]:
     """Open the ledger of the run's next attempt."""
-    yield Ledger(RUN, attempt, folder, **options)
+    ledger = Ledger(RUN, attempt, folder, **options)
+    yield ledger
+    ledger.close()
 
 
 def test_a_retry_continues_with_what_was_spent(tmp_path: Path) -> None:
     """The sums, the calls of unknown cost and the highest price are those of all attempts."""
     with opened(tmp_path) as ledger:
-        ledger.open(make_record("fp-1", row=1))
-        ledger.close(make_record("fp-1", row=1, billed=Billed.YES, credits_used=300_000, delivered=True))
-        ledger.open(make_record("fp-2", row=2))
+        ledger.record_sent(make_record("fp-1", row=1))
+        ledger.record(make_record("fp-1", row=1, billed=Billed.YES, credits_used=300_000, delivered=True))
+        ledger.record_sent(make_record("fp-2", row=2))
     with opened(tmp_path, attempt=2) as ledger:
         assert ledger.sums.spent == Amount(300_000 + PRICE, 2)
         assert (ledger.row(1).billed_calls, list(ledger.row(2).unknown)) == (1, ["fp-2"])
@@ -241,7 +245,7 @@ def test_a_run_counts_the_calls_of_its_parts(tmp_path: Path) -> None:
     for attempt in (1, 2):
         with opened(tmp_path, attempt=attempt) as parent:
             part = Ledger(f"part-{attempt}", 1, tmp_path, within=parent)
-            part.open(make_record(f"fp-{attempt}", row=1))
+            part.record_sent(make_record(f"fp-{attempt}", row=1))
             part.settle(f"fp-{attempt}", Billed.YES, 168_000, delivered=True)
             assert part.sums.spent == Amount(168_000, 1)
             assert parent.sums.spent == Amount(attempt * 168_000, attempt)
