@@ -23,12 +23,15 @@ if TYPE_CHECKING:
         GeneratedImage,
         Generation,
         ImageRequest,
+        ImageSettings,
+        ImageSize,
         LogEntry,
+        Lora,
         OutputFormat,
         SafetyTolerance,
-        TextToImageModel,
     )
     from flux_prefect.api.pacing import Pacer, shared_pacer
+    from flux_prefect.api.registry import MODELS, EditModel, FluxModel, TextToImageModel
     from flux_prefect.batch.days import BackfillReport, DayOutcome
     from flux_prefect.bucket.image_bucket import ImageBucket
     from flux_prefect.bucket.published_image import PublishedImage, PublishingRun
@@ -57,7 +60,6 @@ if TYPE_CHECKING:
     from flux_prefect.seeds import draw_day_seed, draw_seed, with_seed
     from flux_prefect.settings import FluxSettings, current_settings
     from flux_prefect.tables.table import Row, Table, open_table, read_table
-    from flux_prefect.tables.templates import ImageSettings
     from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3
 
     __version__: str
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CREDITS_PER_USD",
     "MAX_SEED",
+    "MODELS",
     "AimlApiClient",
     "AimlApiCredentials",
     "Amount",
@@ -78,6 +81,8 @@ __all__ = [
     "CallOutcome",
     "DayOutcome",
     "DownloadedImage",
+    "EditModel",
+    "FluxModel",
     "FluxSettings",
     "GeneratedImage",
     "Generation",
@@ -87,9 +92,11 @@ __all__ = [
     "ImageOutcome",
     "ImageRequest",
     "ImageSettings",
+    "ImageSize",
     "ItemRecord",
     "ItemStatus",
     "LogEntry",
+    "Lora",
     "OutputFormat",
     "Pacer",
     "PaidCall",
@@ -147,11 +154,14 @@ _OWNERS = {
         "GeneratedImage",
         "Generation",
         "ImageRequest",
+        "ImageSettings",
+        "ImageSize",
         "LogEntry",
+        "Lora",
         "OutputFormat",
         "SafetyTolerance",
-        "TextToImageModel",
     ),
+    "api.registry": ("MODELS", "EditModel", "FluxModel", "TextToImageModel"),
     "api.pacing": ("Pacer", "shared_pacer"),
     "batch.days": ("BackfillReport", "DayOutcome"),
     "bucket.image_bucket": ("ImageBucket",),
@@ -181,7 +191,6 @@ _OWNERS = {
     "settings": ("FluxSettings", "current_settings"),
     "custody": ("CallOutcome",),
     "tables.table": ("Row", "Table", "open_table", "read_table"),
-    "tables.templates": ("ImageSettings",),
     "tasks": ("download_image", "find_published", "generate_image", "upload_to_s3"),
 }
 """The names that are loaded when they are first used, by the module that defines them."""

@@ -75,10 +75,31 @@ def test_every_field_that_changes_the_image_changes_the_key(change: dict[str, An
     assert _key(request=other, credentials=ACCOUNT) != _key(request=REQUEST, credentials=ACCOUNT)
 
 
-def test_the_test_above_knows_every_field() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": "square"},
+        {"num_inference_steps": 20},
+        {"acceleration": "high"},
+        {"enable_prompt_expansion": False},
+        {"enable_safety_checker": False},
+        {"loras": [{"path": "owner/name"}]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_field_of_the_other_models_changes_the_key(change: dict[str, Any]) -> None:
+    """As above, for the model with the most fields."""
+    fields = {"prompt": "a lighthouse at dusk", "seed": 7, "model": "blackforestlabs/flux-2-lora"}
+    one, other = (ImageRequest.model_validate({**fields, **more}) for more in ({}, change))
+    assert _key(request=other, credentials=ACCOUNT) != _key(request=one, credentials=ACCOUNT)
+
+
+def test_the_tests_above_know_every_field() -> None:
     """A new field of a request has to be thought of here."""
     assert set(ImageRequest.model_fields) == {
         "prompt", "seed", "aspect_ratio", "output_format", "guidance_scale", "safety_tolerance", "num_images", "model",
+        "image_size", "num_inference_steps", "acceleration", "enable_prompt_expansion", "enable_safety_checker",
+        "loras", "strength", "extra_fields",  # tests/api/test_registry.py
     }  # fmt: skip
 
 

@@ -314,7 +314,7 @@ class AimlApiClient:
                 return
 
     async def download(
-        self, url: str, destination: Path, *, expected: OutputFormat, delivered_at: datetime | None = None
+        self, url: str, destination: Path, *, expected: OutputFormat | None, delivered_at: datetime | None = None
     ) -> DownloadedImage:
         """Download one image to `destination`: the bytes as delivered, complete, verified and flushed to disk.
 
@@ -328,7 +328,7 @@ class AimlApiClient:
         Args:
             url: from `GeneratedImage.url`.
             destination: the file to write. Its folder is created if it is missing.
-            expected: the requested format.
+            expected: the requested format; None for any.
             delivered_at: when the service delivered the URL; None for one of unknown age.
 
         Raises:

@@ -106,7 +106,7 @@ class Downloader:
             await transport.aclose()
 
     async def download(
-        self, url: str, destination: Path, *, expected: OutputFormat, delivered_at: datetime | None = None
+        self, url: str, destination: Path, *, expected: OutputFormat | None, delivered_at: datetime | None = None
     ) -> DownloadedImage:
         """Download one image to `destination`: complete, verified, flushed to disk, and moved into place atomically.
 
@@ -129,7 +129,7 @@ class Downloader:
             part.discard()
         return image
 
-    def _verify(self, part: _PartFile, expected: OutputFormat) -> DownloadedImage:
+    def _verify(self, part: _PartFile, expected: OutputFormat | None) -> DownloadedImage:
         part.flush()
         try:
             image = inspect_image(part.path, expected, max_pixels=self._max_pixels)

@@ -48,7 +48,7 @@ class InspectedImage(BaseModel):
     )
 
 
-def inspect_image(path: Path, expected: OutputFormat, *, max_pixels: int) -> InspectedImage:
+def inspect_image(path: Path, expected: OutputFormat | None, *, max_pixels: int) -> InspectedImage:
     """Verify that a file is a complete image of the expected format, and measure it. Reads the file once.
 
     The file is decoded to its end, so a truncated file is detected. Its bytes are never changed. Takes about ten
@@ -57,7 +57,7 @@ def inspect_image(path: Path, expected: OutputFormat, *, max_pixels: int) -> Ins
 
     Args:
         path: the file.
-        expected: the requested format.
+        expected: the requested format; None for any of them.
         max_pixels: the most pixels to decode, as a guard against decompression bombs.
 
     Raises:
@@ -79,13 +79,12 @@ def inspect_image(path: Path, expected: OutputFormat, *, max_pixels: int) -> Ins
             f"The file delivered as an image starts as {found.upper()} but does not decode: it is cut or broken "
             f"({str(error) or type(error).__name__}, {len(data):,} bytes)."
         ) from error
-    if found != expected:
-        raise UnexpectedFormat(
-            f"The image delivered is {found.upper()} where output_format asked for {expected.upper()}."
-        )
+    if found == "gif" or (expected is not None and found != expected):
+        wanted = "JPEG, PNG or WEBP was expected" if expected is None else f"output_format asked for {expected.upper()}"
+        raise UnexpectedFormat(f"The image delivered is {found.upper()} where {wanted}.")
     return InspectedImage(
-        format=expected,
-        content_type=f"image/{expected}",
+        format=found,
+        content_type=f"image/{found}",
         width=width,
         height=height,
         sha256=hashlib.sha256(data).hexdigest(),

@@ -1,21 +1,31 @@
-"""Requests to the image service and its responses.
-
-Source of every field, bound and default: the service's page for `flux/kontext-max/text-to-image`, whose OpenAPI
-document is in `tests/data`.
-"""
+"""Requests to the image service and its responses."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from flux_prefect.api.registry import MODELS, EditModel, Model, TextToImageModel, models_that_take
 from flux_prefect.errors import Billed, EmptyGeneration, InvalidResponse
 
 __all__ = [
@@ -23,6 +33,7 @@ __all__ = [
     "FILE_EXTENSIONS",
     "GENERATIONS_PATH",
     "MAX_SEED",
+    "Acceleration",
     "AspectRatio",
     "Balance",
     "GeneratedImage",
@@ -30,11 +41,14 @@ __all__ = [
     "GuidanceScale",
     "ImageCount",
     "ImageRequest",
+    "ImageSettings",
+    "ImageSize",
     "LogEntry",
+    "Lora",
     "OutputFormat",
     "SafetyTolerance",
     "Seed",
-    "TextToImageModel",
+    "SizePreset",
     "normalize_endpoint",
     "parse_generation",
     "parse_log",
@@ -48,40 +62,136 @@ CREDITS_PER_USD = 2_000_000
 MAX_SEED = 2**32 - 1
 """The largest seed sent. The service documents no limit; its samples fit an unsigned 32-bit number."""
 
-TextToImageModel = Literal["flux/kontext-max/text-to-image", "flux/kontext-pro/text-to-image"]
 SafetyTolerance = Literal["1", "2", "3", "4", "5", "6"]
-OutputFormat = Literal["jpeg", "png"]
+OutputFormat = Literal["jpeg", "png", "webp"]
 
-FILE_EXTENSIONS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
+FILE_EXTENSIONS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 """File name extensions, by format."""
 
+SizePreset = Literal["square_hd", "square", "portrait_4_3", "portrait_16_9", "landscape_4_3", "landscape_16_9"]
+Acceleration = Literal["none", "regular", "high"]
 AspectRatio = Literal["21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21"]
+
+ModelChoice = (
+    Annotated[TextToImageModel, Field(title="From a prompt")]
+    | Annotated[EditModel, Field(title="Edit")]
+    | Annotated[str, Field(title="Other id", max_length=200)]
+)
+"""A model of the registry, or any other of the endpoint. The titles are the tabs of Prefect's forms."""
 
 Seed = Annotated[int, Field(ge=1, le=MAX_SEED)]
 GuidanceScale = Annotated[
     float | None,
     Field(
-        ge=1,
+        ge=0,
         le=20,
         allow_inf_nan=False,
-        description="How closely the image follows the prompt, 1 to 20. Not sent if empty.",
+        description="How closely the image follows the prompt, 1 to 20 (FLUX.2: 0 to 20). Not sent if empty.",
     ),
 ]
 ImageCount = Annotated[int, Field(ge=1, le=4, description="Images per request, 1 to 4. Each is paid for.")]
 
+_SIZE = re.compile("\\s*(\\d{1,6})\\s*[x*\u00d7]\\s*(\\d{1,6})\\s*", re.IGNORECASE)  # 1024x768
 _SUCCEEDED = {"succeeded": True, "success": True, "failed": False, "error": False}
 _TIME = TypeAdapter(datetime)
 
 
-class ImageRequest(BaseModel):
-    """One request to the service, validated before it costs anything.
+def _is_none(value: Any) -> bool:
+    return value is None
 
-    The service's defaults are defined here and always sent, so that a change of its defaults never changes an image.
-    Unknown fields are rejected.
-    """
+
+class ImageSize(BaseModel):
+    """The width and height of an image, in pixels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    width: int = Field(ge=1, description="Pixels.")
+    height: int = Field(ge=1, description="Pixels.")
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+class Lora(BaseModel):
+    """One LoRA: extra weights of a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(min_length=1, description="The address of the weights, or their repository as owner/name.")
+    scale: float | None = Field(default=None, allow_inf_nan=False, description="How strongly they apply, 0 to 4.")
+
+
+def _parse_size(value: Any) -> Any:
+    parts = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    return value if parts is None else {"width": int(parts[1]), "height": int(parts[2])}
+
+
+def _parse_json(value: Any) -> Any:
+    """Read a table's cell that holds a list or an object as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is not valid JSON ({error})") from error
+    return value
+
+
+class ImageSettings(BaseModel):
+    """The fields of a request beside its prompt and its seed. A field left empty has its model's default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    aspect_ratio: AspectRatio | None = Field(
+        default=None, description="Width to height; the service chooses the size in pixels. Kontext and ultra: 16:9."
+    )
+    output_format: OutputFormat | None = Field(
+        default=None, description="The image's file format. Empty: jpeg, or png for most FLUX.2 models."
+    )
+    guidance_scale: GuidanceScale = None
+    safety_tolerance: SafetyTolerance | None = Field(
+        default=None, description="1 is the strictest, 5 and 6 are the most permissive. Empty: 2."
+    )
+    num_images: ImageCount = 1
+    model: ModelChoice = Field(
+        default="flux/kontext-max/text-to-image",
+        description="The model of the service. An id that is not listed needs extra_fields.",
+    )
+    image_size: Annotated[ImageSize | SizePreset | None, BeforeValidator(_parse_size)] = Field(
+        default=None,
+        exclude_if=_is_none,
+        description="A preset, or width and height in multiples of 32. Empty: landscape_4_3.",
+    )
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, exclude_if=_is_none, description="Steps of the model, up to 50 for most. Empty: its default."
+    )
+    acceleration: Acceleration | None = Field(
+        default=None, exclude_if=_is_none, description="How much speed is preferred. Empty: regular."
+    )
+    enable_prompt_expansion: bool | None = Field(
+        default=None, exclude_if=_is_none, description="Whether the service adds detail to the prompt. Empty: yes."
+    )
+    enable_safety_checker: bool | None = Field(
+        default=None, exclude_if=_is_none, description="Whether the service checks the image's safety. Empty: yes."
+    )
+    strength: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        default=None,
+        exclude_if=_is_none,
+        description="How much the prompt influences an edited image, 0 to 1. Empty: 0.95.",
+    )
+    loras: Annotated[tuple[Lora, ...] | None, BeforeValidator(_parse_json)] = Field(
+        default=None, exclude_if=_is_none, description="Up to three LoRAs, each with a path and a scale."
+    )
+    extra_fields: Annotated[dict[str, JsonValue] | None, BeforeValidator(_parse_json)] = Field(
+        default=None,
+        exclude_if=_is_none,
+        description=(
+            "Fields sent as they are, for a model of the endpoint that is not listed. May be empty ({}). Nothing is "
+            "checked; identity and custody are as for all models."
+        ),
+    )
+
+
+class _PromptAndSeed(BaseModel):
     prompt: str = Field(
         min_length=1,
         max_length=4000,
@@ -94,20 +204,23 @@ class ImageRequest(BaseModel):
             "A flow draws and records one if it is empty."
         ),
     )
-    aspect_ratio: AspectRatio = Field(
-        default="16:9", description="Width to height. The service chooses the size in pixels."
-    )
-    output_format: OutputFormat = Field(default="jpeg", description="The image's file format.")
-    guidance_scale: GuidanceScale = None
-    safety_tolerance: SafetyTolerance = Field(
-        default="2", description="1 is the strictest, 5 and 6 are the most permissive."
-    )
-    num_images: ImageCount = 1
-    model: TextToImageModel = Field(
-        default="flux/kontext-max/text-to-image", description="The text-to-image model of the service."
-    )
 
-    @field_validator("seed", "guidance_scale", "num_images", mode="before")
+
+class ImageRequest(ImageSettings, _PromptAndSeed):
+    """One request to the service, validated before it costs anything.
+
+    Each model has its own fields, bounds and defaults (`flux_prefect.api.registry`). A field that the model does not
+    take is refused. The service's defaults are filled in and always sent, so that a change of its defaults never
+    changes an image.
+
+    Example:
+        ```python
+        ImageRequest(prompt="a lighthouse at dusk", seed=7, aspect_ratio="1:1")
+        ImageRequest(prompt="a lighthouse at dusk", seed=7, model="flux/dev", image_size="1024x768")
+        ```
+    """
+
+    @field_validator("seed", "guidance_scale", "num_images", "num_inference_steps", "strength", mode="before")
     @classmethod
     def _reject_booleans(cls, value: Any) -> Any:
         if isinstance(value, bool):
@@ -121,6 +234,57 @@ class ImageRequest(BaseModel):
             raise ValueError("prompt is blank: describe what the image shows")
         return prompt
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        model = MODELS.get(given.get("model", cls.model_fields["model"].default))
+        defaults = {} if model is None else model.defaults
+        return {**given, **{name: value for name, value in defaults.items() if given.get(name) is None}}
+
+    @model_validator(mode="after")
+    def _check_against_model(self) -> ImageRequest:
+        model = MODELS.get(self.model)
+        problems = self._of_an_unknown_model() if model is None else self._of_fields(model)
+        if problems:
+            raise ValidationError.from_exception_data(
+                type(self).__name__,
+                [
+                    InitErrorDetails(
+                        type=PydanticCustomError("model_field", "{problem}", {"problem": problem}),
+                        loc=(name,),
+                        input=getattr(self, name),
+                    )
+                    for name, problem in problems.items()
+                ],
+            )
+        return self
+
+    def _of_an_unknown_model(self) -> dict[str, str]:
+        if self.extra_fields is None:
+            near = difflib.get_close_matches(self.model, MODELS, n=3, cutoff=0.5)
+            known = f"did you mean {' or '.join(near)}?" if near else "flux_prefect.MODELS lists them."
+            return {"model": f"is not a known model: {known} To send it all the same, set extra_fields (or {{}})"}
+        clash = sorted(set(self.extra_fields) & set(type(self).model_fields))
+        return {"extra_fields": f"must not hold {', '.join(clash)}: set the request's own field"} if clash else {}
+
+    def _of_fields(self, model: Model) -> dict[str, str]:
+        problems = {}
+        for name in ImageSettings.model_fields:
+            value = getattr(self, name)
+            if name == "model" or value is None or (name == "num_images" and value == 1):
+                continue
+            spec = model.fields.get(name)
+            if spec is None:
+                problems[name] = _not_taken(name, model)
+            elif problem := spec.problem(value):
+                problems[name] = f"{problem} for {model.id}"
+        return problems
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.prompt, self.seed))  # other fields may hold lists and objects
+
     @property
     def label(self) -> str:
         """A short line for run names and logs: the start of the prompt, and the seed."""
@@ -128,9 +292,23 @@ class ImageRequest(BaseModel):
         what = words if len(words) <= 48 else words[:47].rstrip() + "…"  # noqa: PLR2004 - a line's worth
         return f"{what} · seed {self.seed}" if self.seed is not None else what
 
+    @property
+    def shape(self) -> str:
+        """The requested shape in a word: the aspect ratio, the size as 1024x768, the preset, or `default`."""
+        return str(self.aspect_ratio or self.image_size or "default")
+
+    @property
+    def extension(self) -> str:
+        """The file name extension of its images; `img` for a model whose format can't be chosen."""
+        return "img" if self.output_format is None else FILE_EXTENSIONS[self.output_format]
+
     def payload(self) -> dict[str, Any]:
         """Build the JSON body for the service, with every default and without fields that are None."""
-        return self.model_dump(mode="json", exclude_none=True)
+        body = self.model_dump(mode="json", exclude_none=True, exclude={"extra_fields"})
+        model = MODELS.get(self.model)
+        if self.num_images == 1 if model is None else "num_images" not in model.fields:
+            del body["num_images"]
+        return {**body, **(self.extra_fields or {})}
 
     def fingerprint(self, endpoint: str) -> str:
         """Compute the identity of this request's images at one endpoint: 32 hex digits.
@@ -149,6 +327,12 @@ class ImageRequest(BaseModel):
         if self.seed is None:
             raise ValueError("seed is missing: only a request with a seed has a fingerprint")
         return _fingerprint(self, endpoint)
+
+
+def _not_taken(name: str, model: Model) -> str:
+    takers = models_that_take(name)
+    taken = f"; {', '.join(takers)} {'takes' if len(takers) == 1 else 'take'} it" if takers else ""
+    return f"is not a field of {model.id}{taken}"
 
 
 class GeneratedImage(BaseModel):
@@ -427,10 +611,10 @@ def _item(items: list[Any], index: int) -> dict[str, Any]:
     return {key: value for key, value in (item or {}).items() if value is not None}
 
 
-def _read_url(item: dict[str, Any], output_format: OutputFormat) -> str | None:
+def _read_url(item: dict[str, Any], output_format: OutputFormat | None) -> str | None:
     url, inline = _read_text(item.get("url")), _read_text(item.get("b64_json"))
     if url is None and inline is not None:
-        content_type = _read_text(item.get("content_type")) or f"image/{output_format}"
+        content_type = _read_text(item.get("content_type")) or f"image/{output_format or '*'}"
         return f"data:{content_type};base64,{inline}"
     return url
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 
-from flux_prefect.api.models import FILE_EXTENSIONS, ImageRequest
+from flux_prefect.api.models import ImageRequest
 
 __all__ = [
     "DEFAULT_KEY_TEMPLATE",
@@ -118,9 +118,9 @@ def _render(template: str, request: ImageRequest, fingerprint: str, index: int) 
     return template.format(
         fingerprint=fingerprint,
         index=index,
-        extension=FILE_EXTENSIONS[request.output_format],
+        extension=request.extension,
         seed=request.seed,
-        aspect_ratio=request.aspect_ratio.replace(":", "x"),
+        aspect_ratio=request.shape.replace(":", "x"),
         model=request.model.replace("/", "-"),
     )
 

@@ -11,10 +11,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from flux_prefect.api.models import ImageSettings
 from flux_prefect.batch.days import BackfillReport
 from flux_prefect.cli.flow_commands import Extra, FlowCommand, Given, one_line
 from flux_prefect.flows import backfill as flows
-from flux_prefect.tables.templates import ImageSettings
 
 __all__ = ["backfill"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from prefect.client.schemas.objects import State
 from rich.console import RenderableType
 
-from flux_prefect.api.models import ImageRequest
+from flux_prefect.api.models import ImageRequest, ImageSettings
 from flux_prefect.batch.planning import tabulate_plan
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.cli.flow_commands import Extra, FlowCommand, Given, one_line
@@ -21,7 +21,6 @@ from flux_prefect.flows.publish_daily import publish_daily
 from flux_prefect.flows.publish_image import publish_image
 from flux_prefect.flows.publish_sharded import publish_sharded
 from flux_prefect.manifest.report import BatchReport, tabulate
-from flux_prefect.tables.templates import ImageSettings
 
 __all__ = ["batch", "batch_to_json", "daily", "image", "sharded", "show_batch"]
 

@@ -180,7 +180,7 @@ def _label(item: ItemRecord) -> str:
     request = item.request
     if request is None:
         return item.status
-    text = f"seed {request.seed} · {request.aspect_ratio}"
+    text = f"seed {request.seed} · {request.shape}"
     if request.guidance_scale is not None:
         text += f" · guidance {request.guidance_scale:g}"
     return text if item.images else f"{item.status}: {text}"

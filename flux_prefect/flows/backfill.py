@@ -12,6 +12,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
 
+from flux_prefect.api.models import ImageSettings
 from flux_prefect.batch.days import BackfillReport, DayOutcome, Order, list_days, remaining_credits
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed, BatchFailed
@@ -26,7 +27,7 @@ from flux_prefect.flows.form_types import (
 )
 from flux_prefect.flows.publish_daily import publish_daily
 from flux_prefect.manifest.report import BatchReport
-from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, ImageSettings
+from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS
 
 __all__ = ["backfill"]
 

@@ -14,6 +14,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
+from flux_prefect.api.models import ImageSettings
 from flux_prefect.batch.final_state import copy_state
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.flows.form_types import (
@@ -29,7 +30,7 @@ from flux_prefect.flows.form_types import (
 )
 from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.manifest.report import BatchReport
-from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, ImageSettings, render_table
+from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, render_table
 
 __all__ = ["publish_daily"]
 

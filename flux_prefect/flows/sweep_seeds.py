@@ -13,7 +13,8 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field
 
-from flux_prefect.api.models import AspectRatio, OutputFormat, SafetyTolerance, Seed, TextToImageModel
+from flux_prefect.api.models import AspectRatio, OutputFormat, SafetyTolerance, Seed
+from flux_prefect.api.registry import TextToImageModel
 from flux_prefect.batch.final_state import copy_state
 from flux_prefect.batch.planning import check_combinations
 from flux_prefect.bucket.image_bucket import ImageBucket

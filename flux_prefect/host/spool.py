@@ -24,7 +24,7 @@ from flux_prefect.api.answers import RawAnswer, read_answer
 from flux_prefect.api.client import MAX_PIXELS
 from flux_prefect.api.downloads import DownloadedImage
 from flux_prefect.api.images import inspect_image
-from flux_prefect.api.models import FILE_EXTENSIONS, Generation, ImageRequest, normalize_endpoint
+from flux_prefect.api.models import Generation, ImageRequest, normalize_endpoint
 from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.local_files import explain_os_error, part_path, writer_pid
 from flux_prefect.settings import current_settings
@@ -268,8 +268,7 @@ class Spool:
 
     def image_path(self, generation: Generation, index: int) -> Path:
         """Where the bytes of one image belong."""
-        extension = FILE_EXTENSIONS[generation.request.output_format]
-        return self.root / "pictures" / f"{generation.fingerprint}-{index}.{extension}"
+        return self.root / "pictures" / f"{generation.fingerprint}-{index}.{generation.request.extension}"
 
     def rejected_path(self, generation: Generation, index: int) -> Path:
         """Where a whole image of another format than asked for is kept."""

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from flux_prefect.api.models import AspectRatio, OutputFormat, SafetyTolerance, TextToImageModel
+from flux_prefect.api.models import AspectRatio, SafetyTolerance
 
-__all__ = ["GenerationBody", "explain"]
+__all__ = ["GenerationBody", "SandboxModel", "explain"]
+
+SandboxModel = Literal["flux/kontext-max/text-to-image", "flux/kontext-pro/text-to-image"]
+"""The models that the sandbox serves."""
 
 SIZES: dict[AspectRatio, tuple[int, int]] = {
     "21:9": (1568, 672),
@@ -45,13 +48,13 @@ class GenerationBody(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
-    model: TextToImageModel
+    model: SandboxModel
     prompt: str = Field(max_length=4000)
     num_images: float = Field(default=1.0, ge=1, le=4)
     seed: Annotated[int | None, BeforeValidator(_integral), Field(ge=1)] = None
     guidance_scale: Annotated[float | None, BeforeValidator(_present), Field(ge=1, le=20)] = None
     safety_tolerance: SafetyTolerance = "2"
-    output_format: OutputFormat = "jpeg"
+    output_format: Literal["jpeg", "png"] = "jpeg"
     aspect_ratio: AspectRatio = "16:9"
 
     @property

@@ -21,13 +21,13 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from flux_prefect.api.models import CREDITS_PER_USD, GENERATIONS_PATH, MAX_SEED, TextToImageModel
+from flux_prefect.api.models import CREDITS_PER_USD, GENERATIONS_PATH, MAX_SEED
 from flux_prefect.sandbox import answers
 from flux_prefect.sandbox.faults import Delivery, FinishedCall, PendingCall, Strike
 from flux_prefect.sandbox.ledger import Entry, LogPage
 from flux_prefect.sandbox.painting.painter import paint, paint_black
 from flux_prefect.sandbox.painting.prebuilt import stamp
-from flux_prefect.sandbox.schema import GenerationBody, explain
+from flux_prefect.sandbox.schema import GenerationBody, SandboxModel, explain
 from flux_prefect.sandbox.state import State
 from flux_prefect.sandbox.steering import steering_routes
 
@@ -269,7 +269,7 @@ class _ImageService:
         pricing = {"pricing": {"unit": "image", "credits": price, "usd": price / CREDITS_PER_USD}}
         models = [
             {"id": model, "type": "image", "endpoints": [GENERATIONS_PATH], **(pricing if with_pricing else {})}
-            for model in get_args(TextToImageModel)
+            for model in get_args(SandboxModel)
             if wanted in {None, model}
         ]
         return JSONResponse({"object": "list", "data": models})

@@ -16,16 +16,8 @@ from typing import Any, Literal, TextIO
 import anyio.to_thread
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field
 
-from flux_prefect.api.models import (
-    AspectRatio,
-    GuidanceScale,
-    ImageCount,
-    OutputFormat,
-    SafetyTolerance,
-    TextToImageModel,
-)
+from flux_prefect.api.models import ImageSettings
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import TemplateFailed
 from flux_prefect.seeds import draw_day_seed
@@ -34,7 +26,7 @@ from flux_prefect.tables.manifest_lines import is_record
 from flux_prefect.tables.parquet import read_parquet
 from flux_prefect.tables.sources import Source, open_source
 
-__all__ = ["DEFAULT_IMAGE_SETTINGS", "ImageSettings", "RowRenderer", "render_table"]
+__all__ = ["DEFAULT_IMAGE_SETTINGS", "RowRenderer", "render_table"]
 
 MAX_PROMPT = 4000
 """The service's limit, in characters."""
@@ -47,23 +39,6 @@ _MONTHS = (
 )
 _SEASONS = ("winter", "spring", "summer", "autumn")
 _CLOCKS = {"today", "fromtimestamp"}
-
-
-class ImageSettings(BaseModel):
-    """The fields of a request for rows that have no values of their own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    aspect_ratio: AspectRatio = Field(default="16:9", description="Width to height.")
-    output_format: OutputFormat = Field(default="jpeg", description="The image's file format.")
-    guidance_scale: GuidanceScale = None
-    safety_tolerance: SafetyTolerance = Field(
-        default="2", description="1 is the strictest, 5 and 6 are the most permissive."
-    )
-    num_images: ImageCount = 1
-    model: TextToImageModel = Field(
-        default="flux/kontext-max/text-to-image", description="The text-to-image model of the service."
-    )
 
 
 DEFAULT_IMAGE_SETTINGS = ImageSettings()

@@ -72,7 +72,9 @@ def test_values_at_their_bounds_are_taken(fields: dict[str, Any]) -> None:
         {"safety_tolerance": 2},
         {"output_format": "webp"},
         {"aspect_ratio": "5:4"},
-        {"model": "flux/dev"},
+        {"model": "flux/devv"},
+        {"image_size": "square"},
+        {"strength": 0.5},
         {"sead": 7},
     ],
 )

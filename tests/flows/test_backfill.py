@@ -10,6 +10,7 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from support.nursery import Nursery
 
+from flux_prefect.api.models import ImageSettings
 from flux_prefect.batch.days import BackfillReport
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
@@ -17,7 +18,6 @@ from flux_prefect.errors import BackfillFailed
 from flux_prefect.flows.backfill import backfill
 from flux_prefect.flows.publish_daily import publish_daily
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.tables.templates import ImageSettings
 
 FIRST = date(2026, 3, 1)
 SMALL = ImageSettings(aspect_ratio="1:1")

@@ -15,13 +15,13 @@ from prefect.states import Scheduled
 from prefect.utilities.callables import parameter_schema
 from support.nursery import Nursery
 
+from flux_prefect.api.models import ImageSettings
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import TemplateFailed
 from flux_prefect.flows.publish_daily import publish_daily
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.tables.templates import ImageSettings
 
 SUNDAY, MONDAY = date(2026, 3, 1), date(2026, 3, 2)
 SMALL = ImageSettings(aspect_ratio="1:1")

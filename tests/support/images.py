@@ -47,9 +47,9 @@ def answer(request: ImageRequest) -> Generation:
 def make_file(folder: Path, request: ImageRequest, color: tuple[int, int, int] = (40, 90, 160)) -> ImageFile:
     """An image in custody, as the download step leaves it."""
     stream = io.BytesIO()
-    Image.new("RGB", (48, 32), color).save(stream, request.output_format.upper())
+    Image.new("RGB", (48, 32), color).save(stream, request.output_format or "png")
     content = stream.getvalue()
-    path = folder / f"{uuid4().hex}.{request.output_format}"
+    path = folder / f"{uuid4().hex}.{request.extension}"
     path.write_bytes(content)
     generation = Generation(
         request=request,

@@ -237,7 +237,7 @@ class TestInvalidRows:
         assert [row.error is None for row in rows] == [True, False, True]
         error = rows[1].error
         assert error is not None
-        assert error.startswith(f"row 2: {column} is '{cell[:40]}")
+        assert error.replace("'", "").startswith(f"row 2: {column} is {cell[:40]}")
         assert len(error) < 300
 
     def test_every_problem_of_a_row_is_reported(self, tmp_path: Path) -> None:

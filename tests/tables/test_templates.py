@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from flux_prefect.api.models import MAX_SEED, ImageRequest
+from flux_prefect.api.models import MAX_SEED, ImageRequest, ImageSettings
 from flux_prefect.errors import TableError, TemplateFailed
 from flux_prefect.seeds import draw_day_seed
 from flux_prefect.tables.table import read_table
-from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, ImageSettings, RowRenderer, render_table
+from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS, RowRenderer, render_table
 
 DAY = date(2026, 3, 1)  # a Sunday
 ROOT = Path(__file__).parents[2]

@@ -127,7 +127,7 @@ async def use_the_client(credentials: AimlApiCredentials) -> None:
         assert_type(await client.balance(), Balance)
         image = await client.download("https://images", Path("fox.jpg"), expected="jpeg")
         assert_type(image, DownloadedImage)
-        assert_type(image.format, Literal["jpeg", "png"])
+        assert_type(image.format, Literal["jpeg", "png", "webp"])
 
 
 def refused_by_a_checker(credentials: AimlApiCredentials) -> None:
