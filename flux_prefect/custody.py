@@ -30,7 +30,7 @@ from flux_prefect.errors import (
 )
 from flux_prefect.host.locks import HostLockManager
 from flux_prefect.host.spool import ImageFile, KeptAnswer, PaidCall, Spool
-from flux_prefect.money.budget import Budget, current_budget
+from flux_prefect.money.budget import Budget, current_budget, describe_credits
 from flux_prefect.money.reconciliation import reconcile
 from flux_prefect.settings import current_settings
 
@@ -246,17 +246,18 @@ async def _check_repeats(request: ImageRequest, fingerprint: str, client: AimlAp
     """Refuse a request whose answers were lost too often, after reconciling their cost with the service's log."""
     allowed = current_settings().repeat_unknown
     lost = spool.open_calls(fingerprint)
+    unread = None
     if len(lost) > allowed and any(call.billed is Billed.UNKNOWN for call in lost):
-        await reconcile(client, spool, calls=lost)
+        unread = (await reconcile(client, spool, calls=lost)).reason
         lost = spool.open_calls(fingerprint)
     if len(lost) <= allowed:
         return
-    ids = ", ".join(call.client_request_id for call in lost)
+    costs = "; ".join(map(_describe_cost, lost))
     raise RepeatLimitReached(
         f"Not sent: {len(lost)} {'answer' if len(lost) == 1 else 'answers'} to {request.label!r} "
-        f"{'was' if len(lost) == 1 else 'were'} lost before ({ids}), and FLUX_PREFECT_REPEAT_UNKNOWN is {allowed}. "
-        f"Ask the service's support about these ids; to send it again, which may be paid for again, set "
-        f"FLUX_PREFECT_REPEAT_UNKNOWN={len(lost)}.",
+        f"{'was' if len(lost) == 1 else 'were'} lost before, and FLUX_PREFECT_REPEAT_UNKNOWN is {allowed}. By the "
+        f"service's log: {costs}. {f'{unread} ' if unread else ''}Ask the service's support about these ids; to send "
+        f"it again, which may be paid for again, set FLUX_PREFECT_REPEAT_UNKNOWN={len(lost)}.",
         client_request_id=lost[-1].client_request_id,
     )
 
@@ -266,6 +267,13 @@ def _settle_by(kept: Generation) -> None:
     budget = current_budget()
     if budget is not None:
         budget.ledger.settle(kept.client_request_id, Billed.YES, kept.credits_used, delivered=True)
+
+
+def _describe_cost(call: PaidCall) -> str:
+    if call.billed is Billed.UNKNOWN:
+        return f"{call.client_request_id} possibly billed"
+    cost = "at an unknown cost" if call.credits_used is None else f"with {describe_credits(call.credits_used)}"
+    return f"{call.client_request_id} billed {cost}"
 
 
 def _name_kept_answer(error: ServiceError, path: Path | None) -> None:

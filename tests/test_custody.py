@@ -32,6 +32,7 @@ from flux_prefect.errors import (
     InvalidResponse,
     NotAnImage,
     NotSent,
+    RepeatLimitReached,
     RequestRefused,
     ServiceError,
     SpoolUnwritable,
@@ -620,6 +621,36 @@ async def test_a_kept_answer_is_taken_up_by_the_next_look(
     assert service.posts == []
     assert spool.open_calls() == []
     assert _files(spool, "answers") == []
+
+
+async def test_a_request_that_is_not_sent_again_says_what_each_lost_call_cost(
+    service: Service, client: AimlApiClient, spool: Spool
+) -> None:
+    """By the service's log: one was billed, the other is not in it."""
+    lost: list[str] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            lost.append(request.headers["X-Client-Request-Id"])
+            raise httpx.ReadTimeout("")
+        row = {
+            "created": datetime.now(timezone.utc).isoformat(),
+            "status": "success",
+            "client_request_id": lost[0],
+            "cost": {"credits": 168_000},
+        }
+        return httpx.Response(200, json={"data": [row]})
+
+    service.answer = answer
+    for _ in range(2):
+        with pytest.raises(AnswerLost):
+            await obtain(REQUEST, client, spool, Order())
+    with pytest.raises(RepeatLimitReached) as refused:
+        await obtain(REQUEST, client, spool, Order())
+
+    assert f"{lost[0]} billed with 168,000 credits ($0.08)" in refused.value.message
+    assert f"{lost[1]} possibly billed" in refused.value.message
+    assert len(lost) == 2
 
 
 async def test_an_answer_in_an_unknown_shape_is_kept_with_its_address(

@@ -241,8 +241,9 @@ class AimlApiClient:
                         if before_send is not None:
                             before_send()
                         answer = await self._post(request, call_id)
-                        if on_answer is not None and answer.succeeded:
-                            await on_answer(RawAnswer.of(answer.body, answer.headers))
+                        raw = RawAnswer.of(answer.body, answer.headers) if answer.succeeded else None
+                        if on_answer is not None and raw is not None:
+                            await on_answer(raw)
                     refusal = self._parse_error(answer, call_id)
                     if not _is_rate_limit(refusal):
                         if answer.status < 500:  # noqa: PLR2004 - a failure of the service proves no capacity
@@ -255,12 +256,8 @@ class AimlApiClient:
                 raise _pacing_timeout(refusal, call_id, time.monotonic() - turn.requested_at, attempt) from None
         if refusal is not None:
             raise refusal
-        return read_answer(
-            RawAnswer.of(answer.body, answer.headers),
-            request=request,
-            endpoint=self.base_url,
-            client_request_id=call_id,
-        )
+        assert raw is not None  # noqa: S101 - every answer is a refusal or a success
+        return read_answer(raw, request=request, endpoint=self.base_url, client_request_id=call_id)
 
     async def balance(self) -> Balance:
         """Read the account's balance.

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from flux_prefect.api.answers import RawAnswer
 from flux_prefect.api.client import AimlApiClient, Timeouts
 from flux_prefect.api.models import CREDITS_PER_USD, ImageRequest
 from flux_prefect.api.pacing import Pacer
@@ -153,6 +154,19 @@ async def test_a_caller_that_objects_stops_the_call(lighthouse: ImageRequest) ->
             await client.generate(lighthouse, before_send=object_)
     assert not service.requests
     assert pacer.in_flight == 0
+
+
+async def test_the_answer_that_is_kept_is_the_one_that_is_parsed(lighthouse: ImageRequest) -> None:
+    """A record of the kept answer has the time of the generation, so that either stands for the other."""
+    kept: list[RawAnswer] = []
+
+    async def keep(answer: RawAnswer) -> None:
+        kept.append(answer)
+        await asyncio.sleep(0.01)
+
+    async with make_client(Service(httpx.Response(200, json=GOOD))) as client:
+        generation = await client.generate(lighthouse, on_answer=keep)
+    assert [answer.received_at for answer in kept] == [generation.created_at]
 
 
 # Error statuses
