@@ -36,7 +36,7 @@ from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import FluxError, ResultStoreUnreadable
 from flux_prefect.local_files import part_path
 
-__all__ = ["StepResults", "StepRun", "current_step", "run_inline"]
+__all__ = ["StepResults", "StepRun", "current_step", "run_inline", "step_logger"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -116,7 +116,7 @@ class StepResults:
                 await self.store.awrite(result, key=self.key, expiration=expiration, holder=self.holder)
             self._settle()
         except Exception:  # noqa: BLE001 - see above
-            _logger().exception("The result could not be stored under %s; the work goes on with it", self.key)
+            step_logger().exception("The result could not be stored under %s; the work goes on with it", self.key)
 
     def _settle(self) -> None:
         self.stored = True
@@ -196,6 +196,9 @@ async def run_inline(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **
     Locks are held for an attempt, and released if it is cancelled. A result that can't be stored is logged and
     returned.
 
+    Works outside of any run as well: the log then goes to Python's own, and results to the storage of Prefect's
+    settings. Only with `PREFECT_API_URL` set is the server asked for its default storage, once a step.
+
     Costs about a millisecond with a cache policy, and next to nothing without.
 
     Example:
@@ -223,7 +226,7 @@ async def run_inline(task: Task[_P, Coroutine[Any, Any, _R]], *args: _P.args, **
             if failures >= task.retries or not await _is_worth_repeating(task, step, error):
                 raise
             delay = _delay(task.retry_delay_seconds, failures)
-            _logger().info(
+            step_logger().info(
                 "%s failed with %r: retry %d of %d in %g s", task.name, error, failures + 1, task.retries, delay
             )
         finally:
@@ -264,7 +267,12 @@ def _is_absence(error: Exception) -> bool:
 
 
 async def _store(task: Task[Any, Any]) -> ResultStore:
-    store = await get_result_store().aupdate_for_task(task)
+    store = get_result_store()
+    settings = get_current_settings()
+    if store.result_storage is None and settings.api.url is None and settings.results.default_storage_block is None:
+        # Outside of any run Prefect asks its server for the default storage, and would start one just for that.
+        store = ResultStore(result_storage=LocalFileSystem(basepath=str(settings.results.local_storage_path)))
+    store = await store.aupdate_for_task(task)
     if isinstance(store.metadata_storage, NullFileSystem):  # a flow's way to keep none, which a task does not inherit
         store = store.model_copy(update={"metadata_storage": None})
     return store
@@ -302,7 +310,8 @@ def _delay(delays: float | Sequence[float] | Callable[[int], list[float]] | None
     return float(delays) if isinstance(delays, (int, float)) else 0.0
 
 
-def _logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+def step_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+    """Return the logger of the enclosing run, or this module's own outside of any run."""
     try:
         return get_run_logger()
     except MissingContextError:

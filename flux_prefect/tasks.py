@@ -10,7 +10,6 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.tasks import Task
 
@@ -22,7 +21,7 @@ from flux_prefect.cache_policies import GENERATION, IMAGE
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import Billed, FluxError, ServiceError
 from flux_prefect.host.spool import ImageFile, Spool
-from flux_prefect.inline import current_step
+from flux_prefect.inline import current_step, step_logger
 from flux_prefect.settings import settings_at_import
 
 __all__ = ["download_image", "find_published", "generate_image", "is_worth_repeating", "upload_to_s3"]
@@ -103,7 +102,7 @@ async def generate_image(
         print(generation.images[0].url, generation.credits_used)
         ```
     """
-    logger = get_run_logger()
+    logger = step_logger()
     step = current_step()
     order = custody.Order(refresh=step.refresh, replacing=replacing, task_run_id=str(step.id))
     async with credentials.open_client() as client:
@@ -180,7 +179,7 @@ async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
     """
     run = PublishingRun(flow_run_id=flow_run.id, flow_run_name=flow_run.name)
     published = await bucket.publish(file, run)
-    get_run_logger().log(
+    step_logger().log(
         current_step().news, "%s %s", "Published" if published.created else "Already there:", published.uri
     )
     return published

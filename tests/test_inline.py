@@ -19,18 +19,25 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.filesystems import LocalFileSystem
-from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_LOCAL_STORAGE_PATH,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+    PREFECT_TASKS_REFRESH_CACHE,
+    temporary_settings,
+)
 from prefect.tasks import Task
 from prefect.transactions import IsolationLevel
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.cache_policies import GENERATION
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.host.locks import HostLockManager
 from flux_prefect.inline import current_step, run_inline
-from flux_prefect.pipeline import StepRunner, run_as_task
+from flux_prefect.pipeline import StepRunner, produce_image, run_as_task
 from flux_prefect.sandbox.launching import RunningSandbox
-from flux_prefect.tasks import download_image, generate_image
+from flux_prefect.tasks import download_image, generate_image, upload_to_s3
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -97,8 +104,49 @@ def storage(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+class TestOutside:
+    """A plain script, without any flow."""
+
+    async def test_an_image_is_published_without_a_run_and_without_a_server(
+        self, sandbox: RunningSandbox, credentials: AimlApiCredentials, bucket: ImageBucket, request_: ImageRequest
+    ) -> None:
+        """All three steps and the whole path, paid for once; Prefect's server is neither asked nor started."""
+        with temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}, restore_defaults={PREFECT_API_URL}):
+            generation = await run_inline(generate_image, request_, credentials)
+            file = await run_inline(download_image, generation, credentials)
+            published = await run_inline(upload_to_s3, file, bucket)
+            production = await produce_image(request_, bucket, credentials, run=run_inline)
+
+        (again,) = production.images
+        assert again.image is not None
+        assert (again.image.uri, again.image.created) == (published.uri, False)
+        assert sandbox.control.summary().billed_calls == 1
+
+
 class TestCache:
     """One cache for both."""
+
+    @pytest.mark.parametrize("run", [run_as_task, run_inline], ids=["steps", "chunks"])
+    async def test_the_setting_of_the_process_refreshes_it(
+        self, sandbox: RunningSandbox, credentials: AimlApiCredentials, request_: ImageRequest, run: StepRunner
+    ) -> None:
+        """`PREFECT_TASKS_REFRESH_CACHE` pays anew in either density, past the spool as well; a task's own option wins.
+
+        Without it the newest answer counts.
+        """
+        generate_once = generate_image.with_options(refresh_cache=False)
+
+        async def make() -> list[Any]:
+            made = [await run(generate_image, request_, credentials)]
+            with temporary_settings({PREFECT_TASKS_REFRESH_CACHE: True}):
+                made += [await run(step, request_, credentials) for step in (generate_image, generate_once)]
+            return [*made, await run(generate_image, request_, credentials)]
+
+        ((first, second, kept, found),) = await in_a_flow(make)
+
+        assert first != second
+        assert second == kept == found
+        assert sandbox.control.summary().billed_calls == 2
 
     @BOTH_WAYS
     async def test_either_finds_what_the_other_kept(
