@@ -36,6 +36,7 @@
     │   ├── ConditionsIgnored           the server does not honour conditional writes
     │   └── ChecksumsRefused            the server accepts no checksum headers
     ├── LeaseLost                       another machine may hold the lease by now
+    ├── LocksUnusable                   a folder of lock files can't be used
     ├── SpoolUnwritable                 the spool folder can't be written
     ├── SpoolUnreadable                 a record of the spool can't be read now
     ├── ResultStoreUnreadable           Prefect's result storage can't be read
@@ -100,6 +101,7 @@ __all__ = [
     "InvalidSettings",
     "KeyOccupied",
     "LeaseLost",
+    "LocksUnusable",
     "ManifestUnwritable",
     "NotAnImage",
     "NotFound",
@@ -413,6 +415,12 @@ class LeaseLost(FluxError):
 
 
 # This host
+
+
+class LocksUnusable(FluxError):
+    """A folder of lock files can't be used. Nothing was sent: without locks an image could be paid for twice."""
+
+    fatal = True
 
 
 class SpoolUnwritable(FluxError):

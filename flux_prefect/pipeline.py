@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
@@ -28,6 +29,7 @@ from flux_prefect.errors import (
     FluxError,
     ImageChanged,
     ImageGone,
+    SpoolUnreadable,
     UnexpectedError,
 )
 from flux_prefect.host.locks import HostLockManager
@@ -153,7 +155,7 @@ async def check_ready(bucket: ImageBucket) -> None:
     Also removes half-written files of dead processes from the spool.
 
     Raises:
-        SpoolUnwritable, PermissionError: the spool or the lock folder can't be used.
+        SpoolUnwritable, LocksUnusable: the spool or the lock folder can't be used.
         BucketError: the bucket or its keys are wrong.
 
     Example:
@@ -227,7 +229,8 @@ async def produce_image(
     with metered() as production.calls:
         async with _LOCKS.hold(f"produce-{production.fingerprint}"), credentials.open_client():
             await _Producer(production, bucket, credentials, run).produce()
-            production.open_calls = Spool().open_calls(production.fingerprint)
+            with suppress(SpoolUnreadable):  # the outcome counts, and the next call is refused before it is paid for
+                production.open_calls = Spool().open_calls(production.fingerprint)
     return production
 
 

@@ -30,18 +30,13 @@ _ALLOWED: Mapping[Any, str] = {
     int: "a whole number, 0 or more",
     float: "a number, 0 or more",
     Path: "the path of a folder",
+    Path | None: "the path of a folder",
 }
 _ALLOWED_LIST = "a list of numbers, 0 or more each, such as [2, 8, 30, 60]"
 
 
 def _default_spool() -> Path:
     return get_current_settings().home / "flux_prefect" / "spool"
-
-
-def _default_locks() -> Path:
-    # Not under the Prefect home: two homes on one host must still exclude each other.
-    # Directly in the temporary folder, where no other user can replace it.
-    return Path(tempfile.gettempdir()) / f"flux_prefect-{os.getuid()}-locks"
 
 
 class FluxSettings(BaseSettings):
@@ -53,9 +48,12 @@ class FluxSettings(BaseSettings):
         default_factory=_default_spool,
         description="Folder of paid responses and images. Default: in the Prefect home.",
     )
-    locks: Path = Field(
-        default_factory=_default_locks,
-        description="Folder of the lock files. Must be the same for all runs of one host.",
+    locks: Path | None = Field(
+        default=None,
+        description=(
+            "Folder of the lock files, the same for all runs of one host. Default: in the system's temporary folder "
+            "and, if `spool` is set, in the spool as well."
+        ),
     )
     retries: _Count = Field(default=4, description="Prefect retries of a step that failed for a temporary reason.")
     retry_delay_seconds: list[_Amount] = Field(
@@ -92,11 +90,32 @@ class FluxSettings(BaseSettings):
 
     @field_validator("spool", "locks")
     @classmethod
-    def _absolute(cls, folder: Path) -> Path:
+    def _absolute(cls, folder: Path | None) -> Path | None:
         try:
-            return folder.expanduser().absolute()
+            return None if folder is None else folder.expanduser().absolute()
         except RuntimeError as error:  # there is no such user
             raise ValueError(str(error)) from error
+
+    @property
+    def lock_folders(self) -> tuple[Path, ...]:
+        """The folders of the lock files. A lock is held in all of them.
+
+        The one in the temporary folder excludes runs with other spools and other Prefect homes on the host; it is
+        directly there, where no other user can replace it. The one in the spool excludes runs in other containers
+        that share the spool and have a temporary folder of their own.
+
+        Raises:
+            InvalidSettings: no folder is set, and the system has no temporary folder.
+        """
+        if self.locks is not None:
+            return (self.locks,)
+        in_spool = (self.spool / "locks",) if "spool" in self.model_fields_set else ()
+        try:
+            return Path(tempfile.gettempdir()) / f"flux_prefect-{os.getuid()}-locks", *in_spool
+        except FileNotFoundError as error:
+            if in_spool:
+                return in_spool
+            raise InvalidSettings(f"{error.strerror}: set FLUX_PREFECT_LOCKS to a folder.") from error
 
 
 def settings_at_import() -> FluxSettings:

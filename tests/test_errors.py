@@ -83,6 +83,7 @@ def test_only_what_stops_every_call_is_fatal() -> None:
         "ChecksumsRefused",
         "ConditionsIgnored",
         "ImageUnwritable",
+        "LocksUnusable",
         "ManifestUnwritable",
         "OutOfCredits",
         "ResultStoreUnreadable",

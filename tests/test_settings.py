@@ -38,10 +38,19 @@ def test_the_spool_is_in_the_prefect_home(bare: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_the_locks_are_not_in_the_prefect_home(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: ARG001 - the environment
     """Two Prefect homes on one host exclude each other; two users don't meet."""
-    before = current_settings().locks
+    (before,) = current_settings().lock_folders
     with temporary_settings({PREFECT_HOME: tmp_path}):
-        assert current_settings().locks == before
+        assert current_settings().lock_folders == (before,)
     assert str(os.getuid()) in before.name
+
+
+def test_the_locks_go_with_a_spool_that_is_set(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As well as with the host: containers may share the one or the other. FLUX_PREFECT_LOCKS replaces both."""
+    of_host = current_settings().lock_folders
+    bare.setenv("FLUX_PREFECT_SPOOL", str(tmp_path / "spool"))
+    assert current_settings().lock_folders == (*of_host, tmp_path / "spool" / "locks")
+    bare.setenv("FLUX_PREFECT_LOCKS", str(tmp_path / "locks"))
+    assert current_settings().lock_folders == (tmp_path / "locks",)
 
 
 def test_the_defaults(bare: pytest.MonkeyPatch) -> None:  # noqa: ARG001 - the environment

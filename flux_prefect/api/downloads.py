@@ -34,7 +34,7 @@ from flux_prefect.errors import (
     UnexpectedFormat,
     UnsafeURL,
 )
-from flux_prefect.local_files import explain_os_error, part_path
+from flux_prefect.local_files import explain_os_error, open_part, part_path
 
 __all__ = ["DownloadedImage", "Downloader"]
 
@@ -270,7 +270,7 @@ class _PartFile:
         self._unwritten_bytes = 0
         with self._disk():
             destination.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("wb", buffering=0)
+            self._file = open_part(self.path, buffering=0)
 
     def write(self, chunk: bytes) -> None:
         self._unwritten.append(chunk)
@@ -284,7 +284,6 @@ class _PartFile:
         self._write_out()
         with self._disk():
             os.fsync(self._file.fileno())
-            self._file.close()
 
     def publish(self, suffix: str = "") -> Path:
         """Rename the file to its final name, atomically."""

@@ -58,7 +58,7 @@ async def open_context(
 
     Raises:
         BucketError: the bucket or its keys are wrong.
-        SpoolUnwritable, PermissionError: the spool or the lock folder can't be used.
+        SpoolUnwritable, LocksUnusable: the spool or the lock folder can't be used.
         ValueError: the account's concurrency limit is missing.
     """
     await check_ready(bucket)

@@ -86,7 +86,7 @@ async def publish_batch(
     Raises:
         TableError: the table can't be read as a whole.
         BucketError: the bucket or its keys are wrong.
-        SpoolUnwritable, PermissionError: the spool or the lock folder can't be used.
+        SpoolUnwritable, LocksUnusable: the spool or the lock folder can't be used.
         BalanceTooLow: the account can't pay for what the plan may cost.
         BatchFailed: more than max_failed rows failed, were flagged or were invalid. Its `report` is the whole report.
 

@@ -58,7 +58,7 @@ async def publish_shard(
 
     Raises:
         BucketError: the bucket or its keys are wrong.
-        SpoolUnwritable, PermissionError: the worker's spool or lock folder can't be used.
+        SpoolUnwritable, LocksUnusable: the worker's spool or lock folder can't be used.
         ValueError: the worker's environment has no key, or no block of that name exists.
     """
     logger = get_run_logger()

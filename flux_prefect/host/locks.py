@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
+import math
 import os
 import stat
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,15 @@ import anyio
 from filelock import FileLock, Timeout
 from prefect.locking.protocol import LockManager
 
+from flux_prefect.errors import LocksUnusable
 from flux_prefect.local_files import explain_os_error
 from flux_prefect.settings import current_settings
 
 __all__ = ["HostLockManager"]
 
+_logger = logging.getLogger(__name__)
+
+_WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _FIRST_WAIT = 0.01
 _LONGEST_WAIT = 0.25
 
@@ -28,20 +35,20 @@ _LONGEST_WAIT = 0.25
 class HostLockManager(LockManager):
     """A Prefect lock manager over kernel file locks.
 
-    Guarantees: of all processes, threads and event loops of one host that share `directory`, one holds a
-    key at a time. A holder that dies, even by `kill -9`, frees its locks at once; so does a manager that is
-    garbage-collected. Waiting blocks no event loop in the async methods. Releasing a lock that is not held does
+    Guarantees: of all processes, threads and event loops that share a lock folder on one host, in whatever containers,
+    one holds a key at a time. A holder that dies, even by `kill -9`, frees its locks at once; so does a manager that
+    is garbage-collected. Waiting blocks no event loop in the async methods. Releasing a lock that is not held does
     nothing: Prefect's transactions release twice where one is nested in another.
 
-    Costs about 0.4 ms for a lock and its release. Waiters look again after 10 to 250 ms, in no order. A single look
-    (`acquire_timeout=0`) can also fail while another process releases the lock or looks at it.
+    Costs about 0.4 ms a folder for a lock and its release. Waiters look again after 10 to 250 ms, in no order. A
+    single look (`acquire_timeout=0`) can also fail while another process releases the lock or looks at it.
 
     Args:
-        directory: Where the lock files are. Default: the setting `FLUX_PREFECT_LOCKS`. It must not be on a
-            network file system.
+        directory: Where the lock files are. Default: `FluxSettings.lock_folders`. It must not be on a network file
+            system.
 
     Raises:
-        PermissionError: the folder can't be used. Raised by every method that looks at a lock.
+        LocksUnusable: a folder can't be used. Raised by every method that looks at a lock.
 
     Example:
         ```python
@@ -53,19 +60,30 @@ class HostLockManager(LockManager):
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
         # By process as well: a forked child inherits this dictionary, but none of the locks.
-        self._held: dict[tuple[int, str], tuple[str, FileLock]] = {}
+        self._held: dict[tuple[int, str], tuple[str, list[FileLock]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy, in this process or another, holds nothing: locks belong to the original's open files.
         return type(self), (self._directory,)
 
     def prepare(self) -> None:
-        """Make the lock folder.
+        """Make the lock folders and verify that their file systems have locks.
+
+        Logs a warning if the spool's has none: a run in another container or on another host that shares the spool is
+        then not excluded.
 
         Raises:
-            PermissionError: it can't be used; the message names the setting.
+            LocksUnusable: a folder can't be used; the message names the setting.
         """
-        _make_private(self._folder())
+        lockless: list[LocksUnusable] = []
+        taken = self._take_all(f"prepare-{uuid4().hex}", lockless)
+        _release_all(taken or ())
+        for error in lockless:
+            _logger.warning(
+                "%s Until then this run is alone with its locks: runs in other containers or on other hosts that share "
+                "the spool are not excluded, and can pay for the same image.",
+                error.message,
+            )
 
     def acquire_lock(
         self,
@@ -75,13 +93,10 @@ class HostLockManager(LockManager):
         hold_timeout: float | None = None,  # noqa: ARG002 - the kernel frees a dead holder's lock instead
     ) -> bool:
         """Take the lock, waiting at most `acquire_timeout` seconds (None: as long as it takes)."""
-        waits = _Waits(acquire_timeout)
-        while not self._try(key, holder):
-            pause = waits.next()
-            if pause is None:
-                return False
+        wait = _Wait(lambda: self._try(key, holder), acquire_timeout)
+        for pause in wait:
             time.sleep(pause)
-        return True
+        return wait.succeeded
 
     async def aacquire_lock(
         self,
@@ -91,33 +106,24 @@ class HostLockManager(LockManager):
         hold_timeout: float | None = None,  # noqa: ARG002 - the kernel frees a dead holder's lock instead
     ) -> bool:
         """Like `acquire_lock`, without blocking the event loop."""
-        waits = _Waits(acquire_timeout)
-        while not self._try(key, holder):
-            pause = waits.next()
-            if pause is None:
-                return False
+        wait = _Wait(lambda: self._try(key, holder), acquire_timeout)
+        for pause in wait:
             await anyio.sleep(pause)
-        return True
+        return wait.succeeded
 
     def release_lock(self, key: str, holder: str) -> None:
         """Free the lock if this holder has it; do nothing otherwise."""
         if not self.is_lock_holder(key, holder):
             return
-        _, lock = self._held.pop(_here(key))
-        _remove(lock)
+        _, locks = self._held.pop(_here(key))
+        _release_all(locks)
 
     def is_locked(self, key: str) -> bool:
-        """Whether any process on this host holds the lock now."""
+        """Whether any process that shares a lock folder holds the lock now."""
         if _here(key) in self._held:
             return True
-        path = self._path(key)
-        if not path.exists():
-            return False
-        probe = _take(path)
-        if probe is None:
-            return True
-        _remove(probe)
-        return False
+        name = _file_name(key)
+        return any(_is_held(_prepared(folder) / name) for folder in self._folders())
 
     def is_lock_holder(self, key: str, holder: str) -> bool:
         """Whether this very holder has the lock."""
@@ -126,23 +132,17 @@ class HostLockManager(LockManager):
 
     def wait_for_lock(self, key: str, timeout: float | None = None) -> bool:
         """Wait until the lock is free. Return False after `timeout` seconds."""
-        waits = _Waits(timeout)
-        while self.is_locked(key):
-            pause = waits.next()
-            if pause is None:
-                return False
+        wait = _Wait(lambda: not self.is_locked(key), timeout)
+        for pause in wait:
             time.sleep(pause)
-        return True
+        return wait.succeeded
 
     async def await_for_lock(self, key: str, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - Prefect's name
         """Like `wait_for_lock`, without blocking the event loop."""
-        waits = _Waits(timeout)
-        while self.is_locked(key):
-            pause = waits.next()
-            if pause is None:
-                return False
+        wait = _Wait(lambda: not self.is_locked(key), timeout)
+        for pause in wait:
             await anyio.sleep(pause)
-        return True
+        return wait.succeeded
 
     @asynccontextmanager
     async def hold(self, key: str) -> AsyncIterator[None]:
@@ -158,38 +158,68 @@ class HostLockManager(LockManager):
         held = self._held.get(_here(key))
         if held is not None:
             return held[0] == holder
-        lock = _take(self._path(key))
-        if lock is None:
+        locks = self._take_all(key, [])
+        if locks is None:
             return False
-        self._held[_here(key)] = (holder, lock)
+        self._held[_here(key)] = (holder, locks)
         return True
 
-    def _folder(self) -> Path:
-        return self._directory or current_settings().locks
+    def _take_all(self, key: str, lockless: list[LocksUnusable]) -> list[FileLock] | None:
+        """Take the lock in every folder; None if it is held in one of them.
 
-    def _path(self, key: str) -> Path:
-        directory = self._folder()
-        _make_private(directory)
-        return directory / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.lock"
+        A folder whose file system has no locks is skipped and added to `lockless`, unless there is no other.
+        """
+        taken: list[FileLock] = []
+        name = _file_name(key)
+        try:
+            for folder in self._folders():
+                try:
+                    lock = _take(_prepared(folder) / name)
+                except LocksUnusable as error:
+                    if not _has_no_locks(error):
+                        raise
+                    lockless.append(error)
+                    continue
+                if lock is None:
+                    _release_all(taken)
+                    return None
+                taken.append(lock)
+        except BaseException:
+            _release_all(taken)
+            raise
+        if not taken:
+            raise lockless[0]
+        return taken
+
+    def _folders(self) -> tuple[Path, ...]:
+        return current_settings().lock_folders if self._directory is None else (self._directory,)
 
 
-class _Waits:
-    """Growing pauses between two looks at a lock, until the time-out."""
+class _Wait:
+    """Growing pauses between two looks at a condition, until it holds or the time-out is over."""
 
-    def __init__(self, timeout: float | None) -> None:
-        self._end = None if timeout is None else time.monotonic() + timeout
-        self._pause = _FIRST_WAIT
+    def __init__(self, look: Callable[[], bool], timeout: float | None) -> None:
+        self._look = look
+        self._end = math.inf if timeout is None else time.monotonic() + timeout
+        self.succeeded = False
 
-    def next(self) -> float | None:
-        pause, self._pause = self._pause, min(self._pause * 1.5, _LONGEST_WAIT)
-        if self._end is None:
-            return pause
-        left = self._end - time.monotonic()
-        return min(pause, left) if left > 0 else None
+    def __iter__(self) -> Iterator[float]:
+        pause = _FIRST_WAIT
+        while not self._look():
+            left = self._end - time.monotonic()
+            if left <= 0:
+                return
+            yield min(pause, left)
+            pause = min(pause * 1.5, _LONGEST_WAIT)
+        self.succeeded = True
 
 
 def _here(key: str) -> tuple[int, str]:
     return os.getpid(), key
+
+
+def _file_name(key: str) -> str:
+    return f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.lock"
 
 
 def _take(path: Path) -> FileLock | None:
@@ -197,7 +227,7 @@ def _take(path: Path) -> FileLock | None:
         path,
         thread_local=False,
         fallback_to_soft=False,  # a lock of the other kind would outlive its holder
-        preserve_lock_file=True,  # `_remove` does it; done a second time it would hit the next holder's file
+        preserve_lock_file=True,  # `_release_all` does it; done a second time it would hit the next holder's file
     )
     try:
         lock.acquire(blocking=False)
@@ -208,14 +238,31 @@ def _take(path: Path) -> FileLock | None:
     return lock
 
 
-def _remove(lock: FileLock) -> None:
-    # Unlinked while it is held: a waiter that opened the old file meanwhile finds it unlinked and opens anew.
-    with suppress(OSError):  # a file that stays behind is no lock
-        Path(lock.lock_file).unlink()
-    lock.release()
+def _is_held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        probe = _take(path)
+    except LocksUnusable as error:
+        if _has_no_locks(error):
+            return False
+        raise
+    if probe is None:
+        return True
+    _release_all([probe])
+    return False
 
 
-def _make_private(directory: Path) -> None:
+def _release_all(locks: Sequence[FileLock]) -> None:
+    for lock in reversed(locks):
+        # Unlinked while it is held: a waiter that opened the old file meanwhile finds it unlinked and opens anew.
+        with suppress(OSError):  # a file that stays behind is no lock
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _prepared(directory: Path) -> Path:
+    """Return the folder, made if it is missing."""
     try:
         found = _stat(directory)
         if found is None or not stat.S_ISDIR(found.st_mode):
@@ -224,10 +271,11 @@ def _make_private(directory: Path) -> None:
     except OSError as error:
         raise _unusable(directory, error) from error
     if found.st_uid != os.getuid():
-        raise PermissionError(
+        raise LocksUnusable(
             f"The lock folder {directory} belongs to user {found.st_uid}: "
             "set FLUX_PREFECT_LOCKS to a folder of your own."
         )
+    return directory
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -237,8 +285,13 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _unusable(directory: Path, error: OSError) -> PermissionError:
-    return PermissionError(
+def _has_no_locks(error: LocksUnusable) -> bool:
+    """Whether the reason is the file system, and not the folder."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _WITHOUT_LOCKS
+
+
+def _unusable(directory: Path, error: OSError) -> LocksUnusable:
+    return LocksUnusable(
         f"The lock folder {directory} can't be used "
         f"{explain_os_error(error, 'set FLUX_PREFECT_LOCKS to a local folder that this user may write')}."
     )

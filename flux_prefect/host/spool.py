@@ -26,7 +26,7 @@ from flux_prefect.api.downloads import DownloadedImage
 from flux_prefect.api.images import inspect_image
 from flux_prefect.api.models import Generation, ImageRequest, normalize_endpoint
 from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnreadable, SpoolUnwritable
-from flux_prefect.local_files import explain_os_error, part_path, writer_pid
+from flux_prefect.local_files import explain_os_error, open_part, part_path, remove_abandoned
 from flux_prefect.settings import current_settings
 
 __all__ = ["Experience", "ImageFile", "KeptAnswer", "PaidCall", "Spool"]
@@ -132,12 +132,13 @@ class Spool:
             raise self._unwritable(error) from error
 
     def sweep(self) -> None:
-        """Remove the half-written files of this host's dead processes. For the start of a run; never raises."""
-        for part in self.root.rglob("*.part"):
-            writer = writer_pid(part)
-            if writer is not None and not _is_alive(writer):
-                with suppress(OSError):
-                    part.unlink()
+        """Remove the half-written files of dead processes, on whatever host or in whatever container they were.
+
+        For the start of a run; never raises.
+        """
+        with suppress(OSError):
+            for part in self.root.rglob("*.part"):
+                remove_abandoned(part)
 
     # Paid calls
 
@@ -166,17 +167,16 @@ class Spool:
             self._call_path(call.fingerprint, call.client_request_id).unlink()
 
     def open_calls(self, fingerprint: str | None = None) -> list[PaidCall]:
-        """The calls without a known end, of one request or of all."""
-        start = "" if fingerprint is None else f"{fingerprint}."
-        try:
-            with os.scandir(self.root / "calls") as files:
-                names = sorted(file.name for file in files if file.name.startswith(start) and file.name[-5:] == ".json")
-        except FileNotFoundError:
-            return []
+        """The calls without a known end, of one request or of all.
+
+        Raises:
+            SpoolUnreadable: there may be some, but the folder or a note can't be read.
+        """
         calls = []
-        for name in names:
-            with suppress(OSError, ValidationError):
-                calls.append(PaidCall.model_validate_json((self.root / "calls" / name).read_bytes()))
+        for path in _list(self.root / "calls", "" if fingerprint is None else f"{fingerprint}."):
+            note = _read(path)
+            with suppress(ValidationError):  # a broken note, or one whose call has ended meanwhile
+                calls.append(PaidCall.model_validate_json(note or b""))
         return calls
 
     # Answers
@@ -197,11 +197,16 @@ class Spool:
             self._answer_path(fingerprint, client_request_id).unlink()
 
     def kept_answers(self, fingerprint: str) -> list[KeptAnswer]:
-        """The answers of one request that were kept and not recorded, the oldest first."""
+        """The answers of one request that were kept and not recorded, the oldest first.
+
+        Raises:
+            SpoolUnreadable: there may be some, but the folder or an answer can't be read.
+        """
         kept = []
-        for path in sorted((self.root / "answers").glob(f"{fingerprint}.*.json")):
-            with suppress(OSError, ValidationError):
-                kept.append(KeptAnswer.model_validate_json(path.read_bytes()))
+        for path in _list(self.root / "answers", f"{fingerprint}."):
+            answer = _read(path)
+            with suppress(ValidationError):  # a broken answer, or one that was recorded meanwhile
+                kept.append(KeptAnswer.model_validate_json(answer or b""))
         return sorted(kept, key=lambda answer: answer.answer.received_at)
 
     def answer_path(self, call: PaidCall) -> Path:
@@ -239,16 +244,11 @@ class Spool:
         Raises:
             SpoolUnreadable: there may be one, but too many files are open, or it belongs to another user.
         """
-        path = self._record_path(fingerprint)
+        record = _read(self._record_path(fingerprint))
         try:
-            return Generation.model_validate_json(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValidationError):
+            return None if record is None else Generation.model_validate_json(record)
+        except ValidationError:
             return None
-        except OSError as error:
-            raise SpoolUnreadable(
-                f"{path} can't be read {explain_os_error(error, 'make it readable for this user')}, then run again. "
-                "It may hold what was paid for, so nothing was sent."
-            ) from error
 
     # Experience
 
@@ -305,14 +305,37 @@ class Spool:
         return self.root / "records" / f"{fingerprint}.json"
 
 
-def _is_alive(process: int) -> bool:
+def _list(folder: Path, start: str) -> list[Path]:
+    """The JSON files of a folder whose names begin so, in order. Raises as `_read`."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # another user's
-    return True
+        with os.scandir(folder) as files:
+            names = [file.name for file in files if file.name.startswith(start) and file.name.endswith(".json")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return [folder / name for name in sorted(names)]
+
+
+def _read(path: Path) -> bytes | None:
+    """The content of a file that may hold what was paid for; None if there is none.
+
+    Raises:
+        SpoolUnreadable: there may be one, but it can't be read.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> SpoolUnreadable:
+    return SpoolUnreadable(
+        f"{path} can't be read {explain_os_error(error, 'make it readable for this user')}, then run again. "
+        "It may hold what was paid for, so nothing was sent."
+    )
 
 
 def _write(path: Path, text: str, settle: Callable[[int], None] | None = None) -> None:
@@ -337,7 +360,7 @@ def _write(path: Path, text: str, settle: Callable[[int], None] | None = None) -
 
 def _open_new(path: Path) -> BinaryIO:
     try:
-        return path.open("wb")
+        return open_part(path)
     except FileNotFoundError:  # the first file of its kind; or the folder was removed
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return path.open("wb")
+        return open_part(path)

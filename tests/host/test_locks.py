@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import errno
+import fcntl
 import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from prefect.locking.protocol import LockManager
 from prefect.results import ResultStore
 from prefect.transactions import CommitMode, IsolationLevel, atransaction
 
+from flux_prefect.errors import LocksUnusable
 from flux_prefect.host.locks import HostLockManager
 
 
@@ -483,7 +487,7 @@ class TestFolder:
         if os.getuid() == 0:
             os.chown(tmp_path, 12345, -1)
         manager = HostLockManager(tmp_path if os.getuid() == 0 else Path("/usr"))
-        with pytest.raises(PermissionError, match=r"belongs to user .*FLUX_PREFECT_LOCKS"):
+        with pytest.raises(LocksUnusable, match=r"belongs to user .*FLUX_PREFECT_LOCKS"):
             manager.acquire_lock("key", "holder")
 
     @pytest.mark.parametrize("place", ["a file", "a file/below", "/proc/flux"])
@@ -492,7 +496,7 @@ class TestFolder:
         (tmp_path / "a file").touch()
         manager = HostLockManager(tmp_path / place)
         for look in (manager.is_locked, manager.wait_for_lock, lambda key: manager.acquire_lock(key, "holder")):
-            with pytest.raises(PermissionError, match=rf"{place}.*FLUX_PREFECT_LOCKS"):
+            with pytest.raises(LocksUnusable, match=rf"{place}.*FLUX_PREFECT_LOCKS"):
                 look("key")
 
     def test_a_lock_file_that_cannot_be_opened_is_an_error(
@@ -504,9 +508,80 @@ class TestFolder:
         locks.release_lock("key", "holder")
         file.symlink_to(tmp_path / "target")
 
-        with pytest.raises(PermissionError, match="FLUX_PREFECT_LOCKS"):
+        with pytest.raises(LocksUnusable, match="FLUX_PREFECT_LOCKS"):
             locks.acquire_lock("key", "holder", acquire_timeout=5)
         assert not (tmp_path / "target").exists()
+
+
+class TestSeveralFolders:
+    """A spool's folder beside the host's."""
+
+    @pytest.fixture(autouse=True)
+    def host(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A host with a temporary folder, and no lock folder of the developer's."""
+        monkeypatch.delenv("FLUX_PREFECT_LOCKS")
+        self._use(monkeypatch, tmp_path / "host", "spool")
+        return tmp_path
+
+    @staticmethod
+    def _use(monkeypatch: pytest.MonkeyPatch, temporary: Path, spool: str) -> None:
+        temporary.mkdir(exist_ok=True)
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(temporary.parent / spool))
+
+    @pytest.mark.parametrize(("temporary", "spool"), [("container", "spool"), ("host", "another spool")])
+    def test_one_shared_folder_is_enough(
+        self, host: Path, monkeypatch: pytest.MonkeyPatch, temporary: str, spool: str
+    ) -> None:
+        """Runs exclude each other by the spool's locks or by the host's, and who waits leaves nothing locked."""
+        first, second = HostLockManager(), HostLockManager()
+        assert first.acquire_lock("key", "first")
+        self._use(monkeypatch, host / temporary, spool)
+        assert second.is_locked("key")
+        assert not second.acquire_lock("key", "second", acquire_timeout=0)
+
+        first.release_lock("key", "first")
+
+        assert not second.is_locked("key")
+        assert second.acquire_lock("key", "second", acquire_timeout=0)
+        second.release_lock("key", "second")
+        assert list(host.rglob("*.lock")) == []
+
+    def test_a_spool_without_locks_is_reported(
+        self, host: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The run goes on with the host's locks, and says that it is alone with them."""
+        with lockless(host / "spool", monkeypatch):
+            locks = HostLockManager()
+            locks.prepare()
+            (warning,) = caplog.messages
+            assert str(host / "spool" / "locks") in warning
+            assert "alone" in warning
+            assert "FLUX_PREFECT_LOCKS" in warning
+            assert locks.acquire_lock("key", "holder", acquire_timeout=0)
+            assert HostLockManager().is_locked("key")
+            locks.release_lock("key", "holder")
+            assert not locks.is_locked("key")
+
+    def test_no_locks_at_all_is_an_error(self, host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before money, with the folder and the setting."""
+        with lockless(host, monkeypatch), pytest.raises(LocksUnusable, match=r"FLUX_PREFECT_LOCKS"):
+            HostLockManager().prepare()
+
+
+@contextmanager
+def lockless(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel answers for files below a folder as it does on a network file system without locks."""
+    flock = fcntl.flock
+
+    def refuse(file: int, operation: int) -> None:
+        if Path(f"/proc/self/fd/{file}").readlink().is_relative_to(folder):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        flock(file, operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        yield
 
 
 class TestPrefectTransactions:

@@ -17,7 +17,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.custody import download, generate, recover
-from flux_prefect.errors import ImageUnwritable, SpoolUnreadable, SpoolUnwritable
+from flux_prefect.errors import ImageUnwritable, LocksUnusable, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.host.locks import HostLockManager
 from flux_prefect.host.spool import Spool
 from flux_prefect.local_files import explain_os_error
@@ -63,7 +63,7 @@ async def test_nothing_is_paid_for_what_the_spool_may_hold(
 
 def test_a_lock_names_the_limit(tmp_path: Path) -> None:
     """The folder is as good as any."""
-    with no_more_files(), pytest.raises(PermissionError, match=f"can't be used {REMEDY}") as refused:
+    with no_more_files(), pytest.raises(LocksUnusable, match=f"can't be used {REMEDY}") as refused:
         HostLockManager(tmp_path).acquire_lock("key", "holder")
     assert "FLUX_PREFECT_LOCKS" not in str(refused.value)
 

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -13,8 +12,9 @@ import pytest
 from PIL import Image
 
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest, OutputFormat
-from flux_prefect.errors import AnswerLost, Billed, EmptyGeneration, FluxError, SpoolUnwritable
+from flux_prefect.errors import AnswerLost, Billed, EmptyGeneration, FluxError, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.host.spool import ImageFile, PaidCall, Spool
+from flux_prefect.local_files import open_part, part_path
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
 REQUEST = ImageRequest(prompt="a lighthouse", seed=7)
@@ -110,6 +110,24 @@ class TestPaidCalls:
         (spool.root / "calls").touch()
         spool.leave_open(_call(), AnswerLost("cut"))
         spool.close_call(_call())
+
+
+class TestUnreadable:
+    """What is there and can't be read is an error before money, never a miss."""
+
+    @pytest.mark.parametrize("folder", ["calls", "answers"])
+    def test_a_folder_or_a_file_in_it(self, spool: Spool, folder: str) -> None:
+        """The error names the path and says that nothing was sent."""
+        look = spool.open_calls if folder == "calls" else spool.kept_answers
+        loop = spool.root / folder / f"{'f' * 32}.fp-1.json"
+        loop.symlink_to(loop)
+        with pytest.raises(SpoolUnreadable, match=rf"{loop.name}.*nothing was sent"):
+            look("f" * 32)
+        loop.unlink()
+        (spool.root / folder).rmdir()
+        (spool.root / folder).touch()
+        with pytest.raises(SpoolUnreadable, match=rf"{folder}.*nothing was sent"):
+            look("f" * 32)
 
 
 class TestGenerations:
@@ -236,19 +254,25 @@ class TestFolder:
         assert {path.stat().st_mode & 0o777 for path in spool.root.iterdir()} == {0o700}
 
     def test_what_dead_processes_left_half_written_is_swept(self, spool: Spool) -> None:
-        """And nothing of a living one."""
-        spool.prepare()
-        with subprocess.Popen([sys.executable, "-c", ""]) as dead:
-            dead.wait()
-        torn = spool.root / "records" / f"abc.json.{dead.pid}-0123abcd.part"
-        being_written = spool.root / "records" / f"abc.json.{os.getpid()}-0123abcd.part"
-        image = spool.root / "pictures" / "abc-0.jpg.part"
-        for path in (torn, being_written, image):
-            path.touch()
+        """And nothing of a living one, whose lock says so: process ids of another container would say nothing."""
+        torn, live = (part_path(spool.root / "records" / "abc.json") for _ in range(2))
+        open_part(torn).close()
+        with open_part(live):
+            spool.sweep()
+            assert _everything_in(spool) == [f"records/{live.name}"]
         spool.sweep()
-        assert not torn.exists()
-        assert being_written.exists()
-        assert image.exists()
+        assert _everything_in(spool) == []
+
+    @pytest.mark.parametrize("name", ["abc.json.4711-0123abcd.part", "abc-0.jpg.part"])
+    def test_what_has_no_lock_is_swept_after_a_day(self, spool: Spool, name: str) -> None:
+        """Releases before the locks may still be writing it."""
+        part = spool.root / "records" / name
+        part.touch()
+        spool.sweep()
+        assert part.exists()
+        os.utime(part, (time.time() - 25 * 3600,) * 2)
+        spool.sweep()
+        assert not part.exists()
 
     def test_preparing_twice_leaves_nothing_behind(self, spool: Spool) -> None:
         """The proof that it can be written is cleared away."""
