@@ -43,7 +43,8 @@
     ├── ManifestUnwritable              the manifest's local file can't be written
     ├── InvalidSettings                 an environment variable has an unusable value
     ├── TableError                      the table as a whole can't be read
-    │   └── TemplateFailed              rows of a template table can't be rendered
+    │   ├── TemplateFailed              rows of a template table can't be rendered
+    │   └── TooFewRows                  it has fewer rows than min_rows, as after a failed export
     ├── TooManyCombinations             a sweep multiplies to more images than allowed
     ├── BalanceTooLow                   the balance does not cover the plan's highest cost
     ├── BudgetExhausted                 the call's cost would exceed the cap
@@ -123,6 +124,7 @@ __all__ = [
     "StatusError",
     "TableError",
     "TemplateFailed",
+    "TooFewRows",
     "TooManyCombinations",
     "UnexpectedError",
     "UnexpectedFormat",
@@ -474,6 +476,10 @@ class TemplateFailed(TableError):
         )
         self.problems = tuple(problems)
         self.count = count
+
+
+class TooFewRows(TableError):
+    """The table has fewer rows than `min_rows`. Nothing was sent."""
 
 
 class TooManyCombinations(FluxError, ValueError):

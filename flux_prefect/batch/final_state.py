@@ -36,7 +36,7 @@ async def finish_dry_run(plan: Plan, source: str | Sequence[Any], logger: Logger
     """
     await _show_plan(plan, logger)
     await rename_run(f"dry run of {planned_run_name(source, plan)}", instead_of=initial_run_name(source))
-    return batch_state(BatchReport(plan=plan), max_failed=0)
+    return batch_state(BatchReport(plan=plan, dry_run=True), max_failed=0)
 
 
 def batch_state(report: BatchReport, max_failed: int) -> State[Any]:

@@ -21,6 +21,7 @@ from flux_prefect.flows.form_types import (
     CredentialsChoice,
     CreditCap,
     InFlight,
+    RowsExpected,
     Template,
     TemplateTable,
     Tolerated,
@@ -46,6 +47,7 @@ async def backfill(
     max_in_flight: InFlight = 8,
     max_failed: Tolerated = 0,
     max_credits: CreditCap = None,
+    min_rows: RowsExpected = 1,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BackfillReport:
     """Publish the images of every day from start to end, one subrun a day, one day after the other.
@@ -67,6 +69,7 @@ async def backfill(
         max_failed: How many rows of a day may end without their images before the day counts as failed.
         max_credits: A hard cap on what all days together spend, in credits (2,000,000 to the US dollar). What does not
             fit is left for the next run and is not a failure.
+        min_rows: The run fails if the table has fewer rows, as after a failed export. 0 allows an empty table.
         dry_run: Make the plan of every day, then stop. Costs nothing.
 
     Returns:
@@ -101,6 +104,7 @@ async def backfill(
                 max_in_flight=max_in_flight,
                 max_failed=max_failed,
                 max_credits=left,
+                min_rows=min_rows,
                 dry_run=dry_run,
                 return_state=True,
             ),

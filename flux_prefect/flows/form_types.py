@@ -26,6 +26,7 @@ __all__ = [
     "ImageCap",
     "InFlight",
     "RowsChoice",
+    "RowsExpected",
     "TableChoice",
     "Template",
     "TemplateTable",
@@ -76,6 +77,9 @@ InFlight = Annotated[int, Field(ge=1, le=1000)]
 
 Tolerated = Annotated[int, Field(ge=0)]
 """The number of rows that may fail."""
+
+RowsExpected = Annotated[int, Field(ge=0)]
+"""The number of rows that a table has at least."""
 
 CreditCap = Annotated[float, Field(ge=0, title="Credits")] | Annotated[None, Field(title="No cap")]
 """A hard cap in credits, or None for no cap."""

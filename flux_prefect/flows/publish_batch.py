@@ -29,6 +29,7 @@ from flux_prefect.flows.form_types import (
     ImageCap,
     InFlight,
     RowsChoice,
+    RowsExpected,
     TableChoice,
     Tolerated,
 )
@@ -55,6 +56,7 @@ async def publish_batch(
     max_images: ImageCap = None,
     only: RowsChoice = None,
     density: Literal["auto", "steps", "chunks"] = "auto",
+    min_rows: RowsExpected = 1,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
     """Publish the images of every row of a table; images that are already published cost nothing.
@@ -78,6 +80,8 @@ async def publish_batch(
         density: steps has three task runs an image and suits some hundreds of images; chunks has one task run a hundred
             rows and suits thousands. Images, records and costs are the same. auto selects chunks from 300 rows with
             work to do.
+        min_rows: The run fails if the table has fewer rows, as after a failed export. 0 allows an empty table. Rows
+            that `only` leaves out count as well.
         dry_run: Make the plan, then stop. Costs nothing.
 
     Returns:
@@ -85,6 +89,7 @@ async def publish_batch(
 
     Raises:
         TableError: the table can't be read as a whole.
+        TooFewRows: the table has fewer than min_rows rows.
         BucketError: the bucket or its keys are wrong.
         SpoolUnwritable, LocksUnusable: the spool or the lock folder can't be used.
         BalanceTooLow: the account can't pay for what the plan may cost.
@@ -105,6 +110,7 @@ async def publish_batch(
             open_context(destination, account, max_credits=max_credits, max_images=max_images)
         )
         table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
+        table.check_rows(min_rows)
         planned = await cleanup.enter_async_context(open_plan(context, table, run=str(flow_run.id)))
         if dry_run:
             return cast("BatchReport", await finish_dry_run(planned.plan, source, logger))

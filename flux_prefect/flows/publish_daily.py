@@ -23,6 +23,7 @@ from flux_prefect.flows.form_types import (
     CreditCap,
     ImageCap,
     InFlight,
+    RowsExpected,
     Template,
     TemplateTable,
     Timezone,
@@ -59,6 +60,7 @@ async def publish_daily(
     max_failed: Tolerated = 0,
     max_credits: CreditCap = None,
     max_images: ImageCap = None,
+    min_rows: RowsExpected = 1,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
     """Publish one day's images of a table; a day that is already published costs nothing.
@@ -83,6 +85,7 @@ async def publish_daily(
         max_failed: How many rows may end without their images before the run counts as Failed.
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar).
         max_images: A hard cap on the number of images that this run pays for.
+        min_rows: The run fails if the table has fewer rows, as after a failed export. 0 allows an empty table.
         dry_run: Render the rows and make the plan, then stop. Costs nothing.
 
     Returns:
@@ -90,6 +93,7 @@ async def publish_daily(
 
     Raises:
         TableError: the table can't be read as a whole.
+        TooFewRows: the table has fewer than min_rows rows.
         TemplateFailed: rows can't be rendered. The message has each row's number and missing variable.
         BatchFailed: more than max_failed rows ended without their images. Its `report` is the whole report.
 
@@ -114,6 +118,7 @@ async def publish_daily(
             max_failed=max_failed,
             max_credits=max_credits,
             max_images=max_images,
+            min_rows=min_rows,
             dry_run=dry_run,
             return_state=True,
         )

@@ -29,6 +29,7 @@ from flux_prefect.flows.form_types import (
     ImageCap,
     InFlight,
     RowsChoice,
+    RowsExpected,
     TableChoice,
     Tolerated,
 )
@@ -64,6 +65,7 @@ async def publish_sharded(
     max_images: ImageCap = None,
     only: RowsChoice = None,
     lost_after_seconds: Annotated[float, Field(ge=5)] = 120,
+    min_rows: RowsExpected = 1,
     dry_run: bool = False,  # noqa: FBT001, FBT002 - a field of the form, given by name
 ) -> BatchReport:
     """Publish the images of every row of a table on many workers, under one cap and one pace.
@@ -94,6 +96,8 @@ async def publish_sharded(
             that was only disconnected stops paying at its next heartbeat; until then both may pay for the same image,
             unless the bucket has a lease or both are on one host. If this run is killed, the same call also waits
             this long before it resumes the batch.
+        min_rows: The run fails if the table has fewer rows, as after a failed export. 0 allows an empty table. Rows
+            that `only` leaves out count as well.
         dry_run: Make the plan, then stop. Costs nothing.
 
     Returns:
@@ -101,6 +105,7 @@ async def publish_sharded(
 
     Raises:
         TableError: the table can't be read as a whole.
+        TooFewRows: the table has fewer than min_rows rows.
         BucketError: the bucket or its keys are wrong, or it can't be reached for ten minutes.
         ValueError: the deployment is missing, or bucket or credentials are blocks that are not saved.
         BalanceTooLow: the account can't pay for what the plan may cost.
@@ -130,6 +135,7 @@ async def publish_sharded(
             open_context(destination, account, max_credits=max_credits, max_images=max_images)
         )
         table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
+        table.check_rows(min_rows)
         if dry_run:
             planned = await cleanup.enter_async_context(open_plan(context, table, run=str(flow_run.id)))
             return cast("BatchReport", await finish_dry_run(planned.plan, source, logger))

@@ -53,6 +53,7 @@ class BatchReport(BaseModel):
     )
     seconds: float = Field(default=0, description="The duration from the first row to the last.")
     plan: Plan | None = Field(default=None, description="The plan made before the first call.")
+    dry_run: bool = Field(default=False, description="Whether only the plan was made, as requested.")
     manifest: str | None = Field(default=None, description="The s3:// address of all records as JSON Lines.")
     records: Path | None = Field(default=None, description="The file with all records on the host of the run.")
 
@@ -117,7 +118,7 @@ class BatchReport(BaseModel):
 
     def summary(self) -> str:
         """Summarize the outcome and the cost in one line; for a dry run, the plan."""
-        if self.plan is not None and not self.counts:
+        if self.dry_run and self.plan is not None:
             return f"dry run: {self.plan.summary()}"
         names: dict[ItemStatus, str] = {
             "published": "published",

@@ -6,6 +6,7 @@ The manifest of an earlier run is a table as well: its rows are read with the se
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.errors import TableError
+from flux_prefect.errors import TableError, TooFewRows
 from flux_prefect.tables.formats import (
     FIELDS,
     OWN_COLUMNS,
@@ -89,6 +90,21 @@ class Table:
                 set and the table is not a manifest. Some of these are found only at a later row.
         """
         return _check_ids(self._parse_all())
+
+    def check_rows(self, least: int) -> None:
+        """Verify that the table has at least `least` rows, valid or not. Rows that `only` leaves out count.
+
+        Raises:
+            TooFewRows: it has fewer.
+            TableError: as for `rows`.
+        """
+        found = sum(1 for _ in itertools.islice(self._read(), least))
+        if found < least:
+            name = self._content.name if isinstance(self._content, Source) else "the list"
+            raise TooFewRows(
+                f"source {name!r} has {found:,} rows and min_rows is {least:,}: correct what writes the table, or set "
+                "min_rows to the number of rows that it may have. Nothing was sent."
+            )
 
     def _parse_all(self) -> Iterator[Row]:
         for number, content in self._read():

@@ -33,6 +33,7 @@ from flux_prefect.errors import (
     BucketMissing,
     SpoolUnwritable,
     TableError,
+    TooFewRows,
 )
 from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.manifest.report import BatchReport
@@ -206,6 +207,35 @@ class TestFromPython:
 
         report = await publish_batch(prompts, bucket, credentials, max_credits=400_000)
         assert report.count("published") == 2
+
+    @pytest.mark.parametrize("options", [{}, {"dry_run": True}])
+    async def test_an_empty_table_fails(
+        self, bucket: ImageBucket, credentials: AimlApiCredentials, options: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """A failed export upstream is no quiet night: the run fails before it writes anything."""
+        table = tmp_path / "export.csv"
+        table.write_text("id,prompt\n", encoding="utf-8")
+        with pytest.raises(TooFewRows, match=r"export\.csv.* has 0 rows and min_rows is 1: .* Nothing was sent"):
+            await publish_batch(str(table), bucket, credentials, **options)
+        assert await bucket.list_keys(most=10) == frozenset()
+
+    async def test_a_shrunken_table_fails_where_more_rows_are_expected(
+        self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
+    ) -> None:
+        """min_rows is the number that the table has at least."""
+        with pytest.raises(TooFewRows, match="has 2 rows and min_rows is 3"):
+            await publish_batch(prompts[:2], bucket, credentials, min_rows=3)
+
+    async def test_a_run_is_a_dry_run_only_where_asked(
+        self, prompts: list[dict[str, Any]], bucket: ImageBucket, credentials: AimlApiCredentials
+    ) -> None:
+        """A run with nothing to do is not called one: where an empty table is allowed, or no row has failed."""
+        empty = await publish_batch([], bucket, credentials, min_rows=0, return_state=True)
+        assert empty.message == "0 published; 0 calls billed, 0 credits ($0.00)"
+        first = await publish_batch(prompts[:1], bucket, credentials)
+        assert first.manifest is not None
+        again = await publish_batch(first.manifest, bucket, credentials, only="failed", return_state=True)
+        assert again.message == "0 published; 0 calls billed, 0 credits ($0.00)"
 
     @pytest.mark.parametrize(("cap", "published"), [({"max_credits": 400_000}, 2), ({"max_images": 1}, 1)])
     async def test_what_does_not_fit_under_the_cap_is_left_for_the_next_run(

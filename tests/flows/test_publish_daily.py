@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date, datetime, timezone
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -18,7 +19,8 @@ from support.nursery import Nursery
 from flux_prefect.api.models import ImageSettings
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
-from flux_prefect.errors import TemplateFailed
+from flux_prefect.errors import BackfillFailed, TemplateFailed, TooFewRows
+from flux_prefect.flows.backfill import backfill
 from flux_prefect.flows.publish_daily import publish_daily
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.sandbox.launching import RunningSandbox
@@ -103,6 +105,18 @@ class TestFromPython:
         assert name == "publish 2026-03-01"
         assert again.count("unchanged") == 1
         assert sandbox.control.summary().billed_calls == 1
+
+    async def test_an_empty_table_fails(
+        self, bucket: ImageBucket, credentials: AimlApiCredentials, tmp_path: Path
+    ) -> None:
+        """The night on which the export failed is red; so is a day of a backfill."""
+        table = tmp_path / "export.csv"
+        table.write_text("id,prompt\n", encoding="utf-8")
+        with pytest.raises(TooFewRows, match="min_rows is 1"):
+            await publish_daily(str(table), bucket, credentials=credentials)
+        with pytest.raises(BackfillFailed) as caught:
+            await backfill(str(table), bucket, MONDAY, MONDAY, credentials=credentials, min_rows=5)
+        assert "min_rows is 5" in caught.value.report.days[0].message
 
     async def test_an_unknown_time_zone_is_refused(self, bucket: ImageBucket) -> None:
         """Before the run begins."""
