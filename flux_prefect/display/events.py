@@ -1,16 +1,17 @@
 """Prefect events of a batch, for automations. They are sent in the background; a lost event does not affect the batch.
 
-flux.batch.finished     once, when the manifest is complete; its resource is s3://bucket/prefix/manifests/<run>
+flux.batch.finished     once an attempt, whatever its end; its resource is s3://bucket/prefix/manifests/<run>
 flux.image.published    for each image that this run wrote; its resource is the image, s3://bucket/key
 flux.image.failed       for each row without its images; its resource is s3://bucket/prefix/manifests/<run>/rows/<row>
 
-The destination is also an asset: `prefect.asset.materialization.succeeded` is emitted for s3://bucket/prefix. A dry run
-emits no events. A cancelled run has emitted those of its images; Prefect itself emits the event of its end.
+The destination is also an asset: `prefect.asset.materialization.succeeded` is emitted for s3://bucket/prefix when every
+row of a batch has ended. A dry run emits no events. A process that is killed (SIGKILL) can't emit any.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 from prefect.assets import Asset
 from prefect.events import emit_event
@@ -22,7 +23,19 @@ from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.pipeline import Density
 
-__all__ = ["BATCH_FINISHED", "IMAGE_FAILED", "IMAGE_PUBLISHED", "emit_batch_events", "emit_item_events", "find_asset"]
+__all__ = [
+    "BATCH_FINISHED",
+    "IMAGE_FAILED",
+    "IMAGE_PUBLISHED",
+    "End",
+    "Outcome",
+    "emit_batch_events",
+    "emit_item_events",
+    "find_asset",
+]
+
+Outcome: TypeAlias = Literal["completed", "failed", "cancelled", "crashed"]
+"""How an attempt at a batch ended. It is crashed where its process was stopped, but not by Prefect's cancellation."""
 
 BATCH_FINISHED = "flux.batch.finished"
 IMAGE_PUBLISHED = "flux.image.published"
@@ -39,36 +52,64 @@ _SUMS = {
 }
 
 
-def emit_batch_events(report: BatchReport, bucket: ImageBucket, run: str, *, succeeded: bool) -> None:
+@dataclass(frozen=True)
+class End:
+    """The end of an attempt at a batch.
+
+    Attributes:
+        outcome: how it ended.
+        reason: the class of the error, or None.
+        message: the message of the final state or of the error.
+        attempt: the number of the attempt at the flow run, from 1.
+        final: whether Prefect does not try the flow run again by itself.
+    """
+
+    outcome: Outcome
+    reason: str | None
+    message: str
+    attempt: int
+    final: bool
+
+
+def emit_batch_events(report: BatchReport, bucket: ImageBucket | str, run: str, end: End) -> None:
     """Emit the events of a batch that has ended: its end, and the materialization of its destination.
 
-    These are two events, whatever the batch's size. The first has the label `flux.outcome`, `completed` or `failed`,
-    for automations to match. Its payload has the report's sums, and as `bucket` a value for a flow's own `bucket`.
+    These are at most two events, whatever the batch's size. The first has labels for automations to match:
+    `flux.outcome`, `flux.final` (`yes` or `no`) and, where there is a manifest, `flux.manifest`. Its payload has the
+    report's sums, and as `bucket` a value for a flow's own `bucket`.
 
     Args:
-        report: the report of a run whose manifest is in the bucket.
-        bucket: the bucket of the images.
+        report: the report of the run, or the sums so far.
+        bucket: the bucket of the images, or what the flow was given where it can't be resolved.
         run: the flow run's id.
-        succeeded: whether the run ends as Completed.
+        end: how it ended.
     """
     sums = {name: getattr(report, name) for name in sorted(_SUMS)}
+    place, reference = (bucket, bucket) if isinstance(bucket, str) else (bucket.uri, bucket.reference)
+    message = _clean(end.message)
     emit_event(
         BATCH_FINISHED,
         resource={
-            "prefect.resource.id": f"{bucket.uri}/manifests/{run}",
-            "prefect.resource.name": bucket.uri,
-            "flux.outcome": "completed" if succeeded else "failed",
+            "prefect.resource.id": f"{place}/manifests/{run}",
+            "prefect.resource.name": place,
+            "flux.outcome": end.outcome,
+            "flux.final": "yes" if end.final else "no",
+            **({} if report.manifest is None else {"flux.manifest": report.manifest}),
         },
         payload={
             **sums,
             "billed_and_lost": len(report.billed_and_lost),
             "possibly_billed": len(report.possibly_billed),
-            "summary": report.summary(),
-            "bucket": bucket.reference,
+            "status": end.outcome,
+            "reason": end.reason,
+            "message": message,
+            "attempt": end.attempt,
+            "summary": report.summary() if report.rows else message,
+            "bucket": reference,
             "run": run,
         },
     )
-    if (asset := find_asset(bucket.uri)) is not None:
+    if report.plan is not None and not isinstance(bucket, str) and (asset := find_asset(bucket.uri)) is not None:
         emit_event(_MATERIALIZED, resource={"prefect.resource.id": asset.key}, payload={**sums, "run": run})
 
 
@@ -88,7 +129,6 @@ def emit_item_events(record: ItemRecord, bucket: ImageBucket, run: str, *, densi
                 payload={"row": record.row, "id": record.id, "run": run, **_describe(image)},
             )
     if record.status in UNSUCCESSFUL:
-        message = (record.message or "")[:_MAX_MESSAGE]
         emit_event(
             IMAGE_FAILED,
             resource={
@@ -102,8 +142,7 @@ def emit_item_events(record: ItemRecord, bucket: ImageBucket, run: str, *, densi
                 "run": run,
                 "status": record.status,
                 "error": record.error,
-                # A message of the service can contain a lone surrogate, which an event can't.
-                "message": message.encode(errors="replace").decode(),
+                "message": _clean(record.message or ""),
                 "credits_used": record.credits_used,
             },
         )
@@ -115,6 +154,11 @@ def find_asset(uri: str) -> Asset | None:
         return Asset(key=uri)
     except ValidationError:
         return None
+
+
+def _clean(message: str) -> str:
+    """Shorten a message and replace lone surrogates, which a message of the service can contain and an event can't."""
+    return message[:_MAX_MESSAGE].encode(errors="replace").decode()
 
 
 def _describe(image: PublishedImage) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flux_prefect.batch.context import open_context
+from flux_prefect.batch.end_event import batch_end
 from flux_prefect.batch.engine import choose_density
 from flux_prefect.batch.final_state import announce_plan, batch_state, cancelled_state, finish_dry_run
 from flux_prefect.batch.planning import check_balance, open_plan
@@ -19,7 +20,7 @@ from flux_prefect.batch.shutdown import is_cancelling
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import publish_artifacts
-from flux_prefect.display.events import emit_batch_events, emit_item_events
+from flux_prefect.display.events import emit_item_events
 from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.display.run_names import initial_run_name
 from flux_prefect.flows.form_types import (
@@ -102,10 +103,11 @@ async def publish_batch(
         ```
     """
     logger = get_run_logger()
-    destination = await ImageBucket.resolve(bucket)
-    account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
     newest = RecentRecords()
     async with AsyncExitStack() as cleanup:
+        end = await cleanup.enter_async_context(batch_end(bucket, dry_run=dry_run))
+        destination = end.bucket = await ImageBucket.resolve(bucket)
+        account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
         context = await cleanup.enter_async_context(
             open_context(destination, account, max_credits=max_credits, max_images=max_images)
         )
@@ -118,9 +120,11 @@ async def publish_batch(
         check_balance(planned.plan)
         chosen = choose_density(planned.plan) if density == "auto" else density
         manifest = ManifestWriter(destination, planned.run, context.spool.root / "manifests")
+        end.manifest = manifest.uri
 
         def report_row(record: ItemRecord) -> None:
             newest.add(record)
+            end.add(record)
             emit_item_events(record, destination, planned.run, density=chosen)
 
         try:
@@ -130,9 +134,8 @@ async def publish_batch(
         except TerminationSignal:
             if not await is_cancelling(flow_run.id):
                 raise
-            return cast("BatchReport", cancelled_state(manifest.uri))
-    report = result.report
-    await publish_artifacts(report, newest.records(), destination, context.spool, logger)
-    emit_batch_events(report, destination, planned.run, succeeded=report.unsuccessful <= max_failed)
-    logger.info("%s. Manifest: %s", report.summary(), report.manifest)
-    return cast("BatchReport", batch_state(report, max_failed))
+            return cast("BatchReport", end.with_state(cancelled_state(manifest.uri)))
+        report = end.report = result.report
+        await publish_artifacts(report, newest.records(), destination, context.spool, logger)
+        logger.info("%s. Manifest: %s", report.summary(), report.manifest)
+        return cast("BatchReport", end.with_state(batch_state(report, max_failed)))

@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flux_prefect.api.models import ImageSettings
+from flux_prefect.batch.end_event import batch_end
 from flux_prefect.batch.final_state import copy_state
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.flows.form_types import (
@@ -106,9 +107,9 @@ async def publish_daily(
     chosen = day or scheduled_day(timezone)
     with tempfile.TemporaryDirectory(prefix="flux-daily-") as folder:
         rendered = Path(folder, f"{chosen}.jsonl")
-        count = await render_table(
-            source, chosen, rendered, template=template, images=images, bucket=await ImageBucket.resolve(bucket)
-        )
+        async with batch_end(bucket, dry_run=dry_run) as end:  # from here on the batch reports its own end
+            end.bucket = destination = await ImageBucket.resolve(bucket)
+            count = await render_table(source, chosen, rendered, template=template, images=images, bucket=destination)
         get_run_logger().info("Rendered %d rows for %s", count, chosen)
         state: State[Any] = await publish_batch.with_options(flow_run_name=f"images of {chosen}")(
             str(rendered),

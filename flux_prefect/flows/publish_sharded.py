@@ -13,13 +13,13 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flux_prefect.batch.context import open_context
+from flux_prefect.batch.end_event import batch_end
 from flux_prefect.batch.final_state import announce_plan, batch_state, cancelled_state, finish_dry_run
 from flux_prefect.batch.planning import check_balance, open_plan
 from flux_prefect.batch.shutdown import is_cancelling
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.display.artifacts import publish_artifacts
-from flux_prefect.display.events import emit_batch_events
 from flux_prefect.display.recent_records import RecentRecords
 from flux_prefect.display.run_names import initial_run_name
 from flux_prefect.flows.form_types import (
@@ -33,6 +33,7 @@ from flux_prefect.flows.form_types import (
     TableChoice,
     Tolerated,
 )
+from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.manifest.writer import ManifestWriter
 from flux_prefect.sharding.active_batch import active_batch_object, hold_active_batch
@@ -119,14 +120,15 @@ async def publish_sharded(
         ```
     """
     logger = get_run_logger()
-    parameters: dict[str, Any] = {
-        "bucket": reference_bucket(bucket),
-        "credentials": reference_credentials(credentials),
-    }
-    destination = await ImageBucket.resolve(bucket)
-    account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
     newest = RecentRecords()
     async with AsyncExitStack() as cleanup:
+        end = await cleanup.enter_async_context(batch_end(bucket, dry_run=dry_run))
+        parameters: dict[str, Any] = {
+            "bucket": reference_bucket(bucket),
+            "credentials": reference_credentials(credentials),
+        }
+        destination = end.bucket = await ImageBucket.resolve(bucket)
+        account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
         prefect = await cleanup.enter_async_context(get_client())
         await check_deployment(prefect, deployment)
         limit = CallLimit(prefect, account)
@@ -154,22 +156,27 @@ async def publish_sharded(
         most = max(1, min(at_once, len(split.shards)))
         parameters["max_in_flight"] = limit.of_each(most)
         manifest = ManifestWriter(destination, split.run, context.spool.root / "manifests")
+        end.run, end.manifest = split.run, manifest.uri
+
+        def report_row(record: ItemRecord) -> None:
+            newest.add(record)
+            end.add(record)
+
         try:
-            report = await supervise_shards(
+            report = end.report = await supervise_shards(
                 context,
                 split,
                 manifest,
                 active_batch=active_batch,
                 runs=ShardRuns(prefect, split.run, deployment),
                 options=ShardingOptions(most, lost_after_seconds, parameters, limit.resize),
-                on_record=newest.add,
+                on_record=report_row,
                 logger=logger,
             )
         except TerminationSignal:
             if not await is_cancelling(str(flow_run.id)):
                 raise
-            return cast("BatchReport", cancelled_state(manifest.uri))
-    await publish_artifacts(report, newest.records(), destination, context.spool, logger)
-    emit_batch_events(report, destination, split.run, succeeded=report.unsuccessful <= max_failed)
-    logger.info("%s. Manifest: %s", report.summary(), report.manifest)
-    return cast("BatchReport", batch_state(report, max_failed))
+            return cast("BatchReport", end.with_state(cancelled_state(manifest.uri)))
+        await publish_artifacts(report, newest.records(), destination, context.spool, logger)
+        logger.info("%s. Manifest: %s", report.summary(), report.manifest)
+        return cast("BatchReport", end.with_state(batch_state(report, max_failed)))

@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import State
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 from support.nursery import Batch, Nursery
@@ -23,6 +24,7 @@ from support.waiting import wait_for
 
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.cli.exit_status import INTERRUPTED
+from flux_prefect.display.events import BATCH_FINISHED
 from flux_prefect.host.spool import Spool
 from flux_prefect.sandbox.launching import RunningSandbox
 
@@ -104,6 +106,19 @@ def check_ended_in_order(bucket: ImageBucket, sandbox: RunningSandbox, spool: Sp
     return UUID(records[0]["run"])
 
 
+async def read_outcomes(bucket: ImageBucket) -> list[tuple[str, int]]:
+    """The outcome and the billed calls in each event of an end, which the stopped process has sent itself."""
+    async with get_client() as client:
+        for _ in range(100):
+            chosen = EventFilter(
+                event=EventNameFilter(name=[BATCH_FINISHED]), resource=EventResourceFilter(id_prefix=[bucket.uri])
+            )
+            if ends := (await client.read_events(chosen, limit=50)).events:
+                return [(end.resource["flux.outcome"], end.payload["billed_calls"]) for end in ends]
+            await asyncio.sleep(0.1)
+    return []
+
+
 def list_keys(bucket: ImageBucket) -> list[str]:
     """All that is below the bucket's prefix."""
     listed = bucket.get_client().list_objects_v2(Bucket="images", Prefix=bucket.prefix)
@@ -138,6 +153,7 @@ async def test_a_signal_ends_a_batch_in_order(
     run = check_ended_in_order(bucket, slow, spool)
     async with get_client() as client:
         assert (await read(client, run)).is_crashed()
+    assert await read_outcomes(bucket) == [("crashed", AT_ONCE)]
 
 
 @pytest.mark.parametrize("density", ["chunks", "steps"])
@@ -207,6 +223,7 @@ async def test_a_run_cancelled_in_prefect_ends_in_order_and_cancelled(
     assert state.is_cancelled(), state
     assert names[-3:] == ["Running", "Cancelling", "Cancelled"]
     assert check_ended_in_order(bucket, slow, spool) == run
+    assert await read_outcomes(bucket) == [("cancelled", AT_ONCE)]
 
 
 async def start(client: PrefectClient, deployment: str, parameters: dict[str, Any]) -> UUID:
