@@ -20,9 +20,12 @@
     ├── DownloadError                   fetching an image that was paid for
     │   ├── ImageGone                   its URL is dead
     │   ├── DownloadRefused             refused although the URL is young: by a proxy, a firewall, a region
+    │   │   └── DownloadEncoded         compressed on the way, so not read
     │   ├── DownloadInterrupted         cut off, stalled or temporarily refused
-    │   ├── NotAnImage                  the bytes are not an image, or do not decode
+    │   ├── NotAnImage                  the bytes are not an image
+    │   │   └── BrokenImage             they start as an image and do not decode to its end
     │   ├── UnexpectedFormat            a valid image in another format than requested
+    │   ├── UnexpectedSize              a valid image in another shape than requested, such as a placeholder
     │   ├── ImageTooLarge               over the cap in bytes or pixels
     │   ├── ImageUnwritable             the disk can't store it
     │   └── UnsafeURL                   a URL that must not be fetched
@@ -80,6 +83,7 @@ __all__ = [
     "BalanceTooLow",
     "BatchFailed",
     "Billed",
+    "BrokenImage",
     "BucketAccessDenied",
     "BucketError",
     "BucketMissing",
@@ -88,6 +92,7 @@ __all__ = [
     "ChecksumsRefused",
     "ConditionsIgnored",
     "ContentFlagged",
+    "DownloadEncoded",
     "DownloadError",
     "DownloadInterrupted",
     "DownloadRefused",
@@ -128,6 +133,7 @@ __all__ = [
     "TooManyCombinations",
     "UnexpectedError",
     "UnexpectedFormat",
+    "UnexpectedSize",
     "UnsafeURL",
 ]
 
@@ -337,14 +343,31 @@ class DownloadInterrupted(DownloadError):
     retryable = True
 
 
+class DownloadEncoded(DownloadRefused):
+    """The image came with a Content-Encoding although none was accepted. It was not read."""
+
+
 class NotAnImage(DownloadError):
-    """The bytes are not an image, or do not decode, as with a page of HTML or a broken file."""
+    """The bytes are not an image, as with a page of HTML."""
 
     retryable = True
 
 
+class BrokenImage(NotAnImage):
+    """The bytes start as an image and are not a complete one: cut, with a hole, or with zeros in it.
+
+    Retryable until they come twice with the same digest: then they are what the service delivers.
+    """
+
+
 class UnexpectedFormat(DownloadError):
     """A complete image in another file format than requested."""
+
+
+class UnexpectedSize(DownloadError):
+    """A complete image in another shape than requested, as with a placeholder. Retryable as a `BrokenImage`."""
+
+    retryable = True
 
 
 class ImageTooLarge(DownloadError):
