@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_origin, get_type_hints
+from typing import Any, TypeAlias, get_type_hints
 
 from cyclopts import Group
 from prefect import Flow
@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console, RenderableType
 
 from flux_prefect.cli.exit_status import FAILED, MISUSED
-from flux_prefect.cli.options import make_command, make_option, plain_kind, show_as
+from flux_prefect.cli.options import choices_of, make_command, make_option, plain_kind, show_as
 from flux_prefect.cli.temporary_server import NoServer, temporary_server
 from flux_prefect.cli.terminal import refuse_bad_settings, run_to_state
 from flux_prefect.errors import FluxError
@@ -105,8 +105,7 @@ class FlowCommand:
     def _options_of(self, model: type[BaseModel], group: Group) -> Iterable[inspect.Parameter]:
         """An option for each field. They are read as text, so that the model's own messages show what was written."""
         for name, info in model.model_fields.items():
-            kind = plain_kind(info.annotation)
-            choices = kind if get_origin(kind) is Literal else str
+            choices = choices_of(info.annotation) or str
             usual = info.get_default()
             if info.is_required():
                 yield self._make(name, choices, help=info.description or "")

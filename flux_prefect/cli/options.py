@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from cyclopts import Parameter
 
-__all__ = ["make_command", "make_option", "plain_kind", "reflow", "show_as"]
+__all__ = ["choices_of", "make_command", "make_option", "plain_kind", "reflow", "show_as"]
 
 _SIMPLE = {str, int, float, bool, date}
 
@@ -54,6 +54,13 @@ def show_as(default: Any) -> Callable[[Any], str] | bool:
         return False
     text = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
     return lambda _: text
+
+
+def choices_of(hint: Any) -> Any:
+    """The Literal of a type that is one, or one with None; None for any other type."""
+    options = get_args(hint) if get_origin(hint) in {Union, UnionType} else (hint,)
+    kinds = [option for option in options if option is not NoneType]
+    return kinds[0] if len(kinds) == 1 and get_origin(kinds[0]) is Literal else None
 
 
 def plain_kind(hint: Any) -> Any:
