@@ -7,7 +7,7 @@ and every answer is kept before it is parsed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,14 +16,20 @@ from typing import Protocol
 
 from flux_prefect.api.answers import RawAnswer
 from flux_prefect.api.client import AimlApiClient
+from flux_prefect.api.downloads import DownloadedImage
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
-from flux_prefect.bucket.leases import current_lease
+from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.leases import BucketLeases, current_lease
+from flux_prefect.bucket.published_image import PublishedImage, PublishingRun, read_generation
+from flux_prefect.bucket.shared_answers import SharedAnswers
 from flux_prefect.concurrency import run_in_thread, run_to_end
 from flux_prefect.errors import (
     Billed,
+    BucketError,
     ContentFlagged,
     EmptyGeneration,
     ImageGone,
+    NotAnImage,
     RepeatLimitReached,
     ServiceError,
     UnexpectedFormat,
@@ -36,7 +42,18 @@ from flux_prefect.settings import current_settings
 
 _LOCKS = HostLockManager()
 
-__all__ = ["CallOutcome", "Order", "Results", "download", "generate", "metered", "obtain", "recover"]
+__all__ = [
+    "CallOutcome",
+    "Order",
+    "Results",
+    "download",
+    "generate",
+    "metered",
+    "obtain",
+    "publish",
+    "recover",
+    "take_up",
+]
 
 
 @dataclass(frozen=True)
@@ -62,13 +79,31 @@ def metered() -> Iterator[list[CallOutcome]]:
         _meter.reset(token)
 
 
+@dataclass(frozen=True)
+class Order:
+    """Options of one generation.
+
+    Attributes:
+        refresh: Pay anew, regardless of any kept answer.
+        replacing: The call whose answer has a dead URL. Pay anew only if that answer is still the kept one.
+        task_run_id: The Prefect task run that asks.
+    """
+
+    refresh: bool = False
+    replacing: str | None = None
+    task_run_id: str | None = None
+
+
+_PLAIN = Order()
+
+
 async def generate(
     request: ImageRequest,
     client: AimlApiClient,
     spool: Spool,
     *,
-    task_run_id: str | None = None,
-    replaces: str | None = None,
+    order: Order = _PLAIN,
+    answers: SharedAnswers | None = None,
 ) -> Generation:
     """Pay for one call and keep its answer.
 
@@ -80,8 +115,8 @@ async def generate(
         request: What to make.
         client: Sends the call.
         spool: Keeps the answer.
-        task_run_id: The Prefect task run that pays, for the note.
-        replaces: The call whose dead answer this one replaces, if any.
+        order: The task run that pays and the call whose dead answer this one replaces, for the records.
+        answers: Where the answer is kept for other hosts as well.
 
     Raises:
         ServiceError: its `billed` says what it means for money.
@@ -98,15 +133,18 @@ async def generate(
         fingerprint="unseeded" if request.seed is None else request.fingerprint(client.base_url),
         endpoint=client.base_url,
         sent_at=datetime.now(timezone.utc),
-        task_run_id=task_run_id,
+        task_run_id=order.task_run_id,
         sends=0,
     )
+    shared_as = None if answers is None else answers.uri_of(call.fingerprint)
+    kept: KeptAnswer | None = None
     kept_as: Path | None = None
 
     async def keep(answer: RawAnswer) -> None:
-        nonlocal kept_as
+        nonlocal kept, kept_as
+        kept = KeptAnswer(call=call, request=request, answer=answer, replaces=order.replacing, shared_as=shared_as)
         with suppress(OSError):  # a full disk: only the parsed answer and Prefect's results have it
-            kept_as = await run_to_end(spool.keep_answer, KeptAnswer(call=call, request=request, answer=answer))
+            kept_as = await run_to_end(spool.keep_answer, kept)
 
     sent, billed, credits_used = False, Billed.NO, None
 
@@ -150,7 +188,14 @@ async def generate(
         if sent:
             _count(call, billed, credits_used)
         reservation.settle(billed, credits_used, delivered=delivered)
-    return await run_to_end(_keep, call, generation.model_copy(update={"replaces": replaces}), spool)
+        await _share(kept, billed, answers)
+    generation = generation.model_copy(update={"replaces": order.replacing, "shared_as": shared_as})
+    return await run_to_end(_keep, call, generation, spool)
+
+
+async def _share(kept: KeptAnswer | None, billed: Billed, answers: SharedAnswers | None) -> None:
+    if kept is not None and answers is not None and billed is not Billed.NO:
+        await answers.keep(kept)
 
 
 class Results(Protocol):
@@ -169,23 +214,14 @@ class Results(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Order:
-    """Options of one generation.
-
-    Attributes:
-        refresh: Pay anew, regardless of any kept answer.
-        replacing: The call whose answer has a dead URL. Pay anew only if that answer is still the kept one.
-        task_run_id: The Prefect task run that asks.
-    """
-
-    refresh: bool = False
-    replacing: str | None = None
-    task_run_id: str | None = None
-
-
-async def obtain(
-    request: ImageRequest, client: AimlApiClient, spool: Spool, order: Order, results: Results | None = None
+async def obtain(  # noqa: PLR0913 - what is asked for, and every place that may have it
+    request: ImageRequest,
+    client: AimlApiClient,
+    spool: Spool,
+    order: Order,
+    *,
+    results: Results | None = None,
+    bucket: ImageBucket | None = None,
 ) -> tuple[Generation, bool]:
     """Return the generation of a request, and whether this call paid for it.
 
@@ -193,53 +229,150 @@ async def obtain(
     Prefect's result, the spool's records and the answers that were never parsed. A request without a seed is paid for
     each time.
 
+    With a bucket it looks first for the published images, then for the answer of another host, and keeps its own
+    answer there before the next one looks. If the bucket has `lease_seconds`, it runs one at a time on all hosts; else
+    two hosts at the same moment may both pay. Inside `BucketLeases.hold` of the fingerprint, whose holder has looked
+    for published images, it looks for answers alone.
+
     Raises:
         RepeatLimitReached: answers to this request were lost before; nothing was sent.
-        ResultStoreUnreadable, SpoolUnreadable: the answer may be there and can't be read; nothing was sent.
+        ResultStoreUnreadable, SpoolUnreadable, BucketError: the answer may be there and can't be read; nothing was
+            sent.
         ImageGone: the answer to be replaced was itself a replacement that was never fetched; nothing was sent.
         ServiceError, BudgetExhausted, RunStopped, LeaseLost, SpoolUnwritable: as `generate`.
     """
     if request.seed is None:
-        return await generate(request, client, spool, task_run_id=order.task_run_id), True
-    fingerprint = request.fingerprint(client.base_url)
-    async with _LOCKS.hold(f"generate-{fingerprint}"):
-        kept = await _look(request, client.base_url, spool, order, results)
-        if kept is not None and kept.client_request_id != order.replacing:
-            _settle_by(kept)
-            return kept, False
-        if kept is not None and kept.replaces is not None:
-            raise ImageGone(
-                f"The URL of {request.label!r} died before it was fetched, and so did that of the answer that "
-                "replaced it: nothing more is paid for it. Find out why its host can't be reached in time, then "
-                "generate with refresh_cache=True."
-            )
-        await _check_repeats(request, fingerprint, client, spool)
+        return await generate(request, client, spool, order=order), True
+    purchase = _Purchase(request, request.fingerprint(client.base_url), client, spool, order, results, bucket)
+    generation, paid = await purchase.make()
+    if not paid:
+        _settle_by(generation)
+    return generation, paid
+
+
+@dataclass(frozen=True)
+class _Purchase:
+    """The way to the generation of one request with a seed: every place that may have it, then the service."""
+
+    request: ImageRequest
+    fingerprint: str
+    client: AimlApiClient
+    spool: Spool
+    order: Order
+    results: Results | None
+    bucket: ImageBucket | None
+
+    async def make(self) -> tuple[Generation, bool]:
+        if self.bucket is None:
+            return await self._make_on_this_host()
+        if self.bucket.lease_seconds is None:
+            return await self._make_among_hosts(self.bucket, nullcontext())
+        leases = BucketLeases(self.bucket, self.bucket.lease_seconds)
+        if leases.is_held(self.fingerprint):
+            return await self._make_on_this_host()
+        return await self._make_among_hosts(self.bucket, leases.hold(self.fingerprint))
+
+    async def _make_among_hosts(
+        self, bucket: ImageBucket, lease: AbstractAsyncContextManager[object]
+    ) -> tuple[Generation, bool]:
+        published = await self._read_back(bucket)
+        if published is None:
+            # The lock and the lease of `produce_image`, in its order.
+            async with _LOCKS.hold(f"produce-{self.fingerprint}"), lease:
+                published = await self._read_back(bucket)  # their last holder may have published
+                if published is None:
+                    return await self._make_on_this_host()
+        return published, False
+
+    async def _read_back(self, bucket: ImageBucket) -> Generation | None:
+        """The generation whose images are all published, from the record of one of them."""
+        if self._is_forced:
+            return None
+        images: list[PublishedImage] = []
+        for index in range(self.request.num_images):
+            image = await bucket.find(self.request, self.fingerprint, index)
+            if image is None:
+                return None
+            images.append(image)
+        record = await bucket.read_record(images[0])
         try:
-            generation = await generate(request, client, spool, task_run_id=order.task_run_id, replaces=order.replacing)
+            return read_generation(record or {}, images, self.request)
+        except (KeyError, ValueError) as error:
+            raise BucketError(
+                f"{images[0].uri} is published, so nothing is paid for, and its record {images[0].sidecar_key} is gone "
+                "or broken: restore it by flux-prefect audit, or use produce_image, which needs no record."
+            ) from error
+
+    async def _make_on_this_host(self) -> tuple[Generation, bool]:
+        async with _LOCKS.hold(f"generate-{self.fingerprint}"):
+            kept = await self._look()
+            if kept is not None and kept.client_request_id != self.order.replacing:
+                return kept, False
+            if kept is not None and kept.replaces is not None:
+                raise ImageGone(
+                    f"The URL of {self.request.label!r} died before it was fetched, and so did that of the answer that "
+                    "replaced it: nothing more is paid for it. Find out why its host can't be reached in time, then "
+                    "generate with refresh_cache=True."
+                )
+            return await self._pay(), True
+
+    @property
+    def _is_forced(self) -> bool:
+        return self.order.refresh and self.order.replacing is None
+
+    async def _look(self) -> Generation | None:
+        """The answer to use, else the one that is to be replaced, if it is there."""
+        if self._is_forced:
+            return None
+        kept = recover(self.request, self.client.base_url, self.spool)
+        if kept is None and self.results is not None:
+            kept = await self.results.read()
+        elif kept is not None and self.results is not None:
+            await self.results.write(kept)
+        if self.bucket is not None and (kept is None or kept.client_request_id == self.order.replacing):
+            shared = await self._take_over(SharedAnswers(self.bucket), kept)
+            if shared is not None and self.results is not None:
+                await self.results.write(shared)
+            kept = shared or kept
+        return kept
+
+    async def _take_over(self, answers: SharedAnswers, ours: Generation | None) -> Generation | None:
+        """Record another host's answer in this host's spool. One that can't be read counts as lost."""
+        shared = await answers.find(self.fingerprint)
+        if shared is None or (ours is not None and shared.call.client_request_id == ours.client_request_id):
+            return None
+        try:
+            generation = shared.read()
+        except ServiceError as error:
+            self.spool.open_call(shared.call)
+            self.spool.leave_open(shared.call, error)
+            with suppress(OSError):
+                await run_to_end(self.spool.keep_answer, shared)
+            return None
+        return await run_to_end(_keep, shared.call, generation, self.spool)
+
+    async def _pay(self) -> Generation:
+        await _check_repeats(self.request, self.fingerprint, self.client, self.spool)
+        if self.bucket is not None:
+            await self.bucket.prove_writable()
+        try:
+            generation = await generate(
+                self.request,
+                self.client,
+                self.spool,
+                order=self.order,
+                answers=None if self.bucket is None else SharedAnswers(self.bucket),
+            )
         except ServiceError as error:
             if (
                 error.billed is Billed.UNKNOWN
-                and len(spool.open_calls(fingerprint)) > current_settings().repeat_unknown
+                and len(self.spool.open_calls(self.fingerprint)) > current_settings().repeat_unknown
             ):
                 error.retryable = False  # the next attempt would be refused
             raise
-        if results is not None:
-            await results.write(generation)
-    return generation, True
-
-
-async def _look(
-    request: ImageRequest, endpoint: str, spool: Spool, order: Order, results: Results | None
-) -> Generation | None:
-    if order.refresh and order.replacing is None:
-        return None
-    kept = recover(request, endpoint, spool)
-    if results is None:
-        return kept
-    if kept is None:
-        return await results.read()
-    await results.write(kept)
-    return kept
+        if self.results is not None:
+            await self.results.write(generation)
+        return generation
 
 
 async def _check_repeats(request: ImageRequest, fingerprint: str, client: AimlApiClient, spool: Spool) -> None:
@@ -305,15 +438,38 @@ def _take_up(answers: Iterable[KeptAnswer], spool: Spool) -> Generation | None:
     return None
 
 
-async def download(generation: Generation, index: int, client: AimlApiClient, spool: Spool) -> ImageFile:
+async def take_up(kept: KeptAnswer, spool: Spool) -> tuple[Generation, bool]:
+    """Parse a kept answer and record its generation, unless another answer to the same request is recorded.
+
+    Returns:
+        The generation, and whether it is the recorded one.
+
+    Raises:
+        InvalidResponse, EmptyGeneration: this release can't parse it.
+        SpoolUnreadable: the spool can't be read.
+    """
+    generation = kept.read()
+    async with _LOCKS.hold(f"generate-{generation.fingerprint}"):
+        recorded = await run_in_thread(spool.find_generation, generation.fingerprint)
+        if recorded is not None and recorded.client_request_id != generation.client_request_id:
+            return _slim(generation), False
+        return await run_to_end(_keep, kept.call, generation, spool), True
+
+
+async def download(
+    generation: Generation, index: int, client: AimlApiClient, spool: Spool, bucket: ImageBucket | None = None
+) -> ImageFile:
     """Download one image into the spool and check it. A whole file that is there already is not fetched again.
+
+    With a bucket, an image whose URL is dead comes from there if it is published.
 
     Raises:
         ImageUnwritable: the spool can't take it; nothing was fetched.
         ContentFlagged: the service flagged the image or delivered it black. It is not processed further.
         UnexpectedFormat: it came in another format before, and is kept in the spool as rejected.
-        ImageGone: neither its URL nor the spool has it any more.
+        ImageGone: neither its URL nor the spool nor the bucket has it any more.
         DownloadError: the bytes could not be fetched, or are not the image asked for.
+        BucketError: the bucket can't be read.
     """
     image = _image(generation, index)
     if image.flagged:
@@ -331,12 +487,17 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
     if spool.image_path(generation, index).exists():
         found = await run_in_thread(spool.find_image, generation, index)
     if found is None:
-        found = await client.download(
-            _url(generation, image, spool),
-            spool.image_path(generation, index),
-            expected=generation.request.output_format,
-            delivered_at=generation.created_at,
-        )
+        try:
+            found = await client.download(
+                _url(generation, image, spool),
+                spool.image_path(generation, index),
+                expected=generation.request.output_format,
+                delivered_at=generation.created_at,
+            )
+        except ImageGone:
+            found = None if bucket is None else await _download_published(generation, index, spool, bucket)
+            if found is None:
+                raise
         if generation.replaces is not None:  # fetched: if its URL dies later, it may be replaced again
             await run_in_thread(spool.settle_replacement, generation)
     if found.black:
@@ -345,6 +506,50 @@ async def download(generation: Generation, index: int, client: AimlApiClient, sp
             "unsafe one. It was paid for and is not published. Change the prompt or the seed."
         )
     return ImageFile(**found.model_dump(), index=index, generation=generation)
+
+
+async def _download_published(
+    generation: Generation, index: int, spool: Spool, bucket: ImageBucket
+) -> DownloadedImage | None:
+    published = await bucket.find(generation.request, generation.fingerprint, index)
+    if published is None:
+        return None
+    content = await bucket.read_image(published)
+    await run_in_thread(spool.keep_image, generation, index, content)
+    found = await run_in_thread(spool.find_image, generation, index)
+    if found is None:
+        raise NotAnImage(f"{published.uri} is published and is not a whole image any more.", retryable=False)
+    return found
+
+
+async def publish(file: ImageFile, bucket: ImageBucket, run: PublishingRun) -> PublishedImage:
+    """Publish an image unless it is there already. The answer that other hosts find is removed with the last image.
+
+    Raises:
+        ImageChanged: the file is gone or changed since it was checked, and the image is not published.
+        BucketError, SpoolUnreadable: as `ImageBucket.publish`.
+    """
+    generation = file.generation
+    image = None
+    if not file.is_whole():  # as the spool keeps nothing that is published
+        image = await bucket.find(generation.request, generation.fingerprint, file.index)
+    if image is None:
+        image = await bucket.publish(file, run)
+    answers = SharedAnswers(bucket)
+    if generation.shared_as == answers.uri_of(generation.fingerprint) and await _others_are_published(file, bucket):
+        await answers.drop(generation.fingerprint)
+    return image
+
+
+async def _others_are_published(file: ImageFile, bucket: ImageBucket) -> bool:
+    request = file.generation.request
+    for index in range(request.num_images):
+        try:
+            if index != file.index and await bucket.find(request, file.generation.fingerprint, index) is None:
+                return False
+        except BucketError:  # this image is published all the same
+            return False
+    return True
 
 
 def _keep(call: PaidCall, generation: Generation, spool: Spool) -> Generation:
@@ -379,8 +584,8 @@ def _url(generation: Generation, image: GeneratedImage, spool: Spool) -> str:
     inline = None if kept is None else _image(kept, image.index).url
     if inline is None:
         raise ImageGone(
-            f"Image {image.index} of {generation.request.label!r} came inside the answer, and this host's spool "
-            f"({spool.root}) no longer has it."
+            f"Image {image.index} of {generation.request.label!r} came inside the answer or is published, and this "
+            f"host's spool ({spool.root}) no longer has it. If it is published, give download_image the bucket."
         )
     return inline
 

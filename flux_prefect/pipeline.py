@@ -203,7 +203,8 @@ async def produce_image(
     """Publish every image of a request, spending as little as possible.
 
     Runs one at a time on a host for one request, across processes: the second finds what the first published. If the
-    bucket has `lease_seconds`, it runs one at a time on all hosts that publish to the bucket. An image that is in the
+    bucket has `lease_seconds`, it runs one at a time on all hosts that publish to the bucket, and an answer whose host
+    died before the upload is used by the next one. An image that is in the
     bucket already costs a HEAD. A cached answer whose URL has died is paid for anew, and a cached file that is gone is
     fetched anew, each at most once. A missing bucket is found before anything is paid for. Failures of images are
     outcomes, not exceptions.
@@ -286,18 +287,23 @@ class _Producer:
         production = self.production
         try:
             await self.bucket.prove_writable()
-            generation = await self.run(generate_image, production.request, self.credentials)
+            generation = await self.run(generate_image, production.request, self.credentials, None, self._shared)
             await self._deliver_all(generation, wanted)
             gone = [index for index in wanted if isinstance(production.outcomes[index].error, ImageGone)]
             if gone and not production.paid_for(generation):
                 wanted = gone
                 production.regenerated = True
                 generation = await self.run(
-                    _GENERATE_AGAIN, production.request, self.credentials, generation.client_request_id
+                    _GENERATE_AGAIN, production.request, self.credentials, generation.client_request_id, self._shared
                 )
                 await self._deliver_all(generation, gone)
         except Exception as error:  # noqa: BLE001 - any error of a generation fails all its images
             self._fail(wanted, error)
+
+    @property
+    def _shared(self) -> ImageBucket | None:
+        """The bucket, if other hosts look for answers in it."""
+        return None if self.bucket.lease_seconds is None else self.bucket
 
     async def _deliver_all(self, generation: Generation, indexes: list[int]) -> None:
         await _together(self._deliver(generation, index) for index in indexes)

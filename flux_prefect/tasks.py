@@ -84,7 +84,10 @@ async def find_published(
     retry_condition_fn=is_worth_repeating,
 )
 async def generate_image(
-    request: ImageRequest, credentials: AimlApiCredentials, replacing: str | None = None
+    request: ImageRequest,
+    credentials: AimlApiCredentials,
+    replacing: str | None = None,
+    bucket: ImageBucket | None = None,
 ) -> Generation:
     """Generate an image: one paid call, cached on prompt + seed (see `PromptSeedCachePolicy`).
 
@@ -92,13 +95,28 @@ async def generate_image(
     from Prefect's results is read from the spool instead of being paid for again. Waiting for a rate limit happens
     inside; every other temporary failure is a Prefect retry.
 
+    With `bucket` it is paid for once over all hosts that name it. A published image is found by a HEAD, and its
+    generation is read back from its record. A paid answer is kept in the bucket, below `answers/`, until
+    `upload_to_s3` has published its images, so that another host fetches the image from its URL while that lives.
+    Two hosts at the same moment pay once if the bucket has `lease_seconds`; without it both may pay. Without `bucket`
+    no other host knows of the answer, unless they share Prefect's result storage, and each may pay. A request without
+    a seed is paid for each time.
+
+    Args:
+        request: What to make.
+        credentials: The account that pays.
+        replacing: The `client_request_id` of an answer whose URL has died. With `refresh_cache=True` the image is paid
+            for anew, once.
+        bucket: Where the image will be published.
+
     Raises:
         ServiceError: its `billed` says what it means for money.
         SpoolUnwritable: nothing was sent.
+        BucketError: the bucket can't be read or written; nothing was sent.
 
     Example:
         ```python
-        generation = await generate_image(ImageRequest(prompt="a lighthouse at dusk", seed=7), credentials)
+        generation = await generate_image(ImageRequest(prompt="a lighthouse", seed=7), credentials, bucket=bucket)
         print(generation.images[0].url, generation.credits_used)
         ```
     """
@@ -106,7 +124,7 @@ async def generate_image(
     step = current_step()
     order = custody.Order(refresh=step.refresh, replacing=replacing, task_run_id=str(step.id))
     async with credentials.open_client() as client:
-        generation, paid = await custody.obtain(request, client, Spool(), order, step.results)
+        generation, paid = await custody.obtain(request, client, Spool(), order, results=step.results, bucket=bucket)
     if not paid:
         logger.info("Paid for on %s already: nothing sent.", generation.created_at)
     if request.seed is not None and generation.reported_seed not in {None, request.seed}:
@@ -129,24 +147,29 @@ async def generate_image(
     retry_delay_seconds=_SETTINGS.retry_delay_seconds,
     retry_condition_fn=is_worth_repeating,
 )
-async def download_image(generation: Generation, credentials: AimlApiCredentials, index: int = 0) -> ImageFile:
+async def download_image(
+    generation: Generation, credentials: AimlApiCredentials, index: int = 0, bucket: ImageBucket | None = None
+) -> ImageFile:
     """Download a generated image into the spool: whole, decodable, in the requested format, never rewritten.
 
-    Cached on prompt + seed and the image's index. Costs no credits.
+    Cached on prompt + seed and the image's index. Costs no credits. With `bucket`, an image whose URL is dead or
+    unknown comes from there if it is published, with its SHA-256 verified.
 
     Raises:
         ContentFlagged: the service flagged it or delivered it black.
-        ImageGone: its URL is dead. Generating with `refresh_cache=True` pays for it anew.
+        ImageGone: its URL is dead. Generating with `refresh_cache=True` pays for it anew; with `replacing` as well,
+            at most once.
         DownloadError: it could not be fetched or is not the requested image.
 
     Example:
         ```python
-        file = await download_image(await generate_image(request, credentials), credentials)
+        generation = await generate_image(request, credentials, bucket=bucket)
+        file = await download_image(generation, credentials, bucket=bucket)
         print(file.path, file.width, file.height)
         ```
     """
     async with credentials.open_client() as client:
-        file = await custody.download(generation, index, client, Spool())
+        file = await custody.download(generation, index, client, Spool(), bucket)
     results = current_step().results
     if results is not None:
         await results.write(file)
@@ -164,7 +187,8 @@ async def download_image(generation: Generation, credentials: AimlApiCredentials
 async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
     """Publish an image under its key unless it is there already, with its JSON record beside it.
 
-    Idempotent and never cached: the bucket itself is asked for the image. S3 verifies the SHA-256.
+    Idempotent and never cached: the bucket itself is asked for the image. S3 verifies the SHA-256. The answer that
+    `generate_image` has kept in the bucket is removed with the last image of its request.
 
     Raises:
         ImageChanged: the file's bytes are no longer those that were checked.
@@ -172,13 +196,14 @@ async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
 
     Example:
         ```python
-        file = await download_image(await generate_image(request, credentials), credentials)
+        generation = await generate_image(request, credentials, bucket=bucket)
+        file = await download_image(generation, credentials, bucket=bucket)
         published = await upload_to_s3(file, bucket)
         print(published.uri, published.created)
         ```
     """
     run = PublishingRun(flow_run_id=flow_run.id, flow_run_name=flow_run.name)
-    published = await bucket.publish(file, run)
+    published = await custody.publish(file, bucket, run)
     step_logger().log(
         current_step().news, "%s %s", "Published" if published.created else "Already there:", published.uri
     )

@@ -143,7 +143,7 @@ class TestNotes:
             return await service.answer_with_url(request)
 
         service.answer = look
-        generation = await generate(REQUEST, client, spool, task_run_id="run-1")
+        generation = await generate(REQUEST, client, spool, order=Order(task_run_id="run-1"))
 
         (call,) = seen
         assert call.client_request_id == service.posts[0].headers["X-Client-Request-Id"]
@@ -166,7 +166,7 @@ class TestNotes:
 
         service.answer = cut
         with pytest.raises(AnswerLost) as lost:
-            await generate(REQUEST, client, spool, task_run_id="run-1")
+            await generate(REQUEST, client, spool, order=Order(task_run_id="run-1"))
         (call,) = spool.open_calls(FINGERPRINT)
         assert (call.billed, call.error, call.task_run_id) == (Billed.UNKNOWN, lost.value.message, "run-1")
         assert spool.find_generation(FINGERPRINT) is None

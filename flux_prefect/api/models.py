@@ -342,7 +342,10 @@ class GeneratedImage(BaseModel):
 
     index: int = Field(ge=0, description="The image's position in the response, from 0.")
     url: str | None = Field(
-        description="The URL of the bytes, valid for some minutes. None once inline bytes are in the spool."
+        description=(
+            "The URL of the bytes, valid for some minutes. None once inline bytes are in the spool, or the image is in "
+            "the bucket."
+        )
     )
     width: int | None = Field(default=None, description="Pixels, as reported by the service.")
     height: int | None = Field(default=None, description="Pixels, as reported by the service.")
@@ -369,6 +372,10 @@ class Generation(BaseModel):
     replaces: str | None = Field(
         default=None,
         description="The call whose answer this one replaces, until an image of it was fetched: its URL had died.",
+    )
+    shared_as: str | None = Field(
+        default=None,
+        description="The object in a bucket by which other hosts find this answer, until its images are published.",
     )
     seed: int | None = Field(description="The requested seed, else the one that the service reported.")
     reported_seed: int | None = Field(default=None, description="The seed that the service reported.")

@@ -106,7 +106,7 @@ class BucketLeases:
             BucketUnavailable: the server has not answered for `lease_seconds`.
             BucketError: the server refuses; the message says what to correct.
         """
-        path = f"leases/{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
+        path = _path(key)
         patience = min(self._seconds * _PATIENCE, _MOST_PATIENCE)
         lease = Lease(ConditionalObject(self._bucket, path, patience=patience), self._seconds, self._clock)
         try:
@@ -120,6 +120,11 @@ class BucketLeases:
                 _lease.reset(token)
         finally:
             await _to_its_end(lease._give_back())  # noqa: SLF001 - as above
+
+    def is_held(self, key: str) -> bool:
+        """Whether an enclosing `hold` has this lease."""
+        lease = _lease.get()
+        return lease is not None and lease.is_at(ConditionalObject(self._bucket, _path(key), patience=0).uri)
 
     async def _prove_conditions_once(self, path: str, lease: Lease) -> None:
         trust = _trust_in(str(self._bucket.get_client().meta.endpoint_url), self._bucket.bucket_name)
@@ -148,6 +153,10 @@ class Lease:
     def fence(self) -> int:
         """The number of this holder in a row of takeovers from silent holders. 1: the lease was free."""
         return self._record.fence
+
+    def is_at(self, uri: str) -> bool:
+        """Whether it is the lease with this address, and not released yet."""
+        return self._place.uri == uri and not self._given_back.is_set()
 
     def check(self) -> None:
         """Check that the lease is held, right before an action that only the holder may take. Sends no request.
@@ -296,6 +305,10 @@ class _Trust:
 @functools.cache
 def _trust_in(server: str, bucket: str) -> _Trust:  # noqa: ARG001 - the cache's key
     return _Trust()
+
+
+def _path(key: str) -> str:
+    return f"leases/{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
 
 
 def _etag(version: Version | None) -> str | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 from urllib.parse import quote, unquote
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
+from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
 from flux_prefect.host.spool import ImageFile
 
-__all__ = ["ImageMetadata", "PublishedImage", "PublishingRun", "write_sidecar"]
+__all__ = ["ImageMetadata", "PublishedImage", "PublishingRun", "read_generation", "write_sidecar"]
 
 
 class PublishedImage(BaseModel):
@@ -126,3 +128,31 @@ def write_sidecar(file: ImageFile, key: str, published_at: datetime, run: Publis
         "run": run.model_dump(),
     }
     return to_json(record, indent=2)  # json's own encoder is Python where it indents
+
+
+def read_generation(record: Mapping[str, Any], images: Sequence[PublishedImage], request: ImageRequest) -> Generation:
+    """The generation of a request's published images, from the record of one of them.
+
+    The images have no URLs: the bucket has their bytes.
+
+    Raises:
+        KeyError, ValueError: it is no such record.
+    """
+    return Generation(
+        request=request,
+        endpoint=record["endpoint"],
+        fingerprint=record["fingerprint"],
+        images=tuple(
+            GeneratedImage(
+                index=image.index, url=None, width=image.width, height=image.height, content_type=image.content_type
+            )
+            for image in images
+        ),
+        seed=record["seed"],
+        reported_seed=record["reported_seed"],
+        credits_used=record["credits_used"],
+        usd_spent=record["usd_spent"],
+        inference_id=record["inference_id"],
+        client_request_id=record["client_request_id"],
+        created_at=record["generated_at"],
+    )

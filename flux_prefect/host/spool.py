@@ -58,6 +58,8 @@ class KeptAnswer(BaseModel):
     call: PaidCall = Field(description="The call that it answers.")
     request: ImageRequest = Field(description="What was asked for.")
     answer: RawAnswer = Field(description="The answer as it came.")
+    replaces: str | None = Field(default=None, description="The call whose dead answer it replaces, if any.")
+    shared_as: str | None = Field(default=None, description="The object in a bucket by which other hosts find it.")
 
     def read(self) -> Generation:
         """Parse the answer.
@@ -65,12 +67,13 @@ class KeptAnswer(BaseModel):
         Raises:
             InvalidResponse, EmptyGeneration: this release can't read it.
         """
-        return read_answer(
+        generation = read_answer(
             self.answer,
             request=self.request,
             endpoint=self.call.endpoint,
             client_request_id=self.call.client_request_id,
         )
+        return generation.model_copy(update={"replaces": self.replaces, "shared_as": self.shared_as})
 
 
 class ImageFile(DownloadedImage):
@@ -266,6 +269,17 @@ class Spool:
 
     # Images
 
+    def keep_image(self, generation: Generation, index: int, content: bytes) -> None:
+        """Put the bytes of an image in their place.
+
+        Raises:
+            SpoolUnwritable: the disk does not take them.
+        """
+        try:
+            _write(self.image_path(generation, index), content)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
     def image_path(self, generation: Generation, index: int) -> Path:
         """Where the bytes of one image belong."""
         return self.root / "pictures" / f"{generation.fingerprint}-{index}.{generation.request.extension}"
@@ -338,11 +352,11 @@ def _unreadable(path: Path, error: OSError) -> SpoolUnreadable:
     )
 
 
-def _write(path: Path, text: str, settle: Callable[[int], None] | None = None) -> None:
+def _write(path: Path, content: str | bytes, settle: Callable[[int], None] | None = None) -> None:
     part = part_path(path)
     try:
         with _open_new(part) as file:
-            file.write(text.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             part.replace(path)  # a kill from here on has the whole file; a power cut not before it is settled
             if settle is not None:
