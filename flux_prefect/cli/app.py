@@ -52,6 +52,14 @@ app.command("flux_prefect.cli.backfill:backfill", name="backfill", help=_help_of
 app.command("flux_prefect.cli.sweep:sweep", name="sweep", help=_help_of("sweep_seeds"))
 app.command("flux_prefect.cli.audit:audit", name="audit", help=_help_of("audit_bucket"))
 app.command(
+    "flux_prefect.cli.recover:recover",
+    name="recover",
+    help=(
+        "Read paid answers that could not be parsed at the time, and record their images. A row is then published by "
+        "its next run, at no cost."
+    ),
+)
+app.command(
     "flux_prefect.cli.forecast:forecast",
     name="forecast",
     help="Forecast the time, the cost and the S3 requests of a batch by simulating it. Times are in seconds.",
