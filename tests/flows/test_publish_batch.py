@@ -460,7 +460,7 @@ def test_the_form_has_help_and_bounds() -> None:
     assert (fields["max_in_flight"]["minimum"], fields["max_in_flight"]["maximum"]) == (1, 1000)
     assert all(field.get("description") for field in fields.values())
     request = schema.definitions["ImageRequest"]["properties"]
-    assert request["aspect_ratio"]["enum"][0] == "21:9"
+    assert request["aspect_ratio"]["anyOf"][0]["enum"][0] == "21:9"
     assert request["prompt"]["maxLength"] == 4000
 
 

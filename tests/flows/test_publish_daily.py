@@ -131,7 +131,7 @@ def test_the_form_has_help_and_bounds() -> None:
     assert schema.required == ["source", "bucket"]
     assert all(field.get("description") for field in schema.properties.values())
     images = schema.definitions["ImageSettings"]["properties"]
-    assert images["aspect_ratio"]["enum"][0] == "21:9"
+    assert images["aspect_ratio"]["anyOf"][0]["enum"][0] == "21:9"
     assert images["num_images"]["maximum"] == 4
 
 

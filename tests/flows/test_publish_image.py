@@ -54,9 +54,9 @@ def test_the_form_offers_what_the_service_offers() -> None:
     """Drop-downs and bounds come from the request model."""
     request = parameter_schema(publish_image).definitions["ImageRequest"]["properties"]
 
-    assert request["output_format"]["enum"] == ["jpeg", "png"]
+    assert request["output_format"]["anyOf"][0]["enum"] == ["jpeg", "png", "webp"]
     assert request["num_images"]["maximum"] == 4
-    assert request["safety_tolerance"]["default"] == "2"
+    assert request["safety_tolerance"]["anyOf"][0]["enum"] == list("123456")
 
 
 @pytest.mark.parametrize(
