@@ -17,6 +17,7 @@ from typing import Protocol
 from flux_prefect.api.answers import RawAnswer
 from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.downloads import DownloadedImage
+from flux_prefect.api.images import ExpectedShape
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases, current_lease
@@ -32,7 +33,6 @@ from flux_prefect.errors import (
     NotAnImage,
     RepeatLimitReached,
     ServiceError,
-    UnexpectedFormat,
 )
 from flux_prefect.host.locks import HostLockManager
 from flux_prefect.host.spool import ImageFile, KeptAnswer, PaidCall, Spool
@@ -466,7 +466,8 @@ async def download(
     Raises:
         ImageUnwritable: the spool can't take it; nothing was fetched.
         ContentFlagged: the service flagged the image or delivered it black. It is not processed further.
-        UnexpectedFormat: it came in another format before, and is kept in the spool as rejected.
+        BrokenImage, UnexpectedFormat, UnexpectedSize: so the service delivers it. It is kept in the spool as rejected,
+            and is not fetched again while it is there.
         ImageGone: neither its URL nor the spool nor the bucket has it any more.
         DownloadError: the bytes could not be fetched, or are not the image asked for.
         BucketError: the bucket can't be read.
@@ -477,21 +478,19 @@ async def download(
             f"The service flagged image {index} of {generation.request.label!r} as unsafe. It was paid for and is "
             "not published. Change the prompt or the seed, or raise safety_tolerance."
         )
-    rejected = spool.rejected_path(generation, index)
-    if rejected.exists():
-        raise UnexpectedFormat(
-            f"Image {index} of {generation.request.label!r} came in another format than output_format asks for. It "
-            f"was paid for and is kept as {rejected}; it is not published. Remove that file to fetch it again."
-        )
+    shape = ExpectedShape.of(generation.request, image)
     found = None
-    if spool.image_path(generation, index).exists():
-        found = await run_in_thread(spool.find_image, generation, index)
+    if spool.rejected_path(generation, index).exists():
+        found = await run_in_thread(spool.reconsider, generation, index, shape)
+    elif spool.image_path(generation, index).exists():
+        found = await run_in_thread(spool.find_image, generation, index, shape)
     if found is None:
         try:
             found = await client.download(
                 _url(generation, image, spool),
                 spool.image_path(generation, index),
                 expected=generation.request.output_format,
+                shape=shape,
                 delivered_at=generation.created_at,
             )
         except ImageGone:
@@ -501,6 +500,7 @@ async def download(
         if generation.replaces is not None:  # fetched: if its URL dies later, it may be replaced again
             await run_in_thread(spool.settle_replacement, generation)
     if found.black:
+        await run_in_thread(spool.reject, generation, index)
         raise ContentFlagged(
             f"Image {index} of {generation.request.label!r} is black all over, which is how the service hides an "
             "unsafe one. It was paid for and is not published. Change the prompt or the seed."

@@ -25,6 +25,7 @@ from flux_prefect.custody import Order, download, generate, metered, obtain, rec
 from flux_prefect.errors import (
     AnswerLost,
     Billed,
+    BrokenImage,
     ContentFlagged,
     EmptyGeneration,
     ImageGone,
@@ -37,6 +38,7 @@ from flux_prefect.errors import (
     ServiceError,
     SpoolUnwritable,
     UnexpectedFormat,
+    UnexpectedSize,
 )
 from flux_prefect.host.spool import KeptAnswer, PaidCall, Spool
 
@@ -52,10 +54,12 @@ def _encode(image: Image.Image, form: str = "JPEG") -> bytes:
     return buffer.getvalue()
 
 
-IMAGE = _encode(Image.linear_gradient("L").resize((96, 64)).convert("RGB"))
-OTHER_IMAGE = _encode(Image.radial_gradient("L").resize((96, 64)).convert("RGB"))
-PNG = _encode(Image.radial_gradient("L").resize((96, 64)).convert("RGB"), "PNG")
-BLACK = _encode(Image.new("RGB", (96, 64)))
+SIZE = (464, 256)  # 16:9 as the service rounds it, and small
+IMAGE = _encode(Image.linear_gradient("L").resize(SIZE).convert("RGB"))
+OTHER_IMAGE = _encode(Image.radial_gradient("L").resize(SIZE).convert("RGB"))
+PNG = _encode(Image.radial_gradient("L").resize(SIZE).convert("RGB"), "PNG")
+PLACEHOLDER = _encode(Image.new("RGB", (120, 90), "gray"))
+BLACK = _encode(Image.new("RGB", SIZE))
 
 
 class Service:
@@ -462,7 +466,7 @@ class TestDownload:
         generation = await generate(REQUEST, client, spool)
         file = await download(generation, 0, client, spool)
         assert file.path.read_bytes() == IMAGE
-        assert (file.width, file.height, file.size, file.index) == (96, 64, len(IMAGE), 0)
+        assert (file.width, file.height, file.size, file.index) == (*SIZE, len(IMAGE), 0)
         assert file.generation == generation
         assert file.path == spool.image_path(generation, 0)
 
@@ -487,6 +491,60 @@ class TestDownload:
                 await download(generation, 0, client, spool)
         assert service.fetched == ["/0.jpg"]
         assert spool.rejected_path(generation, 0).read_bytes() == PNG
+
+    @pytest.mark.parametrize("fault", ["broken", "placeholder"])
+    async def test_an_image_that_the_service_delivers_wrong_is_not_fetched_without_end(
+        self, fault: str, service: Service, client: AimlApiClient, spool: Spool
+    ) -> None:
+        """Twice, over all runs, and then never, also where its URL has died: nothing is paid for it again."""
+        body = service.files["/0.jpg"] = IMAGE[:-100] if fault == "broken" else PLACEHOLDER
+        final = []
+        for run in range(4):
+            generation, _ = await obtain(REQUEST, client, spool, Order())
+            with pytest.raises(BrokenImage if fault == "broken" else UnexpectedSize) as raised:
+                await download(generation, 0, client, spool)
+            final.append(not raised.value.retryable)
+            if run == 1:
+                service.files.clear()
+        assert final == [False, True, True, True]
+        assert "kept as" in raised.value.message
+        assert "Remove that file" in raised.value.message
+        assert (len(service.posts), service.fetched) == (1, ["/0.jpg"] * 2)
+        assert spool.rejected_path(generation, 0).read_bytes() == body
+
+        service.files["/0.jpg"] = IMAGE
+        spool.rejected_path(generation, 0).unlink()
+        assert (await download(generation, 0, client, spool)).path.read_bytes() == IMAGE
+
+    async def test_a_placeholder_that_an_earlier_release_took_is_not_published(
+        self, service: Service, client: AimlApiClient, spool: Spool
+    ) -> None:
+        """Nor is anything fetched or paid for it; a release that accepts it takes it back."""
+        generation = await generate(REQUEST, client, spool)
+        spool.keep_image(generation, 0, PLACEHOLDER)
+        with pytest.raises(UnexpectedSize, match="120 x 90 pixels where aspect_ratio asked for 16:9"):
+            await download(generation, 0, client, spool)
+        assert service.fetched == []
+        spool.rejected_path(generation, 0).write_bytes(IMAGE)
+        assert (await download(generation, 0, client, spool)).path == spool.image_path(generation, 0)
+        assert not spool.rejected_path(generation, 0).exists()
+
+    @pytest.mark.parametrize("size", [(120, 90), (464, 256)])
+    async def test_the_announced_size_counts_first(
+        self, size: tuple[int, int], service: Service, client: AimlApiClient, spool: Spool
+    ) -> None:
+        """Also where the image has the ratio asked for."""
+
+        async def announce(_: httpx.Request) -> httpx.Response:
+            return _answer({"url": f"{ROOT}/0.jpg", "width": 1392, "height": 752})
+
+        service.answer = announce
+        service.files["/0.jpg"] = _encode(Image.new("RGB", size, "red"))
+        generation = await generate(REQUEST, client, spool)
+        with pytest.raises(UnexpectedSize, match=r"where the service announced 1392 x 752"):
+            await download(generation, 0, client, spool)
+        service.files["/0.jpg"] = _encode(Image.new("RGB", (1392, 752), "red"))
+        assert (await download(generation, 0, client, spool)).width == 1392
 
     async def test_a_whole_file_is_not_fetched_again(
         self, service: Service, client: AimlApiClient, spool: Spool

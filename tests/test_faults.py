@@ -184,7 +184,7 @@ DOWNLOAD_FAULTS = [
     Fault("stall_download", 1, None, attempts=2, settings={"download_timeout": 0.5}, arguments={"seconds": 5}),
     Fault("download_503", 1, None, attempts=2),
     Fault("html_download", FOREVER, NotAnImage, attempts=ALL_ATTEMPTS, says="HTML"),
-    Fault("corrupt_download", FOREVER, BrokenImage, attempts=ALL_ATTEMPTS),
+    Fault("corrupt_download", FOREVER, BrokenImage, attempts=2, says="twice with the same bytes"),
     Fault("truncated_image", 1, None, attempts=2),
     Fault("wrong_type", FOREVER, UnexpectedFormat, attempts=1, says="is kept as"),
     Fault("huge_download", FOREVER, ImageTooLarge, attempts=1),
@@ -241,7 +241,8 @@ async def test_a_fault_of_the_download(
     assert (summary.downloads, summary.billed_calls) == (fault.attempts, 1)
     assert await _count_runs(state, "download-image") == fault.attempts
     kept = [path.suffix for path in (Spool().root / "pictures").iterdir()]
-    assert kept == ([".rejected"] if fault.error is UnexpectedFormat else [".jpg"] if fault.error is None else [])
+    rejected = fault.error in {UnexpectedFormat, BrokenImage}
+    assert kept == ([".rejected"] if rejected else [".jpg"] if fault.error is None else [])
 
 
 async def _check_end(fault: Fault, state: State[Any], error_billed: Billed) -> None:

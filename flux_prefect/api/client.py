@@ -25,7 +25,9 @@ from typing_extensions import Self
 
 from flux_prefect.api.answers import RawAnswer, read_answer, read_json
 from flux_prefect.api.downloads import DownloadedImage, Downloader
+from flux_prefect.api.encoding import receive, unpack
 from flux_prefect.api.error_responses import parse_error_response
+from flux_prefect.api.images import ExpectedShape
 from flux_prefect.api.models import (
     CREDITS_PER_USD,
     GENERATIONS_PATH,
@@ -72,7 +74,7 @@ _LOG_PAGE = 16 * 1024 * 1024  # bytes; a documented row has about 400, and may g
 _ENQUIRY_SECONDS = 60.0  # for the balance, or for a page of the log
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds, if the service requests no delay
 
-_HEADERS = {"User-Agent": "flux_prefect", "Accept": "application/json", "Accept-Encoding": "gzip, deflate"}
+_HEADERS = {"User-Agent": "flux_prefect", "Accept": "application/json", "Accept-Encoding": "identity"}
 
 _NEVER_SENT = (
     httpx.ConnectError,
@@ -311,7 +313,13 @@ class AimlApiClient:
                 return
 
     async def download(
-        self, url: str, destination: Path, *, expected: OutputFormat | None, delivered_at: datetime | None = None
+        self,
+        url: str,
+        destination: Path,
+        *,
+        expected: OutputFormat | None,
+        shape: ExpectedShape | None = None,
+        delivered_at: datetime | None = None,
     ) -> DownloadedImage:
         """Download one image to `destination`: the bytes as delivered, complete, verified and flushed to disk.
 
@@ -319,28 +327,37 @@ class AimlApiClient:
         atomically: `destination` is never a partial file, even if several downloads write to it at the same time. An
         inline image (`data:`) is processed the same way. The API key is not sent.
 
-        A complete image in another format is kept as `<destination>.rejected`. After any other failure no file
-        remains.
+        No content encoding is accepted, so `max_bytes` holds for what is received and for what is stored.
+
+        A complete image in another format is kept as `<destination>.rejected`. So is a broken image, or one of another
+        shape, that comes twice with the same bytes, or inline; after the first time it is kept as
+        `<destination>.suspect`. After any other failure no file remains.
 
         Args:
             url: from `GeneratedImage.url`.
             destination: the file to write. Its folder is created if it is missing.
             expected: the requested format; None for any.
+            shape: the requested shape; None for any.
             delivered_at: when the service delivered the URL; None for one of unknown age.
 
         Raises:
             ImageGone: the URL is dead: 404 or 410 after its first seconds, or refused after its usual life.
             DownloadRefused: refused although the URL is young, by a proxy, a firewall or a region.
+            DownloadEncoded: it has a Content-Encoding, and was not read.
             DownloadInterrupted: cut off, stalled, over `timeouts.download` in total, or temporarily refused.
-            NotAnImage: the bytes are not an image, or are truncated.
+            NotAnImage: the bytes are not an image.
+            BrokenImage: they are not a complete one. Not retryable once they have come twice.
             UnexpectedFormat: a complete image in another format.
+            UnexpectedSize: a complete image in another shape. Not retryable once it has come twice.
             ImageTooLarge: over `max_bytes` or `max_pixels`.
             UnsafeURL: neither https nor, if base_url is http, http; or in a private network while base_url is not.
                 Redirects are followed at most 5 times, each with the same checks.
             DownloadError: another refusal, or the disk could not be written.
         """
         self._check_open()
-        return await self._downloader.download(url, destination, expected=expected, delivered_at=delivered_at)
+        return await self._downloader.download(
+            url, destination, expected=expected, shape=shape, delivered_at=delivered_at
+        )
 
     async def _post(self, request: ImageRequest, call_id: str) -> _Answer:
         with self._typed_errors(call_id, self._timeouts.generation):
@@ -381,18 +398,18 @@ class AimlApiClient:
         async with send(self._transport, request) as response:
             if not response.is_success:
                 return _Answer(response.status_code, response.headers, await _read_error_body(response))
-            body = bytearray()
-            async for chunk in response.aiter_bytes():
-                body += chunk
-                if len(body) > most:
-                    raise InvalidResponse(
-                        f"The service's response is over {most:,} bytes, more than its images can have "
-                        "(max_bytes of the client).",
-                        client_request_id=call_id,
-                        billed=_if_lost(call_id),
-                        retryable=False,
-                    )
-            return _Answer(response.status_code, response.headers, bytes(body))
+            body = await receive(response, most)
+            if len(body) > most:
+                raise InvalidResponse(
+                    f"The service's response is over {most:,} bytes, more than its images can have "
+                    "(max_bytes of the client).",
+                    client_request_id=call_id,
+                    billed=_if_lost(call_id),
+                    retryable=False,
+                )
+            unpacked = unpack(body, response.headers, most)
+            # What can't be unpacked is not lost: it is kept as it came, as an answer that can't be parsed.
+            return _Answer(response.status_code, response.headers, unpacked.content if unpacked.is_whole else body)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -478,11 +495,8 @@ async def _read_error_body(response: httpx.Response) -> bytes:
     """Read the start of an error's body. A failure to read it is ignored, as the status is known."""
     body = bytearray()
     with suppress(httpx.RequestError), anyio.move_on_after(_REFUSAL_SECONDS):
-        async for chunk in response.aiter_bytes():
-            body += chunk
-            if len(body) > _REFUSAL:
-                break
-    return bytes(body[:_REFUSAL])
+        await receive(response, _REFUSAL, body)
+    return unpack(bytes(body[:_REFUSAL]), response.headers, _REFUSAL).content
 
 
 def _format_time(moment: datetime) -> str:

@@ -12,18 +12,21 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from ssl import SSLContext
+from typing import Literal
 
 import anyio
 import httpx
 from pydantic import Field
 
 from flux_prefect.api.addresses import AddressRules, CheckedResolver
-from flux_prefect.api.images import InspectedImage, inspect_image
+from flux_prefect.api.images import ExpectedShape, InspectedImage, inspect_image
 from flux_prefect.api.models import OutputFormat
 from flux_prefect.api.retrying import parse_retry_after
 from flux_prefect.api.transport import find_proxy, open_transport, send
 from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import (
+    BrokenImage,
+    DownloadEncoded,
     DownloadError,
     DownloadInterrupted,
     DownloadRefused,
@@ -32,11 +35,15 @@ from flux_prefect.errors import (
     ImageUnwritable,
     NotAnImage,
     UnexpectedFormat,
+    UnexpectedSize,
     UnsafeURL,
 )
 from flux_prefect.local_files import explain_os_error, open_part, part_path
 
-__all__ = ["DownloadedImage", "Downloader"]
+__all__ = ["REJECTED", "SUSPECT", "DownloadedImage", "Downloader"]
+
+REJECTED, SUSPECT = ".rejected", ".suspect"
+"""Added to the name of an image that is not what was asked for: for certain, and where it came so once."""
 
 MAX_REDIRECTS = 5
 
@@ -106,7 +113,13 @@ class Downloader:
             await transport.aclose()
 
     async def download(
-        self, url: str, destination: Path, *, expected: OutputFormat | None, delivered_at: datetime | None = None
+        self,
+        url: str,
+        destination: Path,
+        *,
+        expected: OutputFormat | None,
+        shape: ExpectedShape | None = None,
+        delivered_at: datetime | None = None,
     ) -> DownloadedImage:
         """Download one image to `destination`: complete, verified, flushed to disk, and moved into place atomically.
 
@@ -121,24 +134,48 @@ class Downloader:
             else:
                 async with self._turns:
                     await self._fetch(url, part, delivered_at)
-            image = await run_in_thread(self._verify, part, expected)
+            image = await run_in_thread(self._verify, part, expected, shape, "answer" if inline else "host")
         except NotAnImage as error:
-            error.retryable = not inline  # the same bytes would be decoded again
+            if inline:
+                error.retryable = False  # the same bytes would be decoded again
             raise
         finally:
             part.discard()
         return image
 
-    def _verify(self, part: _PartFile, expected: OutputFormat | None) -> DownloadedImage:
+    def _verify(
+        self,
+        part: _PartFile,
+        expected: OutputFormat | None,
+        shape: ExpectedShape | None,
+        origin: Literal["answer", "host"],
+    ) -> DownloadedImage:
         part.flush()
         try:
-            image = inspect_image(part.path, expected, max_pixels=self._max_pixels)
+            image = inspect_image(part.path, expected, max_pixels=self._max_pixels, shape=shape)
         except UnexpectedFormat as error:
-            kept = part.publish(".rejected")
-            raise UnexpectedFormat(
-                f"{error.message} It was paid for, so it is kept as {kept}; it is not published."
+            raise self._reject(part, error, "") from error
+        except (BrokenImage, UnexpectedSize) as error:
+            if origin == "answer":
+                raise self._reject(part, error, "It is inside the service's answer. ") from error
+            if part.has_the_bytes_of(SUSPECT):
+                twice = "It came twice with the same bytes, so it is what the service delivers. "
+                raise self._reject(part, error, twice) from error
+            kept = part.publish(SUSPECT)
+            raise type(error)(
+                f"{error.message} It is kept as {kept} until it is downloaded again. The same bytes again would be "
+                "what the service delivers."
             ) from error
-        return DownloadedImage(**image.model_dump(), path=part.publish())
+        path = part.publish()
+        part.drop(SUSPECT)
+        return DownloadedImage(**image.model_dump(), path=path)
+
+    def _reject(self, part: _PartFile, error: DownloadError, reason: str) -> DownloadError:
+        kept = part.publish(REJECTED)
+        part.drop(SUSPECT)
+        return type(error)(
+            f"{error.message} {reason}It was paid for, so it is kept as {kept}; it is not published.", retryable=False
+        )
 
     def _decode(self, url: str) -> bytes:
         head, _, content = url[5:].partition(",")
@@ -222,6 +259,13 @@ class Downloader:
         raise DownloadError(f"{host} answered {status} instead of the image, and would do so again.")
 
     async def _receive(self, response: httpx.Response, part: _PartFile, host: str) -> None:
+        encoding = response.headers.get("content-encoding", "")
+        if encoding.strip().lower() not in {"", "identity"}:
+            raise DownloadEncoded(
+                f"{host} sent the image with the Content-Encoding {encoding[:60]!r} although none is accepted, so it "
+                "was not read: a proxy on the way compresses it. Let it pass images unchanged, then run again: the "
+                "image is paid for and is fetched from the same URL while that lives."
+            )
         announced = response.headers.get("content-length", "")
         length = int(announced) if announced.isascii() and announced.isdigit() else None
         if length is not None and length > self._max_bytes:
@@ -230,8 +274,7 @@ class Downloader:
             if part.size + len(chunk) > self._max_bytes:
                 raise self._too_large(f"over {part.size:,} bytes")
             part.write(chunk)
-        # For compressed bytes, which were not requested, the HTTP library has compared the length itself.
-        if length is not None and part.size != length and "content-encoding" not in response.headers:
+        if length is not None and part.size != length:
             raise DownloadInterrupted(f"The download from {host} was cut off: {part.size:,} bytes of {length:,}.")
 
     def _too_large(self, size: str) -> ImageTooLarge:
@@ -287,10 +330,22 @@ class _PartFile:
 
     def publish(self, suffix: str = "") -> Path:
         """Rename the file to its final name, atomically."""
-        path = self._destination.with_name(f"{self._destination.name}{suffix}")
+        path = self._named(suffix)
         with self._disk():
             self.path.replace(path)
         return path
+
+    def has_the_bytes_of(self, suffix: str) -> bool:
+        """Whether the file that was published with this suffix has the same bytes."""
+        try:
+            return self._named(suffix).read_bytes() == self.path.read_bytes()
+        except OSError:
+            return False
+
+    def drop(self, suffix: str) -> None:
+        """Remove the file that was published with this suffix, if any."""
+        with suppress(OSError):
+            self._named(suffix).unlink()
 
     def discard(self) -> None:
         """Remove the file if it was not published."""
@@ -298,6 +353,9 @@ class _PartFile:
             self._file.close()
         with suppress(OSError):
             self.path.unlink()
+
+    def _named(self, suffix: str) -> Path:
+        return self._destination.with_name(f"{self._destination.name}{suffix}")
 
     def _write_out(self) -> None:
         with self._disk():

@@ -21,7 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from pydantic import BaseModel, ConfigDict, Field
 
 from flux_prefect.api.models import GeneratedImage, ImageRequest, ImageSize, OutputFormat, SizePreset
-from flux_prefect.api.registry import EditModel
+from flux_prefect.api.registry import MODELS, TextToImageModel
 from flux_prefect.errors import BrokenImage, ImageTooLarge, NotAnImage, UnexpectedFormat, UnexpectedSize
 
 __all__ = ["ExpectedShape", "InspectedImage", "inspect_image"]
@@ -101,18 +101,20 @@ class ExpectedShape:
     def of(cls, request: ImageRequest, image: GeneratedImage) -> ExpectedShape | None:
         """The shape of one image of an answer: the announced size, else the requested one. None if neither is known.
 
-        The ratio asked of an edit does not count: the service's own sample of 16:9 has its reference's shape.
+        A ratio or a preset asked of an edit does not count: the service's own sample of 16:9 has its reference's shape.
+        Nor does what is asked of a model that is not in the registry, where a field may mean something else.
         """
         if (image.width or 0) > 0 and (image.height or 0) > 0:
             return cls(image.width or 0, image.height or 0, "the service announced", is_ratio=False)
-        if isinstance(request.image_size, ImageSize):
-            return cls(request.image_size.width, request.image_size.height, "image_size asked for", is_ratio=False)
-        if request.image_size is not None:
-            return cls(*_PRESETS[request.image_size], "image_size asked for", is_ratio=True)
-        if request.aspect_ratio is None or request.model in get_args(EditModel):
+        size = request.image_size if request.model in MODELS else None
+        if isinstance(size, ImageSize):
+            return cls(size.width, size.height, "image_size asked for", is_ratio=False)
+        if request.model not in get_args(TextToImageModel):
             return None
-        width, height = map(int, request.aspect_ratio.split(":"))
-        return cls(width, height, "aspect_ratio asked for", is_ratio=True)
+        if size is not None:
+            return cls(*_PRESETS[size], "image_size asked for", is_ratio=True)
+        width, height = map(int, (request.aspect_ratio or "0:0").split(":"))
+        return cls(width, height, "aspect_ratio asked for", is_ratio=True) if width else None
 
     def fits(self, width: int, height: int) -> bool:
         """Whether an image of this size has the shape."""
@@ -176,7 +178,13 @@ def inspect_image(
     if found == "gif" or (expected is not None and found != expected):
         wanted = "JPEG, PNG or WEBP was expected" if expected is None else f"output_format asked for {expected.upper()}"
         raise UnexpectedFormat(f"The image delivered is {found.upper()} where {wanted}.")
-    if shape is not None and not shape.fits(width, height) and not (shape.fits(height, width) and _is_turned(image)):
+    # A black one says that the service blocked it, whatever its shape.
+    if (
+        shape is not None
+        and not black
+        and not shape.fits(width, height)
+        and not (shape.fits(height, width) and _is_turned(image))
+    ):
         raise UnexpectedSize(f"The image delivered is {width} x {height} pixels where {shape}.")
     return InspectedImage(
         format=found,

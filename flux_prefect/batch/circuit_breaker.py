@@ -10,6 +10,7 @@ from flux_prefect.errors import (
     FluxError,
     InvalidResponse,
     NotAnImage,
+    UnexpectedSize,
 )
 
 __all__ = ["CircuitBreaker"]
@@ -46,7 +47,7 @@ class CircuitBreaker:
             self._unreadable = self._unfetched = 0
         elif isinstance(error, (InvalidResponse, EmptyGeneration)) and error.billed is not Billed.NO:
             self._unreadable += 1
-        elif isinstance(error, (DownloadRefused, DownloadInterrupted, NotAnImage)):
+        elif isinstance(error, (DownloadRefused, DownloadInterrupted, NotAnImage, UnexpectedSize)):
             self._unfetched += 1
         tripped = self._unreadable >= _UNREADABLE_IN_A_ROW or self._unfetched >= _UNFETCHED_IN_A_ROW
         if error is not None and self.reason is None and (error.fatal or tripped):

@@ -22,10 +22,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flux_prefect.api.answers import RawAnswer, read_answer
 from flux_prefect.api.client import MAX_PIXELS
-from flux_prefect.api.downloads import DownloadedImage
-from flux_prefect.api.images import inspect_image
+from flux_prefect.api.downloads import REJECTED, DownloadedImage
+from flux_prefect.api.images import ExpectedShape, inspect_image
 from flux_prefect.api.models import Generation, ImageRequest, normalize_endpoint
-from flux_prefect.errors import Billed, DownloadError, ServiceError, SpoolUnreadable, SpoolUnwritable
+from flux_prefect.errors import (
+    Billed,
+    DownloadError,
+    ServiceError,
+    SpoolUnreadable,
+    SpoolUnwritable,
+    UnexpectedSize,
+)
 from flux_prefect.local_files import explain_os_error, open_part, part_path, remove_abandoned
 from flux_prefect.settings import current_settings
 
@@ -285,17 +292,57 @@ class Spool:
         return self.root / "pictures" / f"{generation.fingerprint}-{index}.{generation.request.extension}"
 
     def rejected_path(self, generation: Generation, index: int) -> Path:
-        """Where a whole image of another format than asked for is kept."""
+        """Where an image is kept that the service delivers and that must not be published."""
         path = self.image_path(generation, index)
-        return path.with_name(f"{path.name}.rejected")
+        return path.with_name(f"{path.name}{REJECTED}")
 
-    def find_image(self, generation: Generation, index: int) -> DownloadedImage | None:
-        """Inspect the image's file anew; None if it is missing or broken. Reads and decodes it: call it in a thread."""
+    def find_image(
+        self, generation: Generation, index: int, shape: ExpectedShape | None = None
+    ) -> DownloadedImage | None:
+        """Inspect the image's file anew; None if it is missing or broken. Reads and decodes it: call it in a thread.
+
+        Raises:
+            UnexpectedSize: it has another shape, and is kept as rejected from now on.
+        """
         path = self.image_path(generation, index)
         try:
-            image = inspect_image(path, generation.request.output_format, max_pixels=MAX_PIXELS)
+            image = inspect_image(path, generation.request.output_format, max_pixels=MAX_PIXELS, shape=shape)
+        except UnexpectedSize:
+            self.reject(generation, index)
+            return self.reconsider(generation, index, shape)
         except (OSError, DownloadError):
             return None
+        return DownloadedImage(**image.model_dump(), path=path)
+
+    def reject(self, generation: Generation, index: int) -> None:
+        """Keep an image as rejected, so that it is neither published nor fetched again."""
+        with suppress(OSError):  # it is refused at the next look again
+            self.image_path(generation, index).replace(self.rejected_path(generation, index))
+
+    def reconsider(self, generation: Generation, index: int, shape: ExpectedShape | None) -> DownloadedImage | None:
+        """Inspect a rejected image anew, and take it back if this release accepts it. None if it is gone.
+
+        Reads and decodes it: call it in a thread.
+
+        Raises:
+            DownloadError: it is still not what was asked for, with the reason.
+            SpoolUnreadable: it can't be read.
+        """
+        path = self.rejected_path(generation, index)
+        try:
+            image = inspect_image(path, generation.request.output_format, max_pixels=MAX_PIXELS, shape=shape)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except DownloadError as error:
+            raise type(error)(
+                f"{error.message} So the service delivers it. It was paid for, so it is kept as {path}; it is not "
+                "published. Remove that file to fetch it again.",
+                retryable=False,
+            ) from error
+        if not image.black:
+            path = path.replace(self.image_path(generation, index))
         return DownloadedImage(**image.model_dump(), path=path)
 
     def _unwritable(self, error: OSError) -> SpoolUnwritable:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import errno
-import gzip
 import hashlib
 import socket
 import time
@@ -21,9 +20,12 @@ from pydantic import SecretStr
 
 from flux_prefect.api import downloads
 from flux_prefect.api.client import AimlApiClient, Timeouts
+from flux_prefect.api.images import ExpectedShape
 from flux_prefect.api.pacing import Pacer
 from flux_prefect.errors import (
     Billed,
+    BrokenImage,
+    DownloadEncoded,
     DownloadError,
     DownloadInterrupted,
     DownloadRefused,
@@ -32,6 +34,7 @@ from flux_prefect.errors import (
     ImageUnwritable,
     NotAnImage,
     UnexpectedFormat,
+    UnexpectedSize,
     UnsafeURL,
 )
 from flux_prefect.local_files import remove_abandoned
@@ -40,6 +43,7 @@ from .raw_server import answer, reset, serve
 
 KEY = "sk-test-5f0c1d7e9a"
 PUBLIC = "https://93.184.215.14/one.jpg?signature=secret"  # an address, so that no name is looked up
+BOMB = Path(__file__).parents[1] / "data" / "1331_MiB.gz.gz"
 HTML = b"<!DOCTYPE html><html>expired</html>"
 
 
@@ -49,8 +53,10 @@ def make_client(
     base_url: str = "https://93.184.215.13",
     max_bytes: int = 100_000,
     timeouts: Timeouts | None = None,
+    library: str = "aiohttp",
 ) -> AimlApiClient:
-    """A client with this handler in place of the images' hosts, or with the real network."""
+    """A client with this handler in place of the images' hosts, or with the real network by one of the libraries."""
+    real = httpx.AsyncHTTPTransport() if library == "httpx" else None
     return AimlApiClient(
         api_key=SecretStr(KEY),
         base_url=base_url,
@@ -58,7 +64,7 @@ def make_client(
         timeouts=timeouts,
         max_bytes=max_bytes,
         max_pixels=1_000_000,
-        download_transport=None if handler is None else httpx.MockTransport(handler),
+        download_transport=real if handler is None else httpx.MockTransport(handler),
     )
 
 
@@ -142,12 +148,31 @@ async def test_an_inline_image_goes_the_same_way(jpeg: bytes, destination: Path,
     assert image.sha256 == hashlib.sha256(jpeg).hexdigest()
 
 
-async def test_a_compressed_answer_is_unpacked(jpeg: bytes, destination: Path) -> None:
-    """Some hosts compress without being asked; the length is that of the packed bytes."""
-    packed = gzip.compress(jpeg)
-    headers = {"Content-Encoding": "gzip", "Content-Length": str(len(packed))}
-    async with make_client(lambda _: httpx.Response(200, content=packed, headers=headers)) as client:
-        await client.download(PUBLIC, destination, expected="jpeg")
+@pytest.mark.parametrize("library", ["aiohttp", "httpx"])
+@pytest.mark.parametrize("encoding", ["gzip", "identity, GZIP", "gzip, gzip", "br", "x-unknown"])
+async def test_a_compressed_image_is_not_read(encoding: str, library: str, destination: Path) -> None:
+    """None is accepted, as 2 KB that are packed twice unpack to 1.3 GiB. The image stays paid for and unfetched."""
+
+    async def handler(writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(BOMB.read_bytes(), headers=f"Content-Encoding: {encoding}\r\n"))
+
+    async with serve(handler) as server, make_client(base_url=server.url, library=library) as client:
+        with pytest.raises(DownloadEncoded, match=f"Content-Encoding '{encoding}'") as raised:
+            await client.download(f"{server.url}/one.jpg", destination, expected="jpeg")
+    assert "accept-encoding: identity\r\n" in server.requests[0].lower()
+    assert not raised.value.retryable
+    assert left_behind(destination) == []
+
+
+@pytest.mark.parametrize("library", ["aiohttp", "httpx"])
+async def test_the_encoding_identity_is_none(library: str, jpeg: bytes, destination: Path) -> None:
+    """Some hosts send it."""
+
+    async def handler(writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(jpeg, headers="Content-Encoding: identity\r\n"))
+
+    async with serve(handler) as server, make_client(base_url=server.url, library=library) as client:
+        await client.download(f"{server.url}/one.jpg", destination, expected="jpeg")
     assert destination.read_bytes() == jpeg
 
 
@@ -296,9 +321,53 @@ async def test_a_whole_image_of_another_format_is_kept_beside(png: bytes, destin
 async def test_a_cut_image_without_a_length_is_found(jpeg: bytes, destination: Path) -> None:
     """Only decoding it shows the cut."""
     async with make_client(lambda _: httpx.Response(200, content=_stream(jpeg[:-100]))) as client:
-        with pytest.raises(NotAnImage, match="cut or broken"):
+        with pytest.raises(BrokenImage, match="cut or broken"):
             await client.download(PUBLIC, destination, expected="jpeg")
-    assert left_behind(destination) == []
+    assert left_behind(destination) == ["image.jpeg.suspect"]
+
+
+WIDE = ExpectedShape(1568, 672, "the service announced", is_ratio=False)
+
+
+@pytest.mark.parametrize("fault", ["broken", "placeholder"])
+async def test_the_same_wrong_bytes_twice_are_what_the_service_delivers(
+    fault: str, jpeg: bytes, destination: Path
+) -> None:
+    """The first time may be an accident. The second time the error is final, and the bytes are kept."""
+    body = jpeg[:-100] if fault == "broken" else jpeg
+    errors = []
+    async with make_client(lambda _: httpx.Response(200, content=body)) as client:
+        for _ in range(2):
+            with pytest.raises((BrokenImage, UnexpectedSize)) as raised:
+                await client.download(PUBLIC, destination, expected="jpeg", shape=WIDE)
+            errors.append(raised.value)
+    assert [type(error) for error in errors] == [BrokenImage if fault == "broken" else UnexpectedSize] * 2
+    assert [error.retryable for error in errors] == [True, False]
+    assert "twice with the same bytes" in errors[1].message
+    assert left_behind(destination) == ["image.jpeg.rejected"]
+    assert destination.with_name("image.jpeg.rejected").read_bytes() == body
+
+
+async def test_other_wrong_bytes_are_another_accident(jpeg: bytes, destination: Path) -> None:
+    """A line that cuts here and there is asked again, and the whole image ends the matter."""
+    bodies = [jpeg[:-100], jpeg[:-90], jpeg[:-100], jpeg]
+    async with make_client(lambda _: httpx.Response(200, content=_stream(bodies.pop(0)))) as client:
+        for _ in range(3):
+            with pytest.raises(BrokenImage) as raised:
+                await client.download(PUBLIC, destination, expected="jpeg")
+            assert raised.value.retryable
+        await client.download(PUBLIC, destination, expected="jpeg")
+    assert left_behind(destination) == ["image.jpeg"]
+
+
+@pytest.mark.parametrize("cut", [0, 100])
+async def test_wrong_bytes_inside_the_answer_are_final_at_once(cut: int, jpeg: bytes, destination: Path) -> None:
+    """They would be the same for ever."""
+    async with make_client() as client:
+        with pytest.raises((BrokenImage, UnexpectedSize), match="inside the service's answer") as raised:
+            await client.download(data_uri(jpeg[: len(jpeg) - cut]), destination, expected="jpeg", shape=WIDE)
+    assert not raised.value.retryable
+    assert left_behind(destination) == ["image.jpeg.rejected"]
 
 
 async def _stream(data: bytes) -> AsyncIterator[bytes]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
 import logging
@@ -9,7 +10,10 @@ import pickle
 import re
 import socket
 import traceback
+import tracemalloc
+import zlib
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -55,15 +59,17 @@ def make_client(
     key: str = KEY,
     max_bytes: int = 10_000,
     timeouts: Timeouts | None = None,
+    library: str = "aiohttp",
 ) -> AimlApiClient:
-    """A client with this handler in place of the service, or with the real network."""
+    """A client with this handler in place of the service, or with the real network by one of the libraries."""
+    real = httpx.AsyncHTTPTransport() if library == "httpx" else None
     return AimlApiClient(
         api_key=SecretStr(key),
         base_url=base_url,
         pacer=pacer or Pacer(4),
         timeouts=timeouts,
         max_bytes=max_bytes,
-        transport=None if handler is None else httpx.MockTransport(handler),
+        transport=real if handler is None else httpx.MockTransport(handler),
     )
 
 
@@ -440,6 +446,75 @@ async def test_an_answer_without_end_is_not_read_to_its_end(lighthouse: ImageReq
             await client.generate(lighthouse)
     assert sent < 2_000_000
     assert (raised.value.billed, raised.value.retryable) == (Billed.UNKNOWN, False)
+
+
+@pytest.mark.parametrize("library", ["aiohttp", "httpx"])
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "raw deflate", "gzip, x-gzip", "identity"])
+async def test_an_answer_that_is_packed_all_the_same_is_read(
+    encoding: str, library: str, lighthouse: ImageRequest
+) -> None:
+    """No encoding is asked for. What was paid for is read whatever a proxy made of it."""
+    body = json.dumps({"data": [{"url": "https://images.example/0.jpg"}]}).encode()
+    packed = {
+        "gzip": gzip.compress(body),
+        "deflate": zlib.compress(body),
+        "raw deflate": zlib.compress(body, wbits=-15),
+        "gzip, x-gzip": gzip.compress(gzip.compress(body)),
+        "identity": body,
+    }[encoding]
+
+    async def handler(writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(packed, headers=f"Content-Encoding: {encoding.removeprefix('raw ')}\r\n"))
+
+    async with serve(handler) as server, make_client(base_url=server.url, library=library) as client:
+        generation = await client.generate(lighthouse)
+    assert generation.images[0].url == "https://images.example/0.jpg"
+    assert "accept-encoding: identity\r\n" in server.requests[0].lower()
+
+
+@pytest.mark.parametrize("library", ["aiohttp", "httpx"])
+@pytest.mark.parametrize("encoding", ["gzip, gzip", "br", "gzip, br"])
+async def test_a_packed_answer_is_unpacked_up_to_a_limit(encoding: str, library: str, lighthouse: ImageRequest) -> None:
+    """2 KB that unpack to 1.3 GiB are kept as they came, as is what can't be unpacked: it may have been paid for."""
+    bomb = (Path(__file__).parents[1] / "data" / "1331_MiB.gz.gz").read_bytes()
+    kept: list[RawAnswer] = []
+
+    async def handler(writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(bomb, headers=f"Content-Encoding: {encoding}\r\n"))
+
+    async def keep(raw: RawAnswer) -> None:
+        kept.append(raw)
+
+    async with serve(handler) as server, make_client(base_url=server.url, library=library) as client:
+        tracemalloc.start()
+        try:
+            with pytest.raises(InvalidResponse) as raised:
+                await client.generate(lighthouse, on_answer=keep)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert raised.value.billed is Billed.UNKNOWN
+    assert [raw.content for raw in kept] == [bomb]
+    assert peak < 20_000_000  # the limit is 2.4 MB here
+
+
+@pytest.mark.parametrize("library", ["aiohttp", "httpx"])
+async def test_a_packed_refusal_is_read_up_to_a_limit(library: str, lighthouse: ImageRequest) -> None:
+    """Its start says what is wrong."""
+    packed = gzip.compress(gzip.compress(b"no such model " * 10_000_000))
+
+    async def handler(writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(packed, status="400 Bad Request", headers="Content-Encoding: gzip, gzip\r\n"))
+
+    async with serve(handler) as server, make_client(base_url=server.url, library=library) as client:
+        tracemalloc.start()
+        try:
+            with pytest.raises(RequestRefused, match="no such model no such model"):
+                await client.generate(lighthouse)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 20_000_000
 
 
 async def test_a_refusal_without_end_is_not_read_to_its_end(lighthouse: ImageRequest) -> None:

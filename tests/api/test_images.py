@@ -410,6 +410,8 @@ def _shape(announced: tuple[int, int] | None = None, **request: Any) -> Expected
         (_shape(aspect_ratio="21:9"), (1024, 1024)),
         (_shape(aspect_ratio="1:1"), (90, 90)),
         (_shape(model="flux/dev", image_size="1024x768"), (512, 384)),
+        (_shape(model="blackforestlabs/flux-2-edit", image_size="1024x768"), (880, 1184)),
+        (_shape(model="flux/schnell"), (120, 90)),
         (_shape(model="flux/dev", image_size="portrait_4_3"), (1024, 768)),
     ],
 )
@@ -429,6 +431,9 @@ def test_an_image_of_another_shape_is_refused(tmp_path: Path, shape: ExpectedSha
         (_shape(model="flux/kontext-max/image-to-image"), (1184, 880)),
         (_shape(model="flux/dev", image_size="portrait_16_9"), (576, 1024)),
         (None, (3, 5)),
+        (_shape(model="blackforestlabs/flux-2-edit"), (880, 1184)),
+        (_shape(model="blackforestlabs/flux-2-edit", image_size="square"), (880, 1184)),
+        (_shape(model="another/model", aspect_ratio="21:9", extra_fields={}), (512, 512)),
     ],
 )
 def test_an_image_of_the_shape_is_taken(tmp_path: Path, shape: ExpectedShape | None, size: tuple[int, int]) -> None:
