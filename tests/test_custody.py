@@ -16,6 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 from pydantic import SecretStr
+from support.image_kinds import KINDS
 
 from flux_prefect.api.answers import RawAnswer
 from flux_prefect.api.client import AimlApiClient, Timeouts
@@ -469,6 +470,25 @@ class TestDownload:
         assert (file.width, file.height, file.size, file.index) == (*SIZE, len(IMAGE), 0)
         assert file.generation == generation
         assert file.path == spool.image_path(generation, 0)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    async def test_an_image_of_any_kind_is_brought_in_as_it_was_delivered(
+        self, kind: str, service: Service, client: AimlApiClient, spool: Spool
+    ) -> None:
+        """With its orientation, profile and provenance; a turned one has the shape asked for as it is shown."""
+        content = service.files["/0.jpg"] = KINDS[kind]
+        form = "webp" if "WEBP" in kind else "png" if content.startswith(b"\x89PNG") else "jpeg"
+        request = ImageRequest(
+            prompt="a lighthouse",
+            seed=7,
+            model="blackforestlabs/flux-2",
+            output_format=form,
+            image_size="landscape_16_9",
+        )
+        generation = await generate(request, client, spool)
+        file = await download(generation, 0, client, spool)
+        assert file.path.read_bytes() == content
+        assert not file.black
 
     async def test_an_image_paid_for_anew_is_not_the_old_one(
         self, service: Service, client: AimlApiClient, spool: Spool

@@ -24,7 +24,9 @@ from flux_prefect.api.models import GeneratedImage, ImageRequest, ImageSize, Out
 from flux_prefect.api.registry import MODELS, TextToImageModel
 from flux_prefect.errors import BrokenImage, ImageTooLarge, NotAnImage, UnexpectedFormat, UnexpectedSize
 
-__all__ = ["ExpectedShape", "InspectedImage", "inspect_image"]
+__all__ = ["ExpectedShape", "InspectedImage", "inspect_image", "open_image", "read_orientation"]
+
+_QUARTER_TURNS = {5, 6, 7, 8}  # EXIF orientations
 
 _SIZE_STEP = 32
 """Pixels by which a side may differ from the announced one: the service's documents round sizes to multiples of it."""
@@ -56,6 +58,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_HEADER = struct.Struct(">I4s")
 _PNG_SIZE = struct.Struct(">IIBB2xB")  # IHDR: width, height, bits a sample, colour type, and the interlacing
 _INFLATED = 1024 * 1024  # bytes, at a time
+_LONGEST_PROFILE = 1024 * 1024  # bytes; Pillow refuses a PNG with a longer one
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # a pixel, by colour type
 _PNG_PASSES = (  # of an interlaced image: first column and row, distance of columns and rows
     *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
@@ -183,7 +186,7 @@ def inspect_image(
         shape is not None
         and not black
         and not shape.fits(width, height)
-        and not (shape.fits(height, width) and _is_turned(image))
+        and not (shape.fits(height, width) and read_orientation(image) in _QUARTER_TURNS)
     ):
         raise UnexpectedSize(f"The image delivered is {width} x {height} pixels where {shape}.")
     return InspectedImage(
@@ -195,6 +198,30 @@ def inspect_image(
         size=len(data),
         black=black,
     )
+
+
+def open_image(data: bytes) -> ImageFile:
+    """Open an image without decoding its pixels; `info` has its EXIF block and its colour profile.
+
+    Raises:
+        NotAnImage: it is something else.
+        Exception: nearly any, for broken bytes; also later, from what decodes it.
+    """
+    found = _recognize(data)
+    if found is None:
+        raise NotAnImage(f"The file is {_describe(data)}.", retryable=False)
+    return _open(data, found)
+
+
+def read_orientation(image: ImageFile) -> int:
+    """Read the EXIF orientation, 1 to 8; 1 if there is none."""
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        orientation = int(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001 - corrupt metadata of a good image
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1  # noqa: PLR2004 - EXIF's values
 
 
 class _PlainJpeg(JpegImageFile):
@@ -223,11 +250,7 @@ def _open(data: bytes, found: _KnownFormat) -> ImageFile:
         return _PlainJpeg(io.BytesIO(data))
     if found == "png":
         # Without most metadata: Pillow rejects a valid image with long text chunks.
-        kept = (
-            chunk
-            for kind, chunk in _png_chunks(data)
-            if kind in _PNG_PIXELS or (kind == b"eXIf" and _has_its_checksum(chunk))
-        )
+        kept = (chunk for kind, chunk in _png_chunks(data) if kind in _PNG_PIXELS or _is_used(kind, chunk))
         return PngImageFile(io.BytesIO(b"".join((_PNG_SIGNATURE, *kept))))
     if found == "webp":
         return WebPImageFile(io.BytesIO(data))
@@ -251,6 +274,21 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
             return
         start = end
     raise ValueError("image file is truncated")
+
+
+def _is_used(kind: bytes, chunk: memoryview) -> bool:
+    """Whether a chunk is intact and says how the image is shown: its orientation or its colour profile."""
+    if kind not in {b"eXIf", b"iCCP"} or not _has_its_checksum(chunk):
+        return False
+    if kind == b"eXIf":
+        return True
+    _, _, packed = bytes(chunk[8:-4]).partition(b"\0")
+    inflate = zlib.decompressobj()
+    try:
+        inflate.decompress(packed[1:], _LONGEST_PROFILE)
+    except zlib.error:
+        return False
+    return inflate.eof
 
 
 def _has_its_checksum(chunk: memoryview) -> bool:
@@ -303,16 +341,6 @@ def _is_black(image: Image.Image) -> bool:
         if _brightest(ImageChops.invert(image.getchannel("A"))) > _BLACK_LEVEL:
             return False  # black ink on a transparent ground is a drawing
     return _brightest(image if image.mode in {"L", "RGB"} else image.convert("RGB")) <= _BLACK_LEVEL
-
-
-def _is_turned(image: ImageFile) -> bool:
-    """Whether the EXIF orientation turns the image by a quarter when it is shown."""
-    exif = Image.Exif()
-    try:
-        exif.load(image.info.get("exif", b""))
-        return exif.get(ExifTags.Base.Orientation) in {5, 6, 7, 8}
-    except Exception:  # noqa: BLE001 - corrupt metadata of a good image
-        return False
 
 
 def _brightest(image: Image.Image) -> float:

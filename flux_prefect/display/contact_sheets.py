@@ -19,6 +19,7 @@ from prefect.artifacts import acreate_markdown_artifact
 
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.display.progress import Logger
+from flux_prefect.display.small_images import draw_small
 from flux_prefect.manifest.records import ItemRecord
 
 __all__ = ["Cell", "ContactSheet", "publish_contact_sheet", "publish_contact_sheets"]
@@ -74,18 +75,16 @@ class ContactSheet:
         """Fill the next cell. Takes about ten milliseconds for an image of a megapixel: call it in a thread.
 
         Raises:
-            OSError: the bytes are not an image.
+            Exception: any error of `draw_small` for bytes that are not an image.
         """
         row, column = divmod(self._filled, self._columns)
         left, top = _GAP + column * (self._side + _GAP), _TITLE + row * (self._side + _LABEL + _GAP)
         if cell.image is None:
             self._draw.rectangle((left, top, left + self._side - 1, top + self._side - 1), fill=_EMPTY)
         else:
-            with Image.open(io.BytesIO(cell.image)) as image:
-                image.draft("RGB", (self._side, self._side))  # a JPEG is decoded at an eighth of its size
-                image.thumbnail((self._side, self._side))
-                room = (self._side - image.width) // 2, (self._side - image.height) // 2
-                self._image.paste(image.convert("RGB"), (left + room[0], top + room[1]))
+            image = draw_small(cell.image, self._side)
+            room = (self._side - image.width) // 2, (self._side - image.height) // 2
+            self._image.paste(image, (left + room[0], top + room[1]))
         self._write((left, top + self._side + 2), cell.label, 12, _FAINT, self._side)
         self._filled += 1
 

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 import anyio
 import anyio.to_thread
-from PIL import Image
 
-from flux_prefect.api.client import MAX_PIXELS
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage
-from flux_prefect.errors import BucketError, ImageTooLarge, SpoolUnreadable
+from flux_prefect.display.small_images import draw_small
+from flux_prefect.errors import BucketError, SpoolUnreadable
 from flux_prefect.host.spool import Spool
 
 __all__ = ["MOST_BYTES", "draw_thumbnail", "make_thumbnails"]
@@ -60,18 +59,9 @@ async def make_thumbnails(images: Sequence[PublishedImage], bucket: ImageBucket,
 def draw_thumbnail(content: bytes) -> bytes:
     """Draw an image as a JPEG of at most 160 pixels a side and at most 9,000 bytes. Call it in a thread.
 
-    Transparent areas become white.
-
-    Raises:
-        ImageTooLarge: the image has more pixels than this package decodes.
-        Exception: any error of Pillow for bytes that are not a complete JPEG or PNG.
+    See `draw_small` for what it looks like, and for the errors.
     """
-    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageTooLarge(f"{image.width} x {image.height} pixels are over the limit of {MAX_PIXELS:,}.")
-        image.thumbnail((SIDE, SIDE))  # decodes a JPEG at a fraction of its size
-        small = Image.new("RGB", image.size, "white")
-        small.paste(image, mask=image.convert("RGBA") if image.has_transparency_data else None)
+    small = draw_small(content, SIDE)
     encoded = b""
     for quality in _QUALITIES:
         stream = io.BytesIO()
