@@ -14,6 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
 
+from pydantic import ValidationError
+
 from flux_prefect.api.answers import RawAnswer
 from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.downloads import DownloadedImage
@@ -33,9 +35,11 @@ from flux_prefect.errors import (
     NotAnImage,
     RepeatLimitReached,
     ServiceError,
+    SpoolUnreadable,
 )
 from flux_prefect.host.locks import HostLockManager
-from flux_prefect.host.spool import ImageFile, KeptAnswer, PaidCall, Spool
+from flux_prefect.host.retention import shrink_at_times
+from flux_prefect.host.spool import ImageFile, KeptAnswer, PaidCall, Spool, black_image
 from flux_prefect.money.budget import Budget, current_budget, describe_credits
 from flux_prefect.money.reconciliation import reconcile
 from flux_prefect.settings import current_settings
@@ -52,6 +56,7 @@ __all__ = [
     "obtain",
     "publish",
     "recover",
+    "release",
     "take_up",
 ]
 
@@ -456,12 +461,20 @@ async def take_up(kept: KeptAnswer, spool: Spool) -> tuple[Generation, bool]:
         return await run_to_end(_keep, kept.call, generation, spool), True
 
 
-async def download(
-    generation: Generation, index: int, client: AimlApiClient, spool: Spool, bucket: ImageBucket | None = None
+async def download(  # noqa: PLR0913 - what is wanted, and every place that may have it
+    generation: Generation,
+    index: int,
+    client: AimlApiClient,
+    spool: Spool,
+    bucket: ImageBucket | None = None,
+    *,
+    order: Order = _PLAIN,
 ) -> ImageFile:
     """Download one image into the spool and check it. A whole file that is there already is not fetched again.
 
-    With a bucket, an image whose URL is dead comes from there if it is published.
+    With a bucket, an image whose URL is dead comes from there if it is published, or from the bucket to which this
+    host has published it. Without one, and unless `order.refresh`, the result then describes a published image whose
+    file has left the spool: `publish` finds that image.
 
     Raises:
         ImageUnwritable: the spool can't take it; nothing was fetched.
@@ -479,11 +492,7 @@ async def download(
             "not published. Change the prompt or the seed, or raise safety_tolerance."
         )
     shape = ExpectedShape.of(generation.request, image)
-    found = None
-    if spool.rejected_path(generation, index).exists():
-        found = await run_in_thread(spool.reconsider, generation, index, shape)
-    elif spool.image_path(generation, index).exists():
-        found = await run_in_thread(spool.find_image, generation, index, shape)
+    found = await _find_spooled(generation, index, spool, shape)
     if found is None:
         try:
             found = await client.download(
@@ -494,26 +503,46 @@ async def download(
                 delivered_at=generation.created_at,
             )
         except ImageGone:
-            found = None if bucket is None else await _download_published(generation, index, spool, bucket)
+            found = await _find_published(generation, index, spool, bucket, order)
             if found is None:
                 raise
+        else:
+            await run_in_thread(spool.forget_published, generation, index)
         if generation.replaces is not None:  # fetched: if its URL dies later, it may be replaced again
             await run_in_thread(spool.settle_replacement, generation)
     if found.black:
         await run_in_thread(spool.reject, generation, index)
-        raise ContentFlagged(
-            f"Image {index} of {generation.request.label!r} is black all over, which is how the service hides an "
-            "unsafe one. It was paid for and is not published. Change the prompt or the seed."
-        )
+        raise black_image(generation, index)
     return ImageFile(**found.model_dump(), index=index, generation=generation)
 
 
-async def _download_published(
-    generation: Generation, index: int, spool: Spool, bucket: ImageBucket
+async def _find_spooled(
+    generation: Generation, index: int, spool: Spool, shape: ExpectedShape | None
 ) -> DownloadedImage | None:
-    published = await bucket.find(generation.request, generation.fingerprint, index)
-    if published is None:
-        return None
+    if spool.rejected_path(generation, index).exists():
+        return await run_in_thread(spool.reconsider, generation, index, shape)
+    if spool.image_path(generation, index).exists():
+        return await run_in_thread(spool.find_image, generation, index, shape)
+    return None
+
+
+async def _find_published(
+    generation: Generation, index: int, spool: Spool, bucket: ImageBucket | None, order: Order
+) -> DownloadedImage | None:
+    note = await run_in_thread(spool.find_published, generation, index)
+    if bucket is not None:
+        published = await bucket.find(generation.request, generation.fingerprint, index)
+        if published is not None:
+            return await _read_back(published, generation, index, spool, bucket)
+        if note is not None:  # in another bucket, or under another prefix
+            with suppress(BucketError, ValidationError):
+                return await _read_back(PublishedImage.model_validate(note.published), generation, index, spool, bucket)
+    return None if order.refresh else note
+
+
+async def _read_back(
+    published: PublishedImage, generation: Generation, index: int, spool: Spool, bucket: ImageBucket
+) -> DownloadedImage:
     content = await bucket.read_image(published)
     await run_in_thread(spool.keep_image, generation, index, content)
     found = await run_in_thread(spool.find_image, generation, index)
@@ -539,6 +568,23 @@ async def publish(file: ImageFile, bucket: ImageBucket, run: PublishingRun) -> P
     if generation.shared_as == answers.uri_of(generation.fingerprint) and await _others_are_published(file, bucket):
         await answers.drop(generation.fingerprint)
     return image
+
+
+async def release(file: ImageFile, image: PublishedImage, spool: Spool) -> None:
+    """Let a published image leave the spool, after `keep_published_hours`. Others whose time has come leave now.
+
+    Never raises.
+    """
+    await run_in_thread(_release, file, image, spool)
+
+
+def _release(file: ImageFile, image: PublishedImage, spool: Spool) -> None:
+    with suppress(OSError, SpoolUnreadable):
+        spool.note_published(file, image.model_dump(mode="json"))
+        if not current_settings().keep_published_hours:
+            spool.image_path(file.generation, file.index).unlink(missing_ok=True)
+            spool.drop_inline(file.generation.fingerprint, file.index)
+        shrink_at_times(spool, _LOCKS)
 
 
 async def _others_are_published(file: ImageFile, bucket: ImageBucket) -> bool:

@@ -18,6 +18,7 @@ from flux_prefect.api.models import Generation, ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.leases import BucketLeases
 from flux_prefect.bucket.published_image import PublishedImage
+from flux_prefect.concurrency import run_in_thread
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.custody import CallOutcome, metered
 from flux_prefect.errors import (
@@ -33,6 +34,7 @@ from flux_prefect.errors import (
     UnexpectedError,
 )
 from flux_prefect.host.locks import HostLockManager
+from flux_prefect.host.retention import shrink
 from flux_prefect.host.spool import ImageFile, PaidCall, Spool
 from flux_prefect.tasks import download_image, find_published, generate_image, upload_to_s3
 
@@ -152,7 +154,7 @@ class Production:
 async def check_ready(bucket: ImageBucket) -> None:
     """Verify that the spool, the locks and the bucket can be used, before anything is paid for. For the start of a run.
 
-    Also removes half-written files of dead processes from the spool.
+    Also removes half-written files of dead processes from the spool, and published images whose time there is over.
 
     Raises:
         SpoolUnwritable, LocksUnusable: the spool or the lock folder can't be used.
@@ -167,6 +169,7 @@ async def check_ready(bucket: ImageBucket) -> None:
     spool.prepare()
     spool.sweep()
     _LOCKS.prepare()
+    await run_in_thread(shrink, spool, _LOCKS)
     await bucket.check()
 
 
@@ -310,7 +313,7 @@ class _Producer:
 
     async def _deliver(self, generation: Generation, index: int) -> None:
         try:
-            file = await self.run(download_image, generation, self.credentials, index)
+            file = await self.run(download_image, generation, self.credentials, index, self.bucket)
             if not file.is_whole():
                 file = await self._fetch_again(generation, index)
             try:
@@ -324,7 +327,7 @@ class _Producer:
             self.production.outcomes[index] = ImageOutcome(index, image=image)
 
     async def _fetch_again(self, generation: Generation, index: int) -> ImageFile:
-        file = await self.run(_DOWNLOAD_AGAIN, generation, self.credentials, index)
+        file = await self.run(_DOWNLOAD_AGAIN, generation, self.credentials, index, self.bucket)
         self.production.refetched += 1
         return file
 

@@ -81,6 +81,20 @@ class FluxSettings(BaseSettings):
             "Nothing is paid again for a URL that is alive."
         ),
     )
+    keep_published_hours: _Amount = Field(
+        default=48,
+        description=(
+            "Hours for which the spool keeps the file of a published image after its last use. 48: the audit after "
+            "the next night's run can still restore an object from it."
+        ),
+    )
+    keep_records_days: _Amount = Field(
+        default=30,
+        description=(
+            "Days for which the spool keeps the records of published images, and the files of images that the service "
+            "delivers wrong or black."
+        ),
+    )
     grace_seconds: _Amount = Field(
         default=25,
         description=(

@@ -168,11 +168,12 @@ async def download_image(
         print(file.path, file.width, file.height)
         ```
     """
+    step = current_step()
     async with credentials.open_client() as client:
-        file = await custody.download(generation, index, client, Spool(), bucket)
-    results = current_step().results
-    if results is not None:
-        await results.write(file)
+        order = custody.Order(refresh=step.refresh)
+        file = await custody.download(generation, index, client, Spool(), bucket, order=order)
+    if step.results is not None:
+        await step.results.write(file)
     return file
 
 
@@ -188,7 +189,8 @@ async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
     """Publish an image under its key unless it is there already, with its JSON record beside it.
 
     Idempotent and never cached: the bucket itself is asked for the image. S3 verifies the SHA-256. The answer that
-    `generate_image` has kept in the bucket is removed with the last image of its request.
+    `generate_image` has kept in the bucket is removed with the last image of its request. The file leaves the spool
+    after `FLUX_PREFECT_KEEP_PUBLISHED_HOURS`.
 
     Raises:
         ImageChanged: the file's bytes are no longer those that were checked.
@@ -204,6 +206,7 @@ async def upload_to_s3(file: ImageFile, bucket: ImageBucket) -> PublishedImage:
     """
     run = PublishingRun(flow_run_id=flow_run.id, flow_run_name=flow_run.name)
     published = await custody.publish(file, bucket, run)
+    await custody.release(file, published, Spool())
     step_logger().log(
         current_step().news, "%s %s", "Published" if published.created else "Already there:", published.uri
     )

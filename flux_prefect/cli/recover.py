@@ -135,7 +135,9 @@ async def _publish(
         for image in generation.images:
             try:
                 file = await custody.download(generation, image.index, client, spool, bucket)
-                recovery.published.append((await custody.publish(file, bucket, PublishingRun())).uri)
+                published = await custody.publish(file, bucket, PublishingRun())
+                await custody.release(file, published, spool)
+                recovery.published.append(published.uri)
             except FluxError as error:
                 recovery.outcome, recovery.message = "not published", error.message
 

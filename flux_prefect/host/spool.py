@@ -6,11 +6,13 @@ spool/
   records/     one JSON record a generation, written before it is returned to the caller
   endpoints/   prices and pace of each endpoint, as the last batch found them
   pictures/    the bytes as delivered, named by the fingerprint
+  published/   one small record a published image; `retention` removes what they name after some time
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +20,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from flux_prefect import errors
 from flux_prefect.api.answers import RawAnswer, read_answer
 from flux_prefect.api.client import MAX_PIXELS
 from flux_prefect.api.downloads import REJECTED, DownloadedImage
@@ -27,7 +30,9 @@ from flux_prefect.api.images import ExpectedShape, inspect_image
 from flux_prefect.api.models import Generation, ImageRequest, normalize_endpoint
 from flux_prefect.errors import (
     Billed,
+    ContentFlagged,
     DownloadError,
+    FluxError,
     ServiceError,
     SpoolUnreadable,
     SpoolUnwritable,
@@ -36,7 +41,9 @@ from flux_prefect.errors import (
 from flux_prefect.local_files import explain_os_error, open_part, part_path, remove_abandoned
 from flux_prefect.settings import current_settings
 
-__all__ = ["Experience", "ImageFile", "KeptAnswer", "PaidCall", "Spool"]
+_LONGEST_VERDICT = 64 * 1024  # bytes
+
+__all__ = ["Experience", "ImageFile", "KeptAnswer", "PaidCall", "PublishedFile", "Spool", "black_image"]
 
 
 class PaidCall(BaseModel):
@@ -97,6 +104,12 @@ class ImageFile(DownloadedImage):
             return False
 
 
+class PublishedFile(DownloadedImage):
+    """The file of a published image, which may have left the spool."""
+
+    published: dict[str, JsonValue] = Field(description="The `PublishedImage`: where its bytes are.")
+
+
 class Experience(BaseModel):
     """What this host learnt about an endpoint in its last batch: the starting values of the next one."""
 
@@ -131,7 +144,7 @@ class Spool:
             SpoolUnwritable: with the folder, the reason and the setting to change.
         """
         try:
-            for name in ("calls", "answers", "records", "endpoints", "pictures"):
+            for name in ("calls", "answers", "records", "endpoints", "pictures", "published"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             proof = part_path(self.root / "write-check")
             try:
@@ -237,8 +250,9 @@ class Spool:
         except SpoolUnreadable:
             older = None
         if older is not None and older.client_request_id != generation.client_request_id:
-            for image in (self.root / "pictures").glob(f"{generation.fingerprint}-*"):
-                image.unlink(missing_ok=True)
+            for folder in ("published", "pictures"):  # in this order: what has no record of its publication stays
+                for file in (self.root / folder).glob(f"{generation.fingerprint}-*"):
+                    file.unlink(missing_ok=True)
         _write(self._record_path(generation.fingerprint), generation.model_dump_json(), os.fsync)
 
     def settle_replacement(self, generation: Generation) -> None:
@@ -259,6 +273,19 @@ class Spool:
             return None if record is None else Generation.model_validate_json(record)
         except ValidationError:
             return None
+
+    def drop_inline(self, fingerprint: str, index: int) -> None:
+        """Remove the bytes of a published image from the record of its answer, if they came inside it."""
+        kept = self.find_generation(fingerprint)
+        if kept is not None and any((image.url or "").startswith("data:") for image in kept.images):
+            images = tuple(
+                image.model_copy(update={"url": None}) if image.index == index else image for image in kept.images
+            )
+            self.keep_generation(kept.model_copy(update={"images": images}))
+
+    def forget_generation(self, fingerprint: str) -> None:
+        """Remove the record of an answer whose images are published."""
+        self._record_path(fingerprint).unlink(missing_ok=True)
 
     # Experience
 
@@ -305,6 +332,8 @@ class Spool:
             UnexpectedSize: it has another shape, and is kept as rejected from now on.
         """
         path = self.image_path(generation, index)
+        with suppress(OSError):
+            os.utime(self._published_path(generation, index))  # it is in use, so it does not leave
         try:
             image = inspect_image(path, generation.request.output_format, max_pixels=MAX_PIXELS, shape=shape)
         except UnexpectedSize:
@@ -329,6 +358,9 @@ class Spool:
             SpoolUnreadable: it can't be read.
         """
         path = self.rejected_path(generation, index)
+        verdict = _read_verdict(path)
+        if verdict is not None:
+            raise verdict
         try:
             image = inspect_image(path, generation.request.output_format, max_pixels=MAX_PIXELS, shape=shape)
         except FileNotFoundError:
@@ -344,6 +376,42 @@ class Spool:
         if not image.black:
             path = path.replace(self.image_path(generation, index))
         return DownloadedImage(**image.model_dump(), path=path)
+
+    def replace_by_verdict(self, generation: Generation, index: int, error: FluxError) -> None:
+        """Keep what is wrong with a rejected image instead of its bytes: `reconsider` raises it.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        verdict = {"verdict": type(error).__name__, "message": error.message}
+        _write(self.rejected_path(generation, index), json.dumps(verdict))
+
+    # Published images
+
+    def note_published(self, image: ImageFile, published: dict[str, JsonValue]) -> None:
+        """Record where an image is published, so that it may leave. A failure to record it is ignored: it stays."""
+        if image.path == self.image_path(image.generation, image.index):
+            known = image.model_dump(include=set(DownloadedImage.model_fields))
+            note = PublishedFile(**known, published=published)
+            with suppress(OSError):
+                _write(self._published_path(image.generation, image.index), note.model_dump_json())
+
+    def forget_published(self, generation: Generation, index: int) -> None:
+        """Forget that an image is published, as it was fetched anew."""
+        self._published_path(generation, index).unlink(missing_ok=True)
+
+    def find_published(self, generation: Generation, index: int) -> PublishedFile | None:
+        """The record of a published image, whose file may have left; None if there is none. Counts as a use of it."""
+        path = self._published_path(generation, index)
+        try:
+            note = PublishedFile.model_validate_json(path.read_bytes())
+            os.utime(path)
+        except (OSError, ValidationError):
+            return None
+        return note
+
+    def _published_path(self, generation: Generation, index: int) -> Path:
+        return self.root / "published" / f"{generation.fingerprint}-{index}.json"
 
     def _unwritable(self, error: OSError) -> SpoolUnwritable:
         return SpoolUnwritable(
@@ -364,6 +432,26 @@ class Spool:
 
     def _record_path(self, fingerprint: str) -> Path:
         return self.root / "records" / f"{fingerprint}.json"
+
+
+def black_image(generation: Generation, index: int) -> ContentFlagged:
+    """The error of an image that is black all over."""
+    return ContentFlagged(
+        f"Image {index} of {generation.request.label!r} is black all over, which is how the service hides an unsafe "
+        "one. It was paid for and is not published. Change the prompt or the seed."
+    )
+
+
+def _read_verdict(path: Path) -> FluxError | None:
+    """What is wrong with a rejected image whose bytes have left; None for one that is there, or gone."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LONGEST_VERDICT)
+        verdict = json.loads(content) if content.startswith(b'{"verdict"') else {}
+        kind = getattr(errors, verdict["verdict"])
+        return kind(verdict["message"], retryable=False) if issubclass(kind, FluxError) else None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
 
 
 def _list(folder: Path, start: str) -> list[Path]:

@@ -282,6 +282,7 @@ class TestFolder:
             "calls",
             "endpoints",
             "pictures",
+            "published",
             "records",
         ]
 
