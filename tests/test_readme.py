@@ -153,7 +153,9 @@ def test_the_defaults_in_the_table_are_those_of_the_settings() -> None:
     )
     listed = {name.lower(): ast.literal_eval(value.replace(",000", "000")) for name, value in table.items()}
     defaults = {
-        name: field.default for name, field in FluxSettings.model_fields.items() if field.default_factory is None
+        name: field.default
+        for name, field in FluxSettings.model_fields.items()
+        if field.default_factory is None and field.default is not None
     }
 
     assert listed == defaults

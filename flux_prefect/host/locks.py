@@ -171,10 +171,15 @@ class HostLockManager(LockManager):
         """
         taken: list[FileLock] = []
         name = _file_name(key)
+        seen: set[tuple[int, int]] = set()
         try:
             for folder in self._folders():
+                place = _place(_prepared(folder))
+                if place in seen:  # by a link or a mount: it would wait for itself
+                    continue
+                seen.add(place)
                 try:
-                    lock = _take(_prepared(folder) / name)
+                    lock = _take(folder / name)
                 except LocksUnusable as error:
                     if not _has_no_locks(error):
                         raise
@@ -276,6 +281,15 @@ def _prepared(directory: Path) -> Path:
             "set FLUX_PREFECT_LOCKS to a folder of your own."
         )
     return directory
+
+
+def _place(directory: Path) -> tuple[int, int]:
+    """What tells a folder from all others, by whatever path it is reached."""
+    try:
+        found = directory.stat()
+    except OSError as error:
+        raise _unusable(directory, error) from error
+    return found.st_dev, found.st_ino
 
 
 def _stat(path: Path) -> os.stat_result | None:

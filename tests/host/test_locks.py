@@ -26,6 +26,7 @@ from prefect.transactions import CommitMode, IsolationLevel, atransaction
 
 from flux_prefect.errors import LocksUnusable
 from flux_prefect.host.locks import HostLockManager
+from flux_prefect.settings import current_settings
 
 
 @pytest.fixture
@@ -151,6 +152,40 @@ class TestExclusion:
                 future.result()
 
         assert (tmp_path / "counter").read_text() == "60"
+
+    def test_two_event_loops_hold_a_key_one_after_the_other(self, folder: Path, tmp_path: Path) -> None:
+        """In one process, whatever the managers are, and by whatever path they reach the folder."""
+        folder.mkdir()
+        (tmp_path / "link").symlink_to(folder)
+        spellings = [folder, tmp_path / "link", tmp_path / "elsewhere" / ".." / folder.name]
+        (tmp_path / "elsewhere").mkdir()
+
+        async def count(path: Path) -> None:
+            locks, others = HostLockManager(path), HostLockManager(folder)
+            for _ in range(5):
+                for one in (locks, others):
+                    async with one.hold("key"):
+                        await asyncio.to_thread(_count_up, tmp_path)
+
+        async def count_twice(path: Path) -> None:
+            await asyncio.gather(count(path), count(path))
+
+        with ThreadPoolExecutor() as pool:
+            for done in [pool.submit(asyncio.run, count_twice(path)) for path in spellings]:
+                done.result()
+        assert (tmp_path / "counter").read_text() == str(3 * 2 * 5 * 2)
+
+    async def test_a_second_manager_of_the_same_thread_is_excluded(self, folder: Path, tmp_path: Path) -> None:
+        """A single look fails, also through a link, and a look at the lock sees it."""
+        folder.mkdir()
+        (tmp_path / "link").symlink_to(folder)
+        first, second = HostLockManager(folder), HostLockManager(tmp_path / "link")
+        async with first.hold("key"):
+            assert not second.acquire_lock("key", "holder", acquire_timeout=0)
+            assert not await second.aacquire_lock("key", "holder", acquire_timeout=0)
+            assert second.is_locked("key")
+        assert second.acquire_lock("key", "holder", acquire_timeout=0)
+        second.release_lock("key", "holder")
 
     def test_one_process_holds_a_key_at_a_time(
         self, processes: ForkServerContext, folder: Path, tmp_path: Path
@@ -528,6 +563,21 @@ class TestSeveralFolders:
         temporary.mkdir(exist_ok=True)
         monkeypatch.setattr(tempfile, "tempdir", str(temporary))
         monkeypatch.setenv("FLUX_PREFECT_SPOOL", str(temporary.parent / spool))
+
+    async def test_a_folder_that_is_named_twice_is_locked_once(self) -> None:
+        """A link from the spool to the host's folder makes nobody wait for himself."""
+        host_folder, in_spool = current_settings().lock_folders
+        host_folder.mkdir(mode=0o700)
+        in_spool.parent.mkdir(parents=True)
+        in_spool.symlink_to(host_folder)
+        locks, others = HostLockManager(), HostLockManager()
+        locks.prepare()
+        with anyio.fail_after(10):
+            async with locks.hold("key"):
+                assert not others.acquire_lock("key", "holder", acquire_timeout=0)
+        assert others.acquire_lock("key", "holder", acquire_timeout=0)
+        others.release_lock("key", "holder")
+        assert _files(host_folder) == []
 
     @pytest.mark.parametrize(("temporary", "spool"), [("container", "spool"), ("host", "another spool")])
     def test_one_shared_folder_is_enough(
