@@ -76,14 +76,23 @@ class _Sweep:
         self._records_before = now - settings.keep_records_days * _DAY
 
     def run(self) -> None:
-        forgotten: set[str] = set()
+        self._remove_published()
+        self._remove_wrong()
+
+    def _remove_published(self) -> None:
+        pictures: dict[str, list[str]] = {}
+        for path, fingerprint, _ in self._files("pictures", ""):
+            pictures.setdefault(fingerprint, []).append(path.name)
+        notes: dict[str, list[Path]] = {}
         for note, fingerprint, index in self._files("published", ".json"):
+            notes.setdefault(fingerprint, []).append(note)
             if _is_older(note, self._files_before):
-                self._remove_file(note, fingerprint, index)
-            if _is_older(note, self._records_before):
-                forgotten.add(fingerprint)
-        for fingerprint in forgotten:
-            self._remove_record(fingerprint)
+                self._remove_file(note, fingerprint, index, pictures.get(fingerprint, []))
+        for fingerprint, its_notes in notes.items():
+            if all(_is_older(note, self._records_before) for note in its_notes):
+                self._remove_record(fingerprint, its_notes, pictures.get(fingerprint, []))
+
+    def _remove_wrong(self) -> None:
         for wrong, fingerprint, index in self._files("pictures", REJECTED):
             if _is_older(wrong, self._records_before):
                 self._replace_by_verdict(wrong, fingerprint, index)
@@ -93,8 +102,10 @@ class _Sweep:
                     if is_alone:
                         wrong.unlink(missing_ok=True)
 
-    def _remove_file(self, note: Path, fingerprint: str, index: int) -> None:
-        found = [path for path in self._images(fingerprint, index) if _is_older(path, self._files_before)]
+    def _remove_file(self, note: Path, fingerprint: str, index: int, pictures: list[str]) -> None:
+        # Not what is rejected, or still being written: those names go on after the extension.
+        names = [name for name in pictures if name.startswith(f"{fingerprint}-{index}.") and name.count(".") == 1]
+        found = [path for path in self._in_pictures(names) if _is_older(path, self._files_before)]
         if not found:
             return
         with self._alone_with(fingerprint) as is_alone:
@@ -104,21 +115,21 @@ class _Sweep:
                     path.unlink(missing_ok=True)
                 self._spool.drop_inline(fingerprint, index)
 
-    def _remove_record(self, fingerprint: str) -> None:
+    def _remove_record(self, fingerprint: str, notes: list[Path], pictures: list[str]) -> None:
+        if any(path.exists() for path in self._in_pictures(pictures)):
+            return
         with self._alone_with(fingerprint) as is_alone:
-            if not is_alone:
+            if not is_alone or not all(_is_older(note, self._records_before) for note in notes):
                 return
-            notes = [note for note, _, _ in self._files("published", ".json", fingerprint)]
             generation = self._generation(fingerprint)
-            if not all(_is_older(note, self._records_before) for note in notes) or next(
-                self._files("pictures", "", fingerprint), None
-            ):
-                return
             if generation is not None and len(notes) < generation.request.num_images:
                 return  # an image that is not published, or that must not be
             self._spool.forget_generation(fingerprint)
             for note in notes:
                 note.unlink(missing_ok=True)
+
+    def _in_pictures(self, names: list[str]) -> list[Path]:
+        return [self._spool.root / "pictures" / name for name in names]
 
     def _replace_by_verdict(self, wrong: Path, fingerprint: str, index: int) -> None:
         with self._alone_with(fingerprint) as is_alone:
@@ -143,16 +154,11 @@ class _Sweep:
         except SpoolUnreadable:
             return None
 
-    def _images(self, fingerprint: str, index: int) -> list[Path]:
-        """The image's file: not what is rejected, or still being written."""
-        found = (self._spool.root / "pictures").glob(f"{fingerprint}-{index}.*")
-        return [path for path in found if path.name.count(".") == 1]
-
-    def _files(self, folder: str, end: str, start: str = "") -> Iterator[tuple[Path, str, int]]:
+    def _files(self, folder: str, end: str) -> Iterator[tuple[Path, str, int]]:
         with suppress(FileNotFoundError), os.scandir(self._spool.root / folder) as files:
             for file in files:
                 name = _NAME.match(file.name)
-                if name is not None and file.name.startswith(start) and file.name.endswith(end):
+                if name is not None and file.name.endswith(end):
                     yield Path(file.path), name[1], int(name[2])
 
     @contextmanager
