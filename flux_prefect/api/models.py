@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -121,21 +120,6 @@ class Lora(BaseModel):
     scale: float | None = Field(default=None, allow_inf_nan=False, description="How strongly they apply, 0 to 4.")
 
 
-def _parse_size(value: Any) -> Any:
-    parts = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    return value if parts is None else {"width": int(parts[1]), "height": int(parts[2])}
-
-
-def _parse_json(value: Any) -> Any:
-    """Read a table's cell that holds a list or an object as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        try:
-            return json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"is not valid JSON ({error})") from error
-    return value
-
-
 class ImageSettings(BaseModel):
     """The fields of a request beside its prompt and its seed. A field left empty has its model's default."""
 
@@ -156,7 +140,7 @@ class ImageSettings(BaseModel):
         default="flux/kontext-max/text-to-image",
         description="The model of the service. An id that is not listed needs extra_fields.",
     )
-    image_size: Annotated[ImageSize | SizePreset | None, BeforeValidator(_parse_size)] = Field(
+    image_size: ImageSize | SizePreset | None = Field(
         default=None,
         exclude_if=_is_none,
         description="A preset, or width and height in multiples of 32. Empty: landscape_4_3.",
@@ -178,10 +162,10 @@ class ImageSettings(BaseModel):
         exclude_if=_is_none,
         description="How much the prompt influences an edited image, 0 to 1. Empty: 0.95.",
     )
-    loras: Annotated[tuple[Lora, ...] | None, BeforeValidator(_parse_json)] = Field(
+    loras: tuple[Lora, ...] | None = Field(
         default=None, exclude_if=_is_none, description="Up to three LoRAs, each with a path and a scale."
     )
-    extra_fields: Annotated[dict[str, JsonValue] | None, BeforeValidator(_parse_json)] = Field(
+    extra_fields: dict[str, JsonValue] | None = Field(
         default=None,
         exclude_if=_is_none,
         description=(
@@ -189,6 +173,23 @@ class ImageSettings(BaseModel):
             "checked; identity and custody are as for all models."
         ),
     )
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _parse_size(cls, value: Any) -> Any:
+        parts = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        return value if parts is None else {"width": int(parts[1]), "height": int(parts[2])}
+
+    @field_validator("loras", "extra_fields", mode="before")
+    @classmethod
+    def _parse_json(cls, value: Any) -> Any:
+        """Read a table's cell that holds a list or an object."""
+        if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+            try:
+                return json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"is not valid JSON ({error})") from error
+        return value
 
 
 class _PromptAndSeed(BaseModel):
