@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 
 from flux_prefect.cli.app import main
 from flux_prefect.sandbox.launching import RunningSandbox
@@ -130,7 +131,7 @@ def test_the_guide_can_be_followed(
     assert sandbox.control.summary().billed_calls == 11
     with SyncPrefectClient(prefect_server) as client:
         deployment = client.read_deployment_by_name("publish-batch/nightly-covers")
-        (run,) = [run for run in client.read_flow_runs() if run.deployment_id == deployment.id]
+        (run,) = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])))
         assert run.state is not None
         assert run.state.message == "dry run: 4 rows: 0 to generate, 4 already there; at most 0 credits ($0.00)"
         client.delete_deployment(deployment.id)
