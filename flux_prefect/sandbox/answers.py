@@ -119,7 +119,7 @@ def generation(request: GenerationBody, images: Sequence[Image], cost: Cost, sha
                     "url": image.url if image.content is None else _data_uri(request, image.content),
                     "width": width,
                     "height": height,
-                    "content_type": media_type(request.output_format),
+                    "content_type": media_type(request.format),
                 }
                 for image in images
             ],
@@ -145,4 +145,4 @@ def json_bytes(body: Any) -> bytes:
 
 
 def _data_uri(request: GenerationBody, content: bytes) -> str:
-    return f"data:{media_type(request.output_format)};base64,{base64.b64encode(content).decode('ascii')}"
+    return f"data:{media_type(request.format)};base64,{base64.b64encode(content).decode('ascii')}"

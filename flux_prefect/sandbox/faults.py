@@ -91,7 +91,7 @@ class Delivery:
     @property
     def media_type(self) -> str:
         """What the image is."""
-        return answers.media_type(self.request.output_format)
+        return answers.media_type(self.request.format)
 
     def file(self, content: bytes) -> Response:
         """A 200 with other bytes under the right type."""
@@ -397,8 +397,8 @@ def html_download(_: Delivery) -> ASGIApp:
 
 @_download
 def wrong_type(delivery: Delivery) -> ASGIApp:
-    """The right image as PNG where JPEG was asked for, and the other way round."""
-    other = "jpeg" if delivery.request.output_format == "png" else "png"
+    """The right image as PNG where JPEG or WEBP was asked for, and as JPEG where PNG was."""
+    other = "jpeg" if delivery.request.format == "png" else "png"
     with Image.open(io.BytesIO(delivery.content)) as image:
         return Response(encode(image.convert("RGB"), other), media_type=answers.media_type(other))
 
@@ -423,8 +423,8 @@ def huge_download(delivery: Delivery, *, megabytes: float = 4096) -> ASGIApp:
 
 @_download
 def bomb(delivery: Delivery) -> ASGIApp:
-    """A small file that claims to be 65,500 pixels square."""
-    return delivery.file(_inflate(delivery.request.output_format))
+    """A small file that claims to be 65,500 pixels square; 16,383 as WEBP, which can say no more."""
+    return delivery.file(_inflate(delivery.request.format))
 
 
 @_download
@@ -451,6 +451,8 @@ def _inflate(output_format: str) -> bytes:
     if output_format == "png":
         header = b"IHDR" + struct.pack(">II", side, side) + file[24:29]
         return file[:12] + header + zlib.crc32(header).to_bytes(4, "big") + file[33:]
+    if output_format == "webp":  # RIFF and chunk headers, frame tag and start code; then width and height
+        return file[:26] + struct.pack("<HH", 16_383, 16_383) + file[30:]
     start = file.index(b"\xff\xc0") + 5  # SOF0: marker, length, precision, then height and width
     return file[:start] + struct.pack(">HH", side, side) + file[start + 4 :]
 

@@ -47,6 +47,7 @@ CREATE TABLE IF NOT EXISTS account (
     refused INTEGER NOT NULL DEFAULT 0,
     downloads INTEGER NOT NULL DEFAULT 0
 );
+CREATE TABLE IF NOT EXISTS reference_images (sha256 TEXT PRIMARY KEY, content BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS settings (id INTEGER PRIMARY KEY CHECK (id = 1), changes TEXT NOT NULL);
 """
 
@@ -79,6 +80,8 @@ class Call(BaseModel):
     inference_id: str = Field(description="The sandbox's id of the call.")
     prompt: str | None = Field(description="None where the request was refused unread.")
     seed: int | None = Field(description="The seed that decided the images, asked for or drawn.")
+    model: str | None = Field(default=None, description="The model. None where the request was refused unread.")
+    references: list[str] = Field(default=[], description="SHA-256 of its reference images, in order.")
     status: int | None = Field(description="The answer's status. None: no answer was given.")
     billed: bool = Field(description="Whether the call was charged for.")
     images: int = Field(description="Images charged for.")
@@ -208,6 +211,15 @@ class Ledger:
         ).fetchone()
         return StoredImages(**dict(row)) if row else None
 
+    def keep_reference(self, sha256: str, content: bytes) -> None:
+        """Keep a reference image, to draw the images of its edits again."""
+        self._db.execute("INSERT OR IGNORE INTO reference_images VALUES (?, ?)", (sha256, content))
+
+    def reference(self, sha256: str) -> bytes:
+        """The bytes of a reference image that was kept."""
+        row = self._db.execute("SELECT content FROM reference_images WHERE sha256 = ?", (sha256,)).fetchone()
+        return bytes(row[0])
+
     @property
     def balance(self) -> int:
         """Credits left."""
@@ -245,7 +257,7 @@ class Ledger:
     def clear(self) -> None:
         """Delete everything: calls, images, settings; the balance is a new account's."""
         with self._transaction():
-            for table in ("calls", "account", "settings"):
+            for table in ("calls", "account", "settings", "reference_images"):
                 self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - the names stand in the line above
             self._open_account()
 
@@ -270,5 +282,7 @@ def _call(row: sqlite3.Row) -> dict[str, Any]:
         "time": datetime.fromtimestamp(row["at"], timezone.utc),
         "prompt": request.get("prompt"),
         "seed": request.get("seed"),
+        "model": request.get("model"),
+        "references": [reference["sha256"] for reference in request.get("references", [])],
         "billed": row["images"] > 0,
     }

@@ -9,7 +9,7 @@ import secrets
 import time
 import uuid
 from datetime import datetime, timedelta, timezone
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import anyio
 import anyio.to_thread
@@ -21,21 +21,22 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from flux_prefect.api.models import CREDITS_PER_USD, GENERATIONS_PATH, MAX_SEED
+from flux_prefect.api.models import CREDITS_PER_USD, FILE_EXTENSIONS, GENERATIONS_PATH, MAX_SEED
+from flux_prefect.api.registry import MODELS
 from flux_prefect.sandbox import answers
 from flux_prefect.sandbox.faults import Delivery, FinishedCall, PendingCall, Strike
 from flux_prefect.sandbox.ledger import Entry, LogPage
 from flux_prefect.sandbox.painting.painter import paint, paint_black
 from flux_prefect.sandbox.painting.prebuilt import stamp
-from flux_prefect.sandbox.schema import GenerationBody, SandboxModel, explain
+from flux_prefect.sandbox.references import BadReference, fetch_reference, measure_reference
+from flux_prefect.sandbox.schema import GenerationBody, IncomingBody, Reference, explain
 from flux_prefect.sandbox.state import State
 from flux_prefect.sandbox.steering import steering_routes
 
 __all__ = ["create_app"]
 
 _CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_FILE_NAME = re.compile(r"(?P<token>[0-9a-f]{32})-(?P<index>[0-3])\.(?P<extension>jpg|png)")
-_EXTENSIONS = {"jpeg": "jpg", "png": "png"}
+_FILE_NAME = re.compile(r"(?P<token>[0-9a-f]{32})-(?P<index>[0-3])\.(?P<extension>jpg|png|webp)")
 _LOG_CALLS_PER_MINUTE = 200
 _LOG_DAYS = 92
 
@@ -109,9 +110,14 @@ class _ImageService:
         if not self._has_key(request):
             return self._refuse(call, 401, "Invalid or missing API key. Send it as Authorization: Bearer <key>.")
         try:
-            body = GenerationBody.model_validate_json(await request.body())
+            incoming = IncomingBody.model_validate_json(await request.body())
         except ValidationError as error:
             return self._refuse(call, 400, f"Invalid payload provided: {explain(error)}")
+        try:
+            references = [await self._take_reference(uri) for uri in incoming.uris]
+        except BadReference as error:
+            return self._refuse(call, 400, f"Invalid payload provided: the reference image {error}.")
+        body = incoming.with_references(references)
         if body.seed is None:
             body = body.model_copy(update={"seed": secrets.randbelow(MAX_SEED) + 1})
         call.body, state = body, self._state
@@ -125,7 +131,7 @@ class _ImageService:
     async def _work(self, call: _Call, body: GenerationBody, base_url: str) -> ASGIApp:
         # One call, one set of rules, even if they are changed while it waits.
         state, settings = self._state, self._state.settings
-        cost = answers.Cost(settings.price * body.images)
+        cost = answers.Cost(settings.price_of(body.model) * body.images)
         if state.ledger.balance < cost.credits:
             return self._refuse(call, 403, answers.OUT_OF_CREDITS)
         strike = state.faults.take(body.prompt, "before_work", "after_work")
@@ -138,7 +144,7 @@ class _ImageService:
         token = secrets.token_hex(16)
         images = [
             answers.Image(
-                url=f"{base_url}files/{token}-{index}.{_EXTENSIONS[body.output_format]}",
+                url=f"{base_url}files/{token}-{index}.{FILE_EXTENSIONS[body.format]}",
                 content=await self._image(body, index, look) if answers.needs_bytes(settings.response_shape) else None,
                 flagged=False,
             )
@@ -168,6 +174,12 @@ class _ImageService:
         )
         return answer if charged else self._refuse(call, 403, answers.OUT_OF_CREDITS)
 
+    async def _take_reference(self, uri: str) -> Reference:
+        content = await fetch_reference(uri)
+        reference = await anyio.to_thread.run_sync(measure_reference, content)
+        self._state.ledger.keep_reference(reference.sha256, content)
+        return reference
+
     def _strike_unbilled(self, call: _Call, strike: Strike) -> ASGIApp:
         answer = strike.on(PendingCall(call.path, self._state.settings.envelope))
         if isinstance(answer, Response):
@@ -196,7 +208,7 @@ class _ImageService:
         if parts is None or stored is None or stored.expires_at <= time.time():
             return gone
         body, index = GenerationBody.model_validate_json(stored.request), int(parts["index"])
-        if index >= body.images or parts["extension"] != _EXTENSIONS[body.output_format]:
+        if index >= body.images or parts["extension"] != FILE_EXTENSIONS[body.format]:
             return gone
         content = await self._image(body, index, stored.look)
         strike = state.faults.take(body.prompt, "download")
@@ -211,7 +223,8 @@ class _ImageService:
 
     async def _image(self, body: GenerationBody, index: int, look: str) -> bytes:
         if look == "drawn":
-            return await anyio.to_thread.run_sync(paint, body, index, limiter=self._painters)
+            references = [self._state.ledger.reference(reference.sha256) for reference in body.references]
+            return await anyio.to_thread.run_sync(paint, body, index, references, limiter=self._painters)
         if look == "black":
             return await anyio.to_thread.run_sync(paint_black, body, limiter=self._painters)
         return stamp(body, index, int(look.removeprefix("fast ")))
@@ -264,14 +277,16 @@ class _ImageService:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models. Needs no key, as at the service."""
-        wanted, price = request.query_params.get("id"), self._state.settings.price
+        wanted = request.query_params.get("id")
         with_pricing = "pricing" in request.query_params.getlist("include")
-        pricing = {"pricing": {"unit": "image", "credits": price, "usd": price / CREDITS_PER_USD}}
-        models = [
-            {"id": model, "type": "image", "endpoints": [GENERATIONS_PATH], **(pricing if with_pricing else {})}
-            for model in get_args(SandboxModel)
+        models: list[dict[str, Any]] = [
+            {"id": model, "type": "image", "endpoints": [GENERATIONS_PATH]}
+            for model in MODELS
             if wanted in {None, model}
         ]
+        for model in models if with_pricing else ():
+            price = self._state.settings.price_of(model["id"])
+            model["pricing"] = {"unit": "image", "credits": price, "usd": price / CREDITS_PER_USD}
         return JSONResponse({"object": "list", "data": models})
 
     # -------------------------------------------------------------- keys and errors

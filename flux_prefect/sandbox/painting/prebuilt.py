@@ -16,6 +16,9 @@ __all__ = ["stamp"]
 _LARGEST_COMMENT = 65_000
 """A JPEG segment holds at most 65,533 bytes."""
 
+_MARK = 32
+"""Bytes of a request's digest."""
+
 
 def stamp(request: GenerationBody, index: int, size: int) -> bytes:
     """An image of about `size` bytes (never less than its pixels need), the same for the same request.
@@ -23,9 +26,10 @@ def stamp(request: GenerationBody, index: int, size: int) -> bytes:
     The first image of a format, aspect ratio and size is built in some milliseconds; every other is a copy
     with a comment of its own, well under a millisecond.
     """
-    head, tail = _template(request.output_format, request.size, size)
+    head, tail = _template(request.format, request.size, size)
     mark = request.digest(index)
-    return b"".join((head, _png_chunk(mark) if request.output_format == "png" else _comment(mark), tail))
+    marked = {"png": _png_chunk, "webp": _webp_chunk, "jpeg": _comment}[request.format](mark)
+    return b"".join((head, marked, tail))
 
 
 @cache
@@ -36,12 +40,20 @@ def _template(output_format: str, pixels: tuple[int, int], size: int) -> tuple[b
     if output_format == "png":
         end = len(image) - 12  # before IEND, whose chunk is empty
         return image[:end] + _png_chunk(padding), image[end:]
+    if output_format == "webp":
+        whole = image + _webp_chunk(padding)
+        length = len(whole) + len(_webp_chunk(bytes(_MARK))) - 8  # without the container's own header
+        return whole[:4] + length.to_bytes(4, "little") + whole[8:], b""
     comments = (_comment(padding[at : at + _LARGEST_COMMENT]) for at in range(0, len(padding), _LARGEST_COMMENT))
     return image[:2], b"".join(comments) + image[2:]
 
 
 def _comment(content: bytes) -> bytes:
     return b"\xff\xfe" + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def _webp_chunk(content: bytes) -> bytes:
+    return b"spad" + len(content).to_bytes(4, "little") + content + bytes(len(content) % 2)
 
 
 def _png_chunk(content: bytes) -> bytes:
