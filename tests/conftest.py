@@ -133,8 +133,7 @@ def request_(sandbox: RunningSandbox) -> ImageRequest:  # noqa: ARG001 - only ev
     return ImageRequest(prompt=f"a lighthouse at dusk {uuid4().hex}", seed=7, aspect_ratio="1:1")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Spread the tests over the cores one by one, and those of a file together where they share what the file starts.
 
