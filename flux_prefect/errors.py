@@ -49,6 +49,7 @@
     │   ├── TemplateFailed              rows of a template table can't be rendered
     │   └── TooFewRows                  it has fewer rows than min_rows, as after a failed export
     ├── TooManyCombinations             a sweep multiplies to more images than allowed
+    ├── ModelWithdrawn                  the service no longer serves a model of the table
     ├── BalanceTooLow                   the balance does not cover the plan's highest cost
     ├── BudgetExhausted                 the call's cost would exceed the cap
     ├── RunStopped                      the run was cancelled before the call went out
@@ -109,6 +110,7 @@ __all__ = [
     "LeaseLost",
     "LocksUnusable",
     "ManifestUnwritable",
+    "ModelWithdrawn",
     "NotAnImage",
     "NotFound",
     "NotSent",
@@ -507,6 +509,10 @@ class TooFewRows(TableError):
 
 class TooManyCombinations(FluxError, ValueError):
     """The lists of a sweep multiply to more images than allowed. Nothing was sent."""
+
+
+class ModelWithdrawn(FluxError):
+    """The service has withdrawn a model that the batch would pay for. The message names its replacement."""
 
 
 class BalanceTooLow(FluxError):

@@ -61,7 +61,9 @@ class FluxSettings(BaseSettings):
     )
     credits_per_image: _Amount = Field(
         default=200_000,
-        description="Assumed price of an image, in credits, until the service has charged for one. Ten US cents.",
+        description=(
+            "Assumed price of an image, in credits, until the service names one or has charged for one. Ten US cents."
+        ),
     )
     repeat_unknown: _Count = Field(
         default=1,

@@ -24,6 +24,13 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from typing_extensions import Self
 
 from flux_prefect.api.answers import RawAnswer, read_answer, read_json
+from flux_prefect.api.catalogue import (
+    DEPRECATIONS_PATH,
+    MODELS_PATH,
+    Deprecation,
+    parse_deprecations,
+    parse_price,
+)
 from flux_prefect.api.downloads import DownloadedImage, Downloader
 from flux_prefect.api.encoding import receive, unpack
 from flux_prefect.api.error_responses import parse_error_response
@@ -70,7 +77,7 @@ _KEY = re.compile(r"[\x21-\x7e]+")  # what a header can hold; the HTTP library's
 _ENVELOPE = 1024 * 1024  # bytes of a response in addition to its images
 _REFUSAL = 64 * 1024  # bytes read of an error's body
 _REFUSAL_SECONDS = 10.0  # for that body, once the status is known
-_LOG_PAGE = 16 * 1024 * 1024  # bytes; a documented row has about 400, and may grow
+_LOG_PAGE = 16 * 1024 * 1024  # bytes; a documented row has about 400, and may grow. Lists of models are smaller
 _ENQUIRY_SECONDS = 60.0  # for the balance, or for a page of the log
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds, if the service requests no delay
 
@@ -280,6 +287,23 @@ class AimlApiClient:
                 billed=Billed.NO,
             )
         return Balance(credits=usd * CREDITS_PER_USD, usd=usd)
+
+    async def price(self, model: str) -> float | None:
+        """Read the service's own price of one image of a model, in credits. None if it names none.
+
+        Raises:
+            NotSent, AnswerLost, InvalidResponse, StatusError: as for `generate`; never billed.
+        """
+        query = httpx.QueryParams(id=model, include="pricing")
+        return parse_price(await self._get(f"{MODELS_PATH}?{query}", most=_LOG_PAGE), model)
+
+    async def deprecations(self) -> dict[str, Deprecation]:
+        """Read which models are deprecated, superseded or withdrawn, by model.
+
+        Raises:
+            NotSent, AnswerLost, InvalidResponse, StatusError: as for `generate`; never billed.
+        """
+        return parse_deprecations(await self._get(DEPRECATIONS_PATH, most=_LOG_PAGE))
 
     async def log_pages(self, start: datetime, end: datetime) -> AsyncIterator[list[LogEntry]]:
         """Read the service's log of the requests made with this API key, newest first, a page at a time.

@@ -67,6 +67,8 @@ def copy_state(state: State[Any], result: Any) -> State[Any]:
 
 async def _show_plan(plan: Plan, logger: Logger) -> None:
     logger.info("Plan: %s", plan.summary())
+    for warning in plan.warnings:
+        logger.warning("%s", warning)
     await acreate_table_artifact(
         [{"plan": name, "value": value} for name, value in describe_plan(plan).items()],
         key="flux-plan",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich import box
 from rich.table import Table as Grid
@@ -18,7 +19,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.concurrency import for_each
 from flux_prefect.custody import recover
-from flux_prefect.errors import BalanceTooLow, FluxError, ServiceError, TooManyCombinations
+from flux_prefect.errors import BalanceTooLow, FluxError, ModelWithdrawn, ServiceError, TooManyCombinations
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.money.budget import Budget, describe_credits
@@ -28,6 +29,7 @@ from flux_prefect.tables.table import Row, Table
 __all__ = [
     "PlannedBatch",
     "add_estimates",
+    "add_model_facts",
     "check_balance",
     "check_combinations",
     "make_plan",
@@ -48,12 +50,14 @@ class PlannedBatch:
         run: id of the run; seeds of rows without one are drawn from it.
         found: the published images of complete requests.
         table: the table.
+        images: the number of images to pay for, by model.
     """
 
     plan: Plan
     run: str
     found: PublishedIndex
     table: Table
+    images: Mapping[str, int] = field(default_factory=dict)
 
     def rows(self) -> Iterator[Row]:
         """Read every row of the table again, each request with the seed that the plan assigned.
@@ -75,9 +79,11 @@ async def open_plan(context: BatchContext, table: Table, *, run: str) -> AsyncIt
 
     Raises:
         TableError: the table can't be read completely.
+        ModelWithdrawn: the service no longer serves a model that would be paid for.
     """
     planned = await make_plan(table, context.bucket, context.account.base_url, context.budget, run=run)
     try:
+        planned.plan = await add_model_facts(planned, context.client, context.budget)
         planned.plan = await add_estimates(
             planned.plan, context.client, context.experience.seconds, context.account.max_in_flight
         )
@@ -111,8 +117,8 @@ async def make_plan(
     """
     spool, found, wanted = Spool(), PublishedIndex(), set[str]()
     keys = await _list_keys(bucket)
-    rows = invalid = repeats = paid = requests = images = 0
-    most_credits = 0.0
+    rows = invalid = repeats = paid = requests = 0
+    images = Counter[str]()
 
     def unique_requests() -> Iterator[tuple[str, ImageRequest]]:
         nonlocal rows, invalid, repeats
@@ -134,7 +140,7 @@ async def make_plan(
         return all(bucket.key_of(request, fingerprint, index) in keys for index in range(request.num_images))
 
     async def look_up(item: tuple[str, ImageRequest]) -> None:
-        nonlocal paid, requests, images, most_credits
+        nonlocal paid, requests
         fingerprint, request = item
         images_found = await _find_all(request, fingerprint, bucket) if may_be_published(request, fingerprint) else None
         if images_found is not None:
@@ -143,8 +149,7 @@ async def make_plan(
             paid += 1
         else:
             requests += 1
-            images += request.num_images
-            most_credits += budget.price_of(request).credits
+            images[request.model] += request.num_images
 
     await for_each(unique_requests(), look_up, at_once=_LOOKUPS_AT_ONCE)
     plan = Plan(
@@ -154,12 +159,42 @@ async def make_plan(
         repeats=repeats,
         paid=paid,
         requests=requests,
-        images=images,
-        most_credits=most_credits,
+        images=images.total(),
+        most_credits=_most_credits(images, budget),
         max_credits=budget.max_credits,
         max_images=budget.max_images,
     )
-    return PlannedBatch(plan, run, found, table)
+    return PlannedBatch(plan, run, found, table, images)
+
+
+async def add_model_facts(planned: PlannedBatch, client: AimlApiClient, budget: Budget) -> Plan:
+    """Return the plan with the service's own prices, and warnings of models that it is giving up.
+
+    One free request a model to pay for, and one for the list of deprecations. What the service does not answer stays
+    as it was: the prices that this host has paid, else `FLUX_PREFECT_CREDITS_PER_IMAGE`. The budget has the prices too.
+
+    Raises:
+        ModelWithdrawn: the service no longer serves a model that would be paid for.
+    """
+    if not planned.images:
+        return planned.plan
+    try:
+        for model in planned.images:
+            price = await client.price(model)
+            if price is not None:
+                budget.quote(model, price)
+    except ServiceError:
+        pass  # not every endpoint has the list
+    try:
+        listed = await client.deprecations()
+    except ServiceError:
+        listed = {}
+    found = [listed[model] for model in planned.images if model in listed]
+    withdrawn = "; ".join(str(deprecation) for deprecation in found if deprecation.status == "withdrawn")
+    if withdrawn:
+        raise ModelWithdrawn(f"{withdrawn}. Set another model in the table. Nothing was sent.")
+    warnings = tuple(f"{deprecation}: change the model before it is withdrawn" for deprecation in found)
+    return planned.plan.model_copy(update={"most_credits": _most_credits(planned.images, budget), "warnings": warnings})
 
 
 async def add_estimates(plan: Plan, client: AimlApiClient, pace: float | None, max_in_flight: int) -> Plan:
@@ -215,6 +250,10 @@ def tabulate_plan(plan: Plan) -> Grid:
     for name, value in describe_plan(plan).items():
         table.add_row(name, value)
     return table
+
+
+def _most_credits(images: Mapping[str, int], budget: Budget) -> float:
+    return sum(budget.image_price(model) * number for model, number in images.items())
 
 
 def _seeded(table: Table, run: str) -> Iterator[Row]:

@@ -30,6 +30,7 @@ class Plan(BaseModel):
     seconds: float | None = Field(
         default=None, description="The estimated duration at the pace of the last batch; None for the first batch."
     )
+    warnings: tuple[str, ...] = Field(default=(), description="What to know before paying, such as a deprecated model.")
 
     @property
     def spendable(self) -> float:
@@ -70,4 +71,6 @@ def describe_plan(plan: Plan) -> dict[str, str]:
         described["the account has"] = describe_credits(plan.balance)
     if plan.seconds is not None:
         described["time at the last pace"] = f"{plan.seconds:,.0f} s"
+    for number, warning in enumerate(plan.warnings, 1):
+        described["warning" if number == 1 else f"warning {number}"] = warning
     return described

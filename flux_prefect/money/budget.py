@@ -83,10 +83,22 @@ class Budget:
         """The most credits that an image cost in this run, by model."""
         return self.ledger.prices
 
+    @property
+    def prices(self) -> dict[str, float]:
+        """The most credits that an image is known to cost, by model."""
+        return dict(self._prices)
+
+    def quote(self, model: str, credits_an_image: float) -> None:
+        """Note the service's own price. The larger counts, where this host has paid another one."""
+        self._prices[model] = max(credits_an_image, self._prices.get(model, 0.0))
+
     def price_of(self, request: ImageRequest) -> Amount:
         """Return the most that a request's images cost."""
-        price = max(self._prices.get(request.model, self._default_price), self.observed.get(request.model, 0.0))
-        return Amount(price * request.num_images, request.num_images)
+        return Amount(self.image_price(request.model) * request.num_images, request.num_images)
+
+    def image_price(self, model: str) -> float:
+        """Return the most credits that an image of a model costs."""
+        return max(self._prices.get(model, self._default_price), self.observed.get(model, 0.0))
 
     def has_room(self, request: ImageRequest) -> bool:
         """Whether the request would fit if no other call were in flight."""

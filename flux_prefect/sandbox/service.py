@@ -53,6 +53,7 @@ def create_app(state: State) -> Starlette:
             Route("/v1/billing/balance", service.balance),
             Route("/v2/logs", service.logs),
             Route("/v1/models", service.models),
+            Route("/v1/models/deprecations", service.deprecations),
             *steering_routes(state),
         ],
         exception_handlers={HTTPException: service.explain_http_error},
@@ -131,6 +132,8 @@ class _ImageService:
     async def _work(self, call: _Call, body: GenerationBody, base_url: str) -> ASGIApp:
         # One call, one set of rules, even if they are changed while it waits.
         state, settings = self._state, self._state.settings
+        if any(listed.id == body.model and listed.status == "withdrawn" for listed in settings.deprecations):
+            return self._refuse(call, 404, "Model not found.")
         cost = answers.Cost(settings.price_of(body.model) * body.images)
         if state.ledger.balance < cost.credits:
             return self._refuse(call, 403, answers.OUT_OF_CREDITS)
@@ -288,6 +291,11 @@ class _ImageService:
             price = self._state.settings.price_of(model["id"])
             model["pricing"] = {"unit": "image", "credits": price, "usd": price / CREDITS_PER_USD}
         return JSONResponse({"object": "list", "data": models})
+
+    async def deprecations(self, _: Request) -> Response:
+        """GET /v1/models/deprecations. Needs no key, as at the service."""
+        listed = [deprecated.model_dump() for deprecated in self._state.settings.deprecations]
+        return JSONResponse({"object": "list", "data": listed})
 
     # -------------------------------------------------------------- keys and errors
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flux_prefect.api.models import CREDITS_PER_USD
 from flux_prefect.api.registry import FluxModel
 
-__all__ = ["START_BALANCE", "Envelope", "ResponseShape", "SandboxSettings", "ServiceSettings"]
+__all__ = ["START_BALANCE", "Deprecated", "Envelope", "ResponseShape", "SandboxSettings", "ServiceSettings"]
 
 START_BALANCE = 10_000 * CREDITS_PER_USD
 """Credits of a new sandbox's account: ten thousand US dollars, so that no batch runs dry unasked."""
@@ -40,6 +40,16 @@ ResponseShape = Literal["images", "data", "b64", "data_uri", "both"]
 Envelope = Literal["mixed", "problem", "plain"]
 
 
+class Deprecated(BaseModel):
+    """A model on the list of deprecations."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: FluxModel = Field(description="The model.")
+    status: Literal["deprecated", "superseded", "withdrawn"] = Field(description="Of a withdrawn one, calls are 404.")
+    replaced_by: FluxModel | None = Field(default=None, description="The model that takes its place.")
+
+
 class ServiceSettings(BaseModel):
     """Everything that can be set, apart from the balance. Unknown names are refused."""
 
@@ -57,6 +67,7 @@ class ServiceSettings(BaseModel):
     prices: dict[FluxModel, Annotated[int, Field(ge=0)]] = Field(
         default=PRICES, description="Credits an image, by model."
     )
+    deprecations: list[Deprecated] = Field(default=[], description="What /v1/models/deprecations lists.")
     url_ttl: float = Field(default=600, ge=0, description="Seconds that a result URL lives.")
     max_in_flight: int | None = Field(
         default=None, ge=1, description="Generations at once; over it the answer is 429. Empty: no limit."

@@ -281,7 +281,7 @@ class Supervisor:
             parameters={
                 **self.options.parameters,
                 "source": source,
-                "prices": self.context.experience.prices,
+                "prices": self.context.budget.prices,
                 "sign_seconds": heartbeat_seconds(self.options.lost_after),
             },
         )

@@ -5,15 +5,19 @@ from __future__ import annotations
 from unittest.mock import AsyncMock
 from uuid import uuid4
 
+import httpx
 import pytest
+from pydantic import SecretStr
 
+from flux_prefect.api.client import AimlApiClient
 from flux_prefect.api.models import ImageRequest
-from flux_prefect.batch.planning import PlannedBatch, check_balance, make_plan
+from flux_prefect.api.pacing import Pacer
+from flux_prefect.batch.planning import PlannedBatch, add_model_facts, check_balance, make_plan
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.bucket.published_image import PublishingRun
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.custody import download, generate
-from flux_prefect.errors import BalanceTooLow, BucketAccessDenied
+from flux_prefect.errors import BalanceTooLow, BucketAccessDenied, ModelWithdrawn
 from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.money.budget import Budget
@@ -109,6 +113,66 @@ async def publish_first(request: ImageRequest, bucket: ImageBucket, credentials:
     async with credentials.get_client() as client:
         file = await download(await generate(request, client, Spool()), 0, client, Spool())
     await bucket.publish(file, PublishingRun())
+
+
+async def test_the_plan_has_the_services_own_prices_and_warnings(
+    bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+) -> None:
+    """By model; the larger counts where this host has paid more. The budget of the run has the same prices."""
+    sandbox.control.settings(
+        price=170_000,
+        prices={"flux/dev": 30_000},
+        deprecations=[{"id": "flux/dev", "status": "superseded", "replaced_by": "blackforestlabs/flux-2"}],
+    )
+    requests = [
+        ImageRequest(prompt=uuid4().hex, seed=1),
+        ImageRequest(prompt=uuid4().hex, seed=1, model="flux/dev", num_images=2),
+        ImageRequest(prompt=uuid4().hex, seed=1, model="flux/schnell"),
+    ]
+    budget = Budget(default_price=PRICE, prices={"flux/schnell": 9_000})
+    planned = await make_plan(Table(list(requests)), bucket, credentials.base_url, budget, run="run-1")
+    sandbox.control.settings(prices={"flux/dev": 30_000, "flux/schnell": 6_000})
+    async with credentials.get_client() as client:
+        sums = await add_model_facts(planned, client, budget)
+
+    assert planned.plan.most_credits == 3 * PRICE + 9_000
+    assert sums.most_credits == 170_000 + 2 * 30_000 + 9_000
+    assert budget.price_of(requests[1]).credits == 2 * 30_000
+    warning = "flux/dev is superseded, replaced by blackforestlabs/flux-2: change the model before it is withdrawn"
+    assert sums.warnings == (warning,)
+    assert describe_plan(sums)["warning"] == warning
+
+
+async def test_a_withdrawn_model_is_an_error_before_money_unless_its_images_are_published(
+    bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox
+) -> None:
+    """The message names the replacement."""
+    old, new = (ImageRequest(prompt=uuid4().hex, seed=1, model="flux/dev") for _ in range(2))
+    await publish_first(old, bucket, credentials)
+    sandbox.control.settings(deprecations=[{"id": "flux/dev", "status": "withdrawn", "replaced_by": "flux-pro"}])
+    before = sandbox.control.summary()
+    async with credentials.get_client() as client:
+        published = await plan([old], bucket, credentials)
+        assert (await add_model_facts(published, client, Budget(default_price=PRICE))).published == 1
+        planned = await plan([old, new], bucket, credentials)
+        with pytest.raises(ModelWithdrawn, match=r"flux/dev is withdrawn, replaced by flux-pro\. Set another model"):
+            await add_model_facts(planned, client, Budget(default_price=PRICE))
+    assert sandbox.control.summary().calls == before.calls
+
+
+async def test_a_service_that_lists_no_models_leaves_the_setting(
+    bucket: ImageBucket, credentials: AimlApiCredentials
+) -> None:
+    """The plan is what it was."""
+    budget = Budget(default_price=PRICE)
+    planned = await plan([ImageRequest(prompt=uuid4().hex, seed=1)], bucket, credentials)
+    async with AimlApiClient(
+        api_key=SecretStr("key"),
+        base_url="https://api.example",
+        pacer=Pacer(1),
+        transport=httpx.MockTransport(lambda _: httpx.Response(404, json={"message": "Not found", "statusCode": 404})),
+    ) as client:
+        assert await add_model_facts(planned, client, budget) == planned.plan
 
 
 def make_sums(**changes: object) -> Plan:

@@ -201,7 +201,7 @@ class TestFromPython:
     ) -> None:
         """Before the first call, with both sums; a cap that the account covers lets it begin."""
         sandbox.control.settings(balance=450_000)
-        with pytest.raises(BalanceTooLow, match=r"may cost 600,000 credits .* account has 450,000 credits"):
+        with pytest.raises(BalanceTooLow, match=r"may cost 504,000 credits .* account has 450,000 credits"):
             await publish_batch(prompts, bucket, credentials)
         assert sandbox.control.summary().calls == 0
 

@@ -173,6 +173,20 @@ def test_a_reference_that_is_no_image_costs_nothing(uri: str, client: PlainClien
     assert sandbox.control.summary().billed_calls == 0
 
 
+def test_a_withdrawn_model_is_listed_and_refused(client: PlainClient, sandbox: RunningSandbox) -> None:
+    """404 at no cost; a deprecated one still serves. The list needs no key."""
+    listed = [
+        {"id": "flux/dev", "status": "withdrawn", "replaced_by": "flux-pro"},
+        {"id": "flux-pro", "status": "deprecated", "replaced_by": None},
+    ]
+    sandbox.control.settings(deprecations=listed)
+
+    assert httpx.get(f"{sandbox.url}/v1/models/deprecations", trust_env=False).json()["data"] == listed
+    assert client.post(model="flux/dev").status_code == 404
+    assert client.post(model="flux-pro").status_code == 200
+    assert sandbox.control.summary().billed_calls == 1
+
+
 @pytest.mark.parametrize("fault", ["wrong_type", "bomb", "truncated_image", "corrupt_download"])
 def test_faults_strike_webp_as_well(fault: str, client: PlainClient, sandbox: RunningSandbox) -> None:
     """No fault delivers the image whole."""
