@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import RenderableType
 from flux_prefect.api.models import ImageRequest, ImageSettings
 from flux_prefect.batch.planning import tabulate_plan
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.cli.flow_commands import Extra, FlowCommand, Given, one_line
 from flux_prefect.display.gallery import write_gallery
 from flux_prefect.flows.publish_batch import publish_batch
@@ -46,9 +48,12 @@ async def _write_gallery(report: BatchReport, bucket: str, folder: Path) -> Path
     return await write_gallery(report, await ImageBucket.resolve(bucket), folder, title=f"Published to {bucket}")
 
 
-def _show_images(_state: State[Any], images: list[Any], _given: Given) -> Iterator[RenderableType]:
+def _show_images(state: State[Any], images: list[PublishedImage], _given: Given) -> Iterator[RenderableType]:
+    """The addresses on stdout, for scripts, and the cost on stderr."""
     for each in images:
         yield each.uri if each.url is None else f"{each.uri}  {each.url}"
+    cost = (state.message or "").removeprefix(f"{images[0].uri}, ")
+    print(f"Cost of this run: {cost}", file=sys.stderr)
 
 
 def _images_to_json(images: list[Any]) -> dict[str, Any]:

@@ -83,4 +83,7 @@ def test_from_a_shell(
 
     assert ended.returncode == status, ended.stderr
     assert expected in (ended.stdout if status == 0 else ended.stderr)
+    if status == 0:  # stdout has nothing but the address, for scripts
+        assert len(ended.stdout.split()) == 1
+        assert "Cost of this run: 168,000 credits ($0.08)" in ended.stderr
     assert sandbox.control.summary().calls == (1 if status == 0 else 0)
