@@ -182,6 +182,19 @@ def test_every_default_is_sent(model: Model) -> None:
     }
 
 
+def test_the_page_of_models_lists_each() -> None:
+    """With the bounds of its size."""
+    page = (Path(__file__).parents[2] / "deployments" / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert list(rows) == list(MODELS)
+    for model in MODELS.values():
+        size, formats = model.fields.get("image_size"), model.fields.get("output_format")
+        if isinstance(size, Size):
+            assert f"{size.minimum} to {size.maximum} px" in rows[model.id]
+        if isinstance(formats, Choice):
+            assert f"| {', '.join(formats.values)} |" in rows[model.id]
+
+
 def test_a_field_of_another_model_is_refused_by_name_with_those_that_take_it() -> None:
     """The remedy stands in the message."""
     with pytest.raises(ValidationError) as refused:
