@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+from typing import Any
+from uuid import uuid4
+
 import pytest
+from PIL import Image
 from prefect.utilities.callables import parameter_schema
 from support.nursery import Nursery
 
 from flux_prefect.api.models import ImageRequest
+from flux_prefect.api.registry import FluxModel
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import RequestRefused
 from flux_prefect.flows.publish_image import publish_image
 from flux_prefect.sandbox.launching import RunningSandbox
+from flux_prefect.sandbox.settings import PRICES
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -26,6 +33,38 @@ class TestFromPython:
 
         assert [image.index for image in images] == [0, 1, 2]
         assert {image.seed for image in images} == {7}
+
+    @pytest.mark.parametrize(
+        ("model", "fields", "size", "output_format"),
+        [
+            ("flux/kontext-pro/text-to-image", {"aspect_ratio": "3:4", "output_format": "png"}, (880, 1184), "png"),
+            ("flux-pro/v1.1", {"image_size": "portrait_4_3", "output_format": "png"}, (768, 1024), "png"),
+            ("flux/dev", {"image_size": "640x512", "num_inference_steps": 12}, (640, 512), "jpeg"),
+            ("flux/srpo", {"image_size": "square", "acceleration": "high"}, (512, 512), "jpeg"),
+            ("blackforestlabs/flux-2", {"image_size": "512x1024", "output_format": "webp"}, (512, 1024), "webp"),
+        ],
+    )
+    async def test_a_text_model_of_each_family(
+        self,
+        model: FluxModel,
+        fields: dict[str, Any],
+        size: tuple[int, int],
+        output_format: str,
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+    ) -> None:
+        """Published as asked for, paid for once at the model's price; the second run finds it."""
+        request = ImageRequest(prompt=uuid4().hex, seed=7, **fields | {"model": model})
+
+        (image,) = await publish_image(request, bucket, credentials)
+        (again,) = await publish_image(request, bucket, credentials)
+
+        assert again.key == image.key
+        with Image.open(BytesIO(await bucket.read_image(image))) as decoded:
+            assert (decoded.size, decoded.format) == (size, output_format.upper())
+        (call,) = sandbox.control.ledger().rows
+        assert (call.model, call.credits) == (model, PRICES.get(model, 168_000))
 
     async def test_a_missing_seed_is_drawn_and_recorded(
         self, request_: ImageRequest, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox

@@ -44,11 +44,21 @@ def _reference(colour: str) -> str:
 schemathesis.openapi.format("uri", st.sampled_from([_reference("red"), _reference("blue")]))
 
 
+@pytest.fixture
+def of_shape(request: pytest.FixtureRequest, running: RunningSandbox) -> RunningSandbox:
+    """The sandbox, with answers of one shape. Set once for all requests of a document: they are most of the time."""
+    running.control.reset()
+    running.control.settings(response_shape=request.param, balance=10**15)
+    return running
+
+
 def _test_of(document: Path) -> Any:
     schema = schemathesis.openapi.from_path(str(document)).include(path="/v1/images/generations")
     schema.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 
-    @pytest.mark.parametrize("shape", ["images", "data", "both"] if "kontext-max-text" in document.name else ["both"])
+    @pytest.mark.parametrize(
+        "of_shape", ["images", "data", "both"] if "kontext-max-text" in document.name else ["both"], indirect=True
+    )
     @schema.parametrize()
     @settings(
         max_examples=EXAMPLES,
@@ -57,12 +67,11 @@ def _test_of(document: Path) -> Any:
         suppress_health_check=list(HealthCheck),
         derandomize=True,
     )
-    def test(case: schemathesis.Case[Any], shape: str, running: RunningSandbox) -> None:
+    def test(case: schemathesis.Case[Any], of_shape: RunningSandbox) -> None:
         """Allowed requests are answered as documented, forbidden ones are refused, in every response shape."""
-        running.control.settings(response_shape=shape, balance=10**15)
         case.call_and_validate(
-            base_url=running.url,
-            headers={"Authorization": f"Bearer {running.environment['AIMLAPI_KEY']}"},
+            base_url=of_shape.url,
+            headers={"Authorization": f"Bearer {of_shape.environment['AIMLAPI_KEY']}"},
             checks=[
                 not_a_server_error,
                 response_schema_conformance,
