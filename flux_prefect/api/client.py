@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import random
 import re
 import ssl
@@ -53,6 +54,7 @@ from flux_prefect.errors import (
     AnswerLost,
     Billed,
     InvalidResponse,
+    InvalidSettings,
     NotFound,
     NotSent,
     RateLimited,
@@ -445,6 +447,13 @@ class AimlApiClient:
         try:
             yield
         except _NEVER_SENT as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise NotSent(
+                    f"The certificate of {self.base_url} is not trusted ({_reason(error)}): nothing was sent. If it "
+                    "is of a private authority, set SSL_CERT_FILE to the file of that authority's certificate.",
+                    client_request_id=call_id,
+                    retryable=False,
+                ) from error
             raise NotSent(
                 f"No connection to {self.base_url} ({_reason(error)}): nothing was sent. "
                 "Check base_url and the network.",
@@ -492,7 +501,14 @@ class _Answer:
 @functools.cache
 def _tls() -> ssl.SSLContext:
     # Reading the system's certificates takes about ten milliseconds: once per process, not per client.
-    return httpx.create_ssl_context()
+    context = httpx.create_ssl_context()  # obeys SSL_CERT_FILE and SSL_CERT_DIR
+    context.load_default_certs()
+    if bundle := os.environ.get("REQUESTS_CA_BUNDLE"):
+        try:
+            context.load_verify_locations(**{"capath" if Path(bundle).is_dir() else "cafile": bundle})
+        except OSError as error:  # also the type for a file without certificates
+            raise InvalidSettings(f"REQUESTS_CA_BUNDLE={bundle} can't be used: {error}.") from error
+    return context
 
 
 def _check_base_url(base_url: str) -> str:

@@ -19,10 +19,9 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     FlexibleChecksumError,
-    NoCredentialsError,
-    PartialCredentialsError,
 )
 
+from flux_prefect.bucket.causes import explain_failure, explain_refusal
 from flux_prefect.errors import (
     BucketAccessDenied,
     BucketError,
@@ -361,19 +360,12 @@ class ObjectOperations:
         where = f"s3://{self.bucket_name}/{key}".rstrip("/")
         try:
             yield self._connected(where)
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise BucketAccessDenied(
-                f"There are no S3 keys for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "a profile or a role, or fill them in on the ImageBucket block."
-            ) from error
         except ClientError as error:
-            raise self._translate(error, where) from error
+            raise self._explain(error, where) or self._translate(error, where) from error
         except FlexibleChecksumError as error:
             raise ImageChanged(f"The bytes of {where} are not those of the server's own checksum.") from error
         except BotoCoreError as error:
-            raise BucketUnavailable(
-                f"{where} can't be reached: {error}. Check endpoint_url or AWS_ENDPOINT_URL_S3."
-            ) from error
+            raise explain_failure(error, where) from error
 
     def _connected(self, where: str) -> S3Client:
         try:
@@ -382,6 +374,10 @@ class ObjectOperations:
             raise BucketError(
                 f"{where} has no usable server: {error}. Correct endpoint_url or AWS_ENDPOINT_URL_S3."
             ) from error
+
+    def _explain(self, error: ClientError, where: str) -> BucketError | None:
+        message = str(error.response.get("Error", {}).get("Message", ""))
+        return explain_refusal(_code(error), message, self.server, f"{error.operation_name} on {where}")
 
     def _translate(self, error: ClientError, where: str) -> BucketError:
         code, status, operation, answer = _code(error), _status(error), error.operation_name, _answer(error)
