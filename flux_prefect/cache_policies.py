@@ -74,4 +74,4 @@ def _one(inputs: dict[str, Any], kind: type[Any]) -> Any:
 
 
 GENERATION = PromptSeedCachePolicy(step="generation")
-IMAGE = PromptSeedCachePolicy(step="picture")
+IMAGE = PromptSeedCachePolicy(step="picture")  # the word of 0.1.0: cache keys outlive a release

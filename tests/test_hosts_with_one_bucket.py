@@ -154,8 +154,8 @@ class TestThreeTasks:
         assert (second.uri, second.sha256) == (first.uri, first.sha256)
         (image,) = found.images
         assert (image.url, image.width, image.height) == (None, first.width, first.height)
-        told = {"request", "endpoint", "fingerprint", "seed", "credits_used", "client_request_id", "created_at"}
-        assert found.model_dump(include=told) == paid.model_dump(include=told)
+        fields = {"request", "endpoint", "fingerprint", "seed", "credits_used", "client_request_id", "created_at"}
+        assert found.model_dump(include=fields) == paid.model_dump(include=fields)
 
     async def test_inline_images_are_shared_as_well(
         self,

@@ -284,7 +284,7 @@ def _prepared(directory: Path) -> Path:
 
 
 def _place(directory: Path) -> tuple[int, int]:
-    """What tells a folder from all others, by whatever path it is reached."""
+    """The identity of a folder, the same by whatever path it is reached."""
     try:
         found = directory.stat()
     except OSError as error:

@@ -80,17 +80,17 @@ class _Sweep:
         self._remove_wrong()
 
     def _remove_published(self) -> None:
-        pictures: dict[str, list[str]] = {}
+        images: dict[str, list[str]] = {}
         for path, fingerprint, _ in self._files("pictures", ""):
-            pictures.setdefault(fingerprint, []).append(path.name)
+            images.setdefault(fingerprint, []).append(path.name)
         notes: dict[str, list[Path]] = {}
         for note, fingerprint, index in self._files("published", ".json"):
             notes.setdefault(fingerprint, []).append(note)
             if _is_older(note, self._files_before):
-                self._remove_file(note, fingerprint, index, pictures.get(fingerprint, []))
+                self._remove_file(note, fingerprint, index, images.get(fingerprint, []))
         for fingerprint, its_notes in notes.items():
             if all(_is_older(note, self._records_before) for note in its_notes):
-                self._remove_record(fingerprint, its_notes, pictures.get(fingerprint, []))
+                self._remove_record(fingerprint, its_notes, images.get(fingerprint, []))
 
     def _remove_wrong(self) -> None:
         for wrong, fingerprint, index in self._files("pictures", REJECTED):
@@ -102,10 +102,10 @@ class _Sweep:
                     if is_alone:
                         wrong.unlink(missing_ok=True)
 
-    def _remove_file(self, note: Path, fingerprint: str, index: int, pictures: list[str]) -> None:
+    def _remove_file(self, note: Path, fingerprint: str, index: int, images: list[str]) -> None:
         # Not what is rejected, or still being written: those names go on after the extension.
-        names = [name for name in pictures if name.startswith(f"{fingerprint}-{index}.") and name.count(".") == 1]
-        found = [path for path in self._in_pictures(names) if _is_older(path, self._files_before)]
+        names = [name for name in images if name.startswith(f"{fingerprint}-{index}.") and name.count(".") == 1]
+        found = [path for path in self._in_images(names) if _is_older(path, self._files_before)]
         if not found:
             return
         with self._alone_with(fingerprint) as is_alone:
@@ -115,8 +115,8 @@ class _Sweep:
                     path.unlink(missing_ok=True)
                 self._spool.drop_inline(fingerprint, index)
 
-    def _remove_record(self, fingerprint: str, notes: list[Path], pictures: list[str]) -> None:
-        if any(path.exists() for path in self._in_pictures(pictures)):
+    def _remove_record(self, fingerprint: str, notes: list[Path], images: list[str]) -> None:
+        if any(path.exists() for path in self._in_images(images)):
             return
         with self._alone_with(fingerprint) as is_alone:
             if not is_alone or not all(_is_older(note, self._records_before) for note in notes):
@@ -128,7 +128,7 @@ class _Sweep:
             for note in notes:
                 note.unlink(missing_ok=True)
 
-    def _in_pictures(self, names: list[str]) -> list[Path]:
+    def _in_images(self, names: list[str]) -> list[Path]:
         return [self._spool.root / "pictures" / name for name in names]
 
     def _replace_by_verdict(self, wrong: Path, fingerprint: str, index: int) -> None:

@@ -5,7 +5,7 @@ spool/
   answers/     the body of each success, until its generation is recorded
   records/     one JSON record a generation, written before it is returned to the caller
   endpoints/   prices and pace of each endpoint, as the last batch found them
-  pictures/    the bytes as delivered, named by the fingerprint
+  pictures/    the images as delivered, named by the fingerprint (the folder's name outlives a release)
   published/   one small record a published image; `retention` removes what they name after some time
 """
 
