@@ -67,6 +67,8 @@ def copy_state(state: State[Any], result: Any) -> State[Any]:
 
 async def _show_plan(plan: Plan, logger: Logger) -> None:
     logger.info("Plan: %s", plan.summary())
+    for name, value in plan.table.items():
+        logger.info("Table: %s: %s", name, value)
     for warning in plan.warnings:
         logger.warning("%s", warning)
     await acreate_table_artifact(

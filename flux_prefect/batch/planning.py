@@ -24,6 +24,7 @@ from flux_prefect.host.spool import Spool
 from flux_prefect.manifest.plan import Plan, describe_plan
 from flux_prefect.money.budget import Budget, describe_credits
 from flux_prefect.seeds import with_seed
+from flux_prefect.tables.reading import Reading
 from flux_prefect.tables.table import Row, Table
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "check_combinations",
     "make_plan",
     "open_plan",
+    "seeded_rows",
     "tabulate_plan",
 ]
 
@@ -65,7 +67,7 @@ class PlannedBatch:
         Raises:
             TableError: the table has changed and can't be read completely any more.
         """
-        return _seeded(self.table, self.run)
+        return seeded_rows(self.table, self.run)
 
 
 @asynccontextmanager
@@ -119,10 +121,11 @@ async def make_plan(
     keys = await _list_keys(bucket)
     rows = invalid = repeats = paid = requests = 0
     images = Counter[str]()
+    reading = table.new_reading()
 
     def unique_requests() -> Iterator[tuple[str, ImageRequest]]:
         nonlocal rows, invalid, repeats
-        for row in _seeded(table, run):
+        for row in seeded_rows(table, run, reading):
             rows += 1
             if row.request is None:
                 invalid += 1
@@ -163,6 +166,8 @@ async def make_plan(
         most_credits=_most_credits(images, budget),
         max_credits=budget.max_credits,
         max_images=budget.max_images,
+        table=reading.describe(),
+        warnings=reading.warnings,
     )
     return PlannedBatch(plan, run, found, table, images)
 
@@ -194,7 +199,8 @@ async def add_model_facts(planned: PlannedBatch, client: AimlApiClient, budget: 
     if withdrawn:
         raise ModelWithdrawn(f"{withdrawn}. Set another model in the table. Nothing was sent.")
     warnings = tuple(f"{deprecation}: change the model before it is withdrawn" for deprecation in found)
-    return planned.plan.model_copy(update={"most_credits": _most_credits(planned.images, budget), "warnings": warnings})
+    most = _most_credits(planned.images, budget)
+    return planned.plan.model_copy(update={"most_credits": most, "warnings": (*planned.plan.warnings, *warnings)})
 
 
 async def add_estimates(plan: Plan, client: AimlApiClient, pace: float | None, max_in_flight: int) -> Plan:
@@ -246,7 +252,7 @@ def tabulate_plan(plan: Plan) -> Grid:
     """Format a plan as a table for the terminal."""
     table = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("plan")
-    table.add_column("", justify="right")
+    table.add_column("", overflow="fold")
     for name, value in describe_plan(plan).items():
         table.add_row(name, value)
     return table
@@ -256,9 +262,10 @@ def _most_credits(images: Mapping[str, int], budget: Budget) -> float:
     return sum(budget.image_price(model) * number for model, number in images.items())
 
 
-def _seeded(table: Table, run: str) -> Iterator[Row]:
-    for row in table.rows():
-        request = None if row.request is None else with_seed(row.request, run, row.id)
+def seeded_rows(table: Table, run: str, reading: Reading | None = None) -> Iterator[Row]:
+    """Read a table's rows, each request with its own seed or the one drawn for this run."""
+    for row in table.rows(reading):
+        request = None if row.request is None else with_seed(row.request, run, row.seed_id or row.id)
         yield Row(row.number, row.id, request, row.carried, row.error)
 
 

@@ -11,8 +11,8 @@ import anyio.to_thread
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import TableError
 from flux_prefect.manifest.records import ItemRecord
+from flux_prefect.tables.cells import read_id, read_seed_id
 from flux_prefect.tables.parquet import load_pyarrow
-from flux_prefect.tables.prompts import read_id
 from flux_prefect.tables.sources import open_source
 
 __all__ = ["IMAGE_COLUMN_TYPES", "join_images", "read_parquet_table", "write_parquet_table"]
@@ -55,7 +55,9 @@ def join_images(table: Any, records: Iterable[ItemRecord], id_column: str = "id"
     """
     pyarrow, _ = load_pyarrow()
     outcomes = {record.id: _describe(record) for record in records}
-    rows = [outcomes.get(read_id(value), {}) for value in table.column(id_column).to_pylist()]
+    ids = table.column(id_column).to_pylist()
+    # Manifests of release 0.1.0 have ids such as "1.0" as they were written.
+    rows = [outcomes.get(read_id(value)) or outcomes.get(read_seed_id(value), {}) for value in ids]
     table = table.drop_columns([name for name in table.column_names if name in IMAGE_COLUMN_TYPES])
     for name, kind in IMAGE_COLUMN_TYPES.items():
         values = pyarrow.array([row.get(name) for row in rows], type=getattr(pyarrow, kind)())

@@ -31,6 +31,9 @@ class Plan(BaseModel):
         default=None, description="The estimated duration at the pace of the last batch; None for the first batch."
     )
     warnings: tuple[str, ...] = Field(default=(), description="What to know before paying, such as a deprecated model.")
+    table: dict[str, str] = Field(
+        default_factory=dict, description="How the table was read: its delimiter, encoding and columns."
+    )
 
     @property
     def spendable(self) -> float:
@@ -71,6 +74,7 @@ def describe_plan(plan: Plan) -> dict[str, str]:
         described["the account has"] = describe_credits(plan.balance)
     if plan.seconds is not None:
         described["time at the last pace"] = f"{plan.seconds:,.0f} s"
+    described |= plan.table
     for number, warning in enumerate(plan.warnings, 1):
         described["warning" if number == 1 else f"warning {number}"] = warning
     return described

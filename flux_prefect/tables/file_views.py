@@ -10,11 +10,12 @@ __all__ = ["open_view"]
 
 
 class _View(io.RawIOBase):
-    """The first `size` bytes of an open file, with a position of its own."""
+    """`size` bytes of an open file, with a position of its own."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BinaryIO, size: int, start: int) -> None:
         self._file = file
         self._size = size
+        self._start = start
         self._position = 0
 
     def readable(self) -> bool:
@@ -33,16 +34,16 @@ class _View(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         most = min(len(buffer), max(0, self._size - self._position))
-        content = os.pread(self._file.fileno(), most, self._position)
+        content = os.pread(self._file.fileno(), most, self._start + self._position)
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
 
 
-def open_view(file: BinaryIO, size: int) -> io.BufferedReader:
-    """Open a reader of the first `size` bytes of an open file, with a position of its own.
+def open_view(file: BinaryIO, size: int, start: int = 0) -> io.BufferedReader:
+    """Open a reader of `size` bytes of an open file from `start` on, with a position of its own.
 
     Other readers, and bytes appended later, do not affect it. Closing the view leaves the file open; the view can be
     read for as long as the file stays open.
     """
-    return io.BufferedReader(_View(file, size))
+    return io.BufferedReader(_View(file, size, start))

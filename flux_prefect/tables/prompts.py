@@ -11,7 +11,8 @@ import jinja2
 
 from flux_prefect.errors import TableError
 from flux_prefect.seeds import draw_seed
-from flux_prefect.tables.templates import make_environment
+from flux_prefect.tables.cells import read_id, read_seed_id
+from flux_prefect.tables.templates import PromptTemplate
 
 __all__ = ["render_prompts", "write_rows"]
 
@@ -40,10 +41,8 @@ def render_prompts(
         requests = list(render_prompts(rows, "a photograph of a {{ name }}", id_column="sku", aspect_ratio="1:1"))
         ```
     """
-    environment = make_environment()
-    environment.finalize = _printable
     try:
-        compiled = environment.from_string(template)
+        compiled = PromptTemplate(template, prints_all=True)
     except jinja2.TemplateSyntaxError as error:
         raise TableError(f"template is broken: {error.message}.") from error
     seen: set[str] = set()
@@ -55,15 +54,10 @@ def render_prompts(
             raise TableError(f"Row {number} has no {id_column} of its own: {row_id!r}.")
         seen.add(row_id)
         try:
-            prompt = compiled.render(dict(row)).strip()
-        except Exception as error:  # a template can raise whatever its expressions do
+            prompt = compiled.render(row).strip()
+        except ValueError as error:
             raise TableError(f"Row {number} ({row_id}) can't be rendered: {error}.") from error
-        yield {"id": row_id, "prompt": prompt, "seed": draw_seed(seeds, row_id), **fields}
-
-
-def read_id(value: Any) -> str:
-    """Convert a row's id to text; empty if it has none."""
-    return "" if value is None else str(value).strip()
+        yield {"id": row_id, "prompt": prompt, "seed": draw_seed(seeds, read_seed_id(row[id_column])), **fields}
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], target: Path) -> int:
@@ -78,9 +72,3 @@ def write_rows(rows: Iterable[Mapping[str, Any]], target: Path) -> int:
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             count += 1
     return count
-
-
-def _printable(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and value != value):  # noqa: PLR0124 - how NaN is found
-        raise ValueError("a column that the template prints is empty: fill it, or write {% if column %}")
-    return value

@@ -1,30 +1,75 @@
-"""Sources of prompt tables: a local file, an object in S3, or a web address."""
+"""Sources of prompt tables: local files, objects in S3, or a web address, each compressed or not."""
 
 from __future__ import annotations
 
+import glob
+import gzip
+import importlib
+import os
+import re
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from email.message import Message
+from functools import partial
 from ipaddress import ip_address
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, BinaryIO, Literal, cast
+from urllib.parse import unquote
 
 import anyio
 import httpx
 
 from flux_prefect.bucket.image_bucket import ImageBucket
+from flux_prefect.concurrency import run_in_thread
 from flux_prefect.errors import BucketError, TableError
 from flux_prefect.tables.file_views import open_view
 
-__all__ = ["MAX_SOURCE_BYTES", "Source", "local_source", "open_source"]
+__all__ = ["MAX_FILES", "MAX_SOURCE_BYTES", "MAX_UNPACKED_BYTES", "Format", "Source", "local_source", "open_source"]
 
 MAX_SOURCE_BYTES = 512 * 1024 * 1024
 """The largest table that is fetched, in bytes: more than 100,000 of the longest prompts."""
 
-Format = Literal["csv", "jsonl", "parquet"]
+MAX_UNPACKED_BYTES = 8 * MAX_SOURCE_BYTES
+"""The largest table that is decompressed, in bytes."""
 
-_FORMATS: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+MAX_FILES = 10_000
+"""The most files that a folder or pattern may stand for."""
+
+Format = Literal["csv", "tsv", "json", "jsonl", "parquet", "arrow"]
+
+_FORMATS: dict[str, Format] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+_CONTENT_TYPES: dict[str, Format] = {
+    "text/csv": "csv",
+    "application/csv": "csv",
+    "text/tab-separated-values": "tsv",
+    "application/json": "json",
+    "application/jsonl": "jsonl",
+    "application/x-jsonlines": "jsonl",
+    "application/x-ndjson": "jsonl",
+    "application/ndjson": "jsonl",
+    "application/vnd.apache.parquet": "parquet",
+    "application/vnd.apache.arrow.file": "arrow",
+    "application/vnd.apache.arrow.stream": "arrow",
+}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_PATTERN = re.compile(r"[*?\[]")
+_EXPECTED = "neither .csv nor .jsonl nor .parquet (nor .tsv, .json, .arrow; each also with .gz or .zst)"
+_REFUSED = {".xlsx", ".xls", ".ods", ".numbers"}  # their content types say no more
+_MOST_LISTED_KEYS = 100_000
+_PIECE = 1024 * 1024
 _SECONDS = 600.0
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _MAX_REDIRECTS = 5
@@ -40,11 +85,17 @@ class Source:
         name: the table's name in messages: its path or address, without the query of a signed address.
         format: the file format.
         open_file: opens a reader at the start of the table.
+        parts: the files of a folder or pattern, in the order of their names; empty for a single file.
+        partition: columns from the names of the file's folders, such as `country=de`.
+        is_packed: whether each reader decompresses it anew.
     """
 
     name: str
     format: Format
     open_file: Callable[[], BinaryIO]
+    parts: tuple[Source, ...] = ()
+    partition: Mapping[str, str] = field(default_factory=dict)
+    is_packed: bool = False
 
     def open(self) -> BinaryIO:
         """Open a reader of the whole table.
@@ -59,15 +110,22 @@ class Source:
 
 
 def local_source(path: str | Path) -> Source:
-    """Make a source from a file on this machine, in the format of its suffix. The file is not opened yet.
+    """Make a source from a file, folder or pattern on this machine. Files are not opened yet.
 
     Raises:
-        TableError: the suffix is unknown, or the path is an address that must be fetched first.
+        TableError: the suffix is unknown, no file matches, or the path is an address that must be fetched first.
     """
     name = str(path)
     if "://" in name:
         raise TableError(f"source {_redact(name)!r} is an address: use open_table or open_source to fetch it.")
-    return Source(name, _format_of(name), lambda: Path(path).open("rb"))
+    place = Path(path)
+    if name and place.is_dir():
+        found = sorted(str(file) for file in place.rglob("*") if _is_table(file.relative_to(place)) and file.is_file())
+    elif _PATTERN.search(name) and not place.exists():
+        found = sorted(file for file in glob.iglob(name, recursive=True) if Path(file).is_file())  # noqa: PTH207 - takes absolute patterns
+    else:
+        return _make_source(name, *_format_of(name), lambda: Path(path).open("rb"))
+    return _join_parts(name, [_make_source(file, *_format_of(file), partial(_open_file, file)) for file in found])
 
 
 @asynccontextmanager
@@ -81,10 +139,15 @@ async def open_source(
     """Make a table available on this machine while the block runs: a remote table is fetched once.
 
     A fetched table is streamed into an unnamed temporary file, which disappears with the block or the process, however
-    it ends. The disk holds the whole table, memory only a piece of it.
+    it ends; so is what a compressed table holds. The disk holds the whole table, memory only a piece of it.
+
+    The suffix is the format: .csv, .tsv, .json, .jsonl (.ndjson), .parquet or .arrow (.feather), each also with .gz or
+    .zst. Web addresses without such a suffix have the format of their content type. A folder stands for all tables
+    below it, except those with a name that begins with a dot or underscore.
 
     Args:
-        source: a path, `s3://bucket/key`, or an `https://` address (`http://` only for servers on this machine).
+        source: a path, `s3://bucket/key`, or an `https://` address (`http://` only for servers on this machine). A
+            folder (`prompts/`, `s3://bucket/prompts/`) or a pattern (`prompts/*.parquet`, `s3://bucket/**/*.csv`).
         bucket: its keys and endpoint are used for a source in the same bucket; other buckets use boto3's own chain.
         max_bytes: the largest table that is fetched.
         transport: replaces the network in tests.
@@ -95,23 +158,102 @@ async def open_source(
     name = str(source)
     scheme, separator, rest = name.partition("://")
     if not separator:
-        yield local_source(source)
+        with _unpacked(local_source(source)) as local:
+            yield local
         return
     public = _redact(name)
     with tempfile.TemporaryFile(buffering=0) as file:
         fetched = _FetchedFile(file, public, max_bytes)
         match scheme.lower():
             case "s3":
-                form = _format_of(public)
-                await _fetch_object(rest, fetched, bucket)
+                made = await _fetch_from_bucket(rest, fetched, bucket)
             case "https" | "http":
-                form = _format_of(public)
-                await _fetch_url(name, fetched, transport)
+                form = await _fetch_url(name, fetched, transport)
+                made = _make_source(public, *form, fetched.end_part())
             case _:
                 raise TableError(
                     f"source {public!r} has the scheme {scheme}: use a path, an s3:// or an https:// address."
                 )
-        yield Source(public, form, lambda: open_view(file, fetched.size))
+        with _unpacked(made) as ready:
+            yield ready
+
+
+def _make_source(name: str, form: Format, compression: str | None, open_raw: Callable[[], BinaryIO]) -> Source:
+    if compression is None:
+        return Source(name, form, open_raw)
+    return Source(name, form, lambda: _unpack(open_raw(), compression, name), is_packed=True)
+
+
+def _join_parts(name: str, parts: list[Source]) -> Source:
+    if not parts:
+        raise TableError(f"source {name!r} has no tables: check the folder or pattern, and the suffixes of its files.")
+    if len(parts) > MAX_FILES:
+        raise TableError(f"source {name!r} is more than {MAX_FILES:,} files: join them, or use a narrower pattern.")
+    complete = tuple(replace(part, partition=_partition_of(part.name)) for part in parts)
+
+    def refuse() -> BinaryIO:
+        raise TableError(f"source {name!r} is several files: name one of them.")
+
+    return Source(name, complete[0].format, refuse, complete)
+
+
+def _partition_of(name: str) -> dict[str, str]:
+    pairs = (folder.partition("=") for folder in PurePosixPath(name).parts[:-1])
+    values = {unquote(column): unquote(value) for column, sign, value in pairs if sign and column}
+    return {column: "" if value == "__HIVE_DEFAULT_PARTITION__" else value for column, value in values.items()}
+
+
+def _open_file(name: str) -> BinaryIO:
+    return Path(name).open("rb")
+
+
+def _is_table(path: PurePath) -> bool:
+    """Whether a file in a folder is one of its tables: it has a table's suffix, and no hidden name on the way."""
+    return _find_format(path.name) is not None and not any(part.startswith((".", "_")) for part in path.parts)
+
+
+@contextmanager
+def _unpacked(source: Source) -> Iterator[Source]:
+    """Decompress a single source once for the block instead of once for each reader."""
+    if not source.is_packed:
+        yield source
+        return
+    with source.open() as content:
+        size = content.seek(0, os.SEEK_END)
+        yield replace(source, open_file=lambda: open_view(content, size), is_packed=False)
+
+
+def _unpack(packed: BinaryIO, compression: str, name: str) -> BinaryIO:
+    """Decompress into an unnamed temporary file, in flat memory."""
+    content = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115 - the reader closes it
+    try:
+        with packed, _open_packed(packed, compression) as pieces:
+            size = 0
+            while piece := pieces.read(_PIECE):
+                size += len(piece)
+                if size > MAX_UNPACKED_BYTES:
+                    raise TableError(
+                        f"source {name!r} holds more than {MAX_UNPACKED_BYTES:,} bytes when decompressed: split it."
+                    )
+                content.write(piece)
+        content.seek(0)
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # Arrow's errors are OSErrors and ValueErrors
+        content.close()
+        if isinstance(error, TableError):
+            raise
+        raise TableError(f"source {name!r} can't be decompressed as {compression} ({error}): compress it again.") from (
+            error
+        )
+    return content
+
+
+def _open_packed(packed: BinaryIO, compression: str) -> Any:
+    if compression == "gzip":
+        return gzip.GzipFile(fileobj=packed)
+    try:
+        return importlib.import_module("pyarrow").CompressedInputStream(packed, compression)
+    except ImportError as error:
+        raise TableError("Tables in .zst need pyarrow: pip install 'flux_prefect[parquet]'.") from error
 
 
 class _FetchedFile:
@@ -120,6 +262,7 @@ class _FetchedFile:
     def __init__(self, file: BinaryIO, name: str, max_bytes: int) -> None:
         self.name = name
         self.size = 0
+        self._start = 0
         self._file = file
         self._max_bytes = max_bytes
 
@@ -144,32 +287,89 @@ class _FetchedFile:
             ) from error
         self.size += len(content)
 
+    def end_part(self) -> Callable[[], BinaryIO]:
+        """Return what opens the bytes that were written since the last part."""
+        start, size = self._start, self.size - self._start
+        self._start = self.size
+        return lambda: open_view(self._file, size, start)
+
     def receive(self, size: int, pieces: Iterator[bytes]) -> None:
-        self.expect(size)
+        self.expect(self.size + size)
         for piece in pieces:
             self.write(piece)
 
 
-async def _fetch_object(address: str, fetched: _FetchedFile, bucket: ImageBucket | None) -> None:
+async def _fetch_from_bucket(address: str, fetched: _FetchedFile, bucket: ImageBucket | None) -> Source:
     name, _, key = address.partition("/")
-    if not name or not key:
+    if not name or not key.strip("/"):
         raise TableError(f"source {fetched.name!r} is not the address of an object: write it as s3://bucket/key.")
+    is_folder = key.endswith("/") or not PurePosixPath(key).suffix
+    if not is_folder and "*" not in key:
+        form = _format_of(fetched.name)
+        await _fetch_object(name, key, fetched, bucket)
+        return _make_source(fetched.name, *form, fetched.end_part())
+    keys = await _list_tables(name, key, fetched, bucket, is_folder=is_folder)
+    parts = []
+    for found in keys:
+        form = _format_of(found)
+        await _fetch_object(name, found, fetched, bucket)
+        parts.append(_make_source(f"s3://{name}/{found}", *form, fetched.end_part()))
+    return _join_parts(fetched.name, parts)
+
+
+async def _list_tables(
+    name: str, key: str, fetched: _FetchedFile, bucket: ImageBucket | None, *, is_folder: bool
+) -> list[str]:
+    start = f"{key.rstrip('/')}/" if is_folder and "*" not in key else key.partition("*")[0]
+    with _explained(fetched.name):
+        found = await run_in_thread(partial(_origin(name, bucket).objects.list_keys, start, most=_MOST_LISTED_KEYS))
+    if found is None:
+        raise TableError(
+            f"source {fetched.name!r}: more than {_MOST_LISTED_KEYS:,} objects begin with {start!r}: use a narrower "
+            "folder or pattern."
+        )
+    if is_folder and "*" not in key:
+        return sorted(each for each in found if _is_table(PurePosixPath(each[len(start) :])))
+    matches = _compile_pattern(f"{key.rstrip('/')}/**" if key.endswith("/") else key)
+    return sorted(each for each in found if matches.fullmatch(each) and _find_format(each) is not None)
+
+
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
+    kinds = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
+    return re.compile("".join(kinds.get(piece, re.escape(piece)) for piece in pieces), re.DOTALL)
+
+
+def _origin(name: str, bucket: ImageBucket | None) -> ImageBucket:
+    if bucket is not None and bucket.bucket_name == name:
+        return bucket.model_copy(update={"prefix": ""})
+    return ImageBucket(bucket_name=name)
+
+
+async def _fetch_object(name: str, key: str, fetched: _FetchedFile, bucket: ImageBucket | None) -> None:
+    with _explained(fetched.name):
+        await _origin(name, bucket).stream_path(key, fetched.receive)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn the errors of a bucket into those of a source."""
     try:
-        if bucket is not None and bucket.bucket_name == name:
-            origin = bucket.model_copy(update={"prefix": ""})
-        else:
-            origin = ImageBucket(bucket_name=name)
-        await origin.stream_path(key, fetched.receive)
+        yield
     except TableError:
         raise
     except BucketError as error:
-        raise TableError(f"source {fetched.name!r} can't be read: {error.message}") from error
+        raise TableError(f"source {name!r} can't be read: {error.message}") from error
     except ValueError as error:
-        raise TableError(f"source {fetched.name!r} can't be read: check bucket and key. {error}") from error
+        raise TableError(f"source {name!r} can't be read: check bucket and key. {error}") from error
 
 
-async def _fetch_url(url: str, fetched: _FetchedFile, transport: httpx.AsyncBaseTransport | None) -> None:
+async def _fetch_url(
+    url: str, fetched: _FetchedFile, transport: httpx.AsyncBaseTransport | None
+) -> tuple[Format, str | None]:
     name = fetched.name
+    if PurePosixPath(name).suffix.lower() in _REFUSED:
+        _format_of(name)
 
     async def check_request(request: httpx.Request) -> None:
         # Runs for redirects as well. Plain http could be read and changed in transit.
@@ -190,9 +390,11 @@ async def _fetch_url(url: str, fetched: _FetchedFile, transport: httpx.AsyncBase
                 client.stream("GET", url) as response,
             ):
                 _check_response(response, name)
+                form = _find_format(name.partition("://")[2].partition("/")[2]) or _format_of_response(response, name)
                 fetched.expect(int(response.headers.get("Content-Length", 0)))
                 async for piece in response.aiter_bytes():
                     fetched.write(piece)
+                return form
     except (httpx.TimeoutException, TimeoutError) as error:
         raise TableError(
             f"source {name!r} timed out: try again, or copy it to this machine and use its path."
@@ -220,10 +422,31 @@ def _check_response(response: httpx.Response, name: str) -> None:
         raise TableError(f"source {name!r} is a web page, not a table: use the address of the file itself.")
 
 
-def _format_of(name: str) -> Format:
-    found = _FORMATS.get(PurePosixPath(name).suffix.lower())
+def _format_of_response(response: httpx.Response, name: str) -> tuple[Format, str | None]:
+    content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    saved_as = Message()
+    saved_as["Content-Disposition"] = response.headers.get("Content-Disposition", "")
+    if form := _find_format(saved_as.get_filename() or ""):
+        return form
+    if content_type in _CONTENT_TYPES:
+        return _CONTENT_TYPES[content_type], None
+    raise TableError(
+        f"source {name!r} has the content type {content_type or 'none'}, and its address is {_EXPECTED}: use an "
+        "address that exports one of them, such as …/export?format=csv."
+    )
+
+
+def _find_format(name: str) -> tuple[Format, str | None] | None:
+    path = PurePosixPath(name)
+    compression = _COMPRESSIONS.get(path.suffix.lower())
+    form = _FORMATS.get((path if compression is None else path.with_suffix("")).suffix.lower())
+    return None if form is None else (form, compression)
+
+
+def _format_of(name: str) -> tuple[Format, str | None]:
+    found = _find_format(name)
     if found is None:
-        raise TableError(f"source {name!r} is neither .csv nor .jsonl nor .parquet: save the table as one of them.")
+        raise TableError(f"source {name!r} is {_EXPECTED}: save the table as one of them.")
     return found
 
 

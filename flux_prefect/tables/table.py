@@ -18,17 +18,12 @@ from pydantic import ValidationError
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.errors import TableError, TooFewRows
-from flux_prefect.tables.formats import (
-    FIELDS,
-    OWN_COLUMNS,
-    UnreadableRow,
-    describe_misspelling,
-    describe_unstorable,
-    read_csv,
-    read_jsonl,
-)
+from flux_prefect.tables.cells import is_nothing, read_fields, read_id, read_seed_id
+from flux_prefect.tables.columns import OWN_COLUMNS, Columns
+from flux_prefect.tables.formats import UnreadableRow, describe_unstorable
 from flux_prefect.tables.manifest_lines import is_manifest, is_record, read_records
-from flux_prefect.tables.parquet import read_parquet
+from flux_prefect.tables.reading import Reading
+from flux_prefect.tables.rows import read_rows
 from flux_prefect.tables.sources import Source, local_source, open_source
 
 __all__ = ["Only", "Row", "Table", "explain_invalid", "open_table", "read_table"]
@@ -58,6 +53,7 @@ class Row:
         request: the request; None for an invalid row.
         carried: the columns that are neither fields of a request nor the id, unchanged.
         error: why the row is invalid, with the column and the remedy.
+        seed_id: what the row's seed is drawn from where that is not its id: an id written as "1.0".
     """
 
     number: int
@@ -65,6 +61,7 @@ class Row:
     request: ImageRequest | None = None
     carried: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    seed_id: str | None = field(default=None, compare=False, repr=False)
 
 
 class Table:
@@ -73,23 +70,38 @@ class Table:
     Args:
         content: a fetched or local source, or the requests or rows themselves.
         only: read only these rows of a manifest.
+        columns: the column of a field, or of `id`, by the field's name. Others are found by their own names.
+
+    Raises:
+        TableError: `columns` has a key that is not a field, or one column for two fields.
     """
 
-    def __init__(self, content: Source | InlineRows, only: Only | None = None) -> None:
+    def __init__(
+        self, content: Source | InlineRows, only: Only | None = None, columns: Mapping[str, str] | None = None
+    ) -> None:
         self._content = content
         self._only = only
+        self._columns = Columns(columns)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, reading: Reading | None = None) -> Iterator[Row]:
         """Read all rows from the first, one at a time.
 
         An invalid row becomes a `Row` with an error; the rows after it are read as usual. An empty cell stands for the
-        field's default. A second row with the same id is invalid. Memory: the ids, about 150 bytes a row.
+        field's default. A row of which every cell is empty is none, but counts for the numbers of the rows after it. A
+        second row with the same id is invalid. Memory: the ids, about 150 bytes a row.
+
+        Args:
+            reading: from `new_reading`; it gets what is found on the way.
 
         Raises:
             TableError: the file is missing, not text, broken as a whole, or lacks the column `prompt`; or `only` is
                 set and the table is not a manifest. Some of these are found only at a later row.
         """
-        return _check_ids(self._parse_all())
+        return _check_ids(self._parse_all(reading or self.new_reading()))
+
+    def new_reading(self) -> Reading:
+        """Make the record of one reading of this table."""
+        return Reading(self._columns)
 
     def check_rows(self, least: int) -> None:
         """Verify that the table has at least `least` rows, valid or not. Rows that `only` leaves out count.
@@ -98,7 +110,7 @@ class Table:
             TooFewRows: it has fewer.
             TableError: as for `rows`.
         """
-        found = sum(1 for _ in itertools.islice(self._read(), least))
+        found = sum(1 for _ in itertools.islice(self._read(self.new_reading()), least))
         if found < least:
             name = self._content.name if isinstance(self._content, Source) else "the list"
             raise TooFewRows(
@@ -106,46 +118,52 @@ class Table:
                 "min_rows to the number of rows that it may have. Nothing was sent."
             )
 
-    def _parse_all(self) -> Iterator[Row]:
-        for number, content in self._read():
+    def _parse_all(self, reading: Reading) -> Iterator[Row]:
+        for number, content in self._read(reading):
             if is_record(content):
                 if self._only is None or content["status"] in _STATUSES[self._only]:
                     yield _restore(content)
             elif self._only is None:
-                yield _parse(number, content)
+                yield _parse(number, content, reading)
             else:
                 raise TableError(f"only={self._only!r} needs the manifest of an earlier run, and this is not one.")
 
-    def _read(self) -> Iterator[tuple[int, Any]]:
+    def _read(self, reading: Reading) -> Iterator[tuple[int, Any]]:
         if not isinstance(self._content, Source):
             yield from _read_inline(self._content)
-        elif self._content.format == "csv":
-            yield from read_csv(self._content)
-        elif self._content.format == "parquet":
-            yield from read_parquet(self._content)
-        else:
+            return
+        for part in self._content.parts:
+            if part.format == "jsonl":
+                with part.open() as file:
+                    if is_manifest(file):
+                        raise TableError(f"{part.name} is a manifest: read it alone, not with others.")
+        if self._content.format == "jsonl" and not self._content.parts:
             with self._content.open() as file:
                 if is_manifest(file):
                     file.seek(0)
                     yield from enumerate(read_records(file, self._content.name), start=1)
                     return
-            yield from read_jsonl(self._content)
+        yield from read_rows(self._content, reading)
 
 
 @asynccontextmanager
 async def open_table(
-    source: str | Path | InlineRows, *, only: Only | None = None, bucket: ImageBucket | None = None
+    source: str | Path | InlineRows,
+    *,
+    only: Only | None = None,
+    columns: Mapping[str, str] | None = None,
+    bucket: ImageBucket | None = None,
 ) -> AsyncIterator[Table]:
     """Open a table from any source. A remote table is fetched once, then read row by row any number of times.
 
     Args:
-        source: a path, `s3://bucket/key` or `https://` address that ends in .csv, .jsonl, .ndjson or .parquet, or a
-            list of requests or rows.
+        source: as for `open_source`, or a list of requests or rows.
         only: read only these rows of a manifest.
+        columns: the column of a field, or of `id`, by the field's name, as in `{"prompt": "Beschreibung"}`.
         bucket: its keys and endpoint are used for a source in the same bucket.
 
     Raises:
-        TableError: the source can't be fetched, or its suffix is unknown.
+        TableError: the source can't be fetched, its format is unknown, or `columns` is wrong.
 
     Example:
         ```python
@@ -157,12 +175,14 @@ async def open_table(
     """
     if isinstance(source, (str, Path)):
         async with open_source(source, bucket=bucket) as fetched:
-            yield Table(fetched, only)
+            yield Table(fetched, only, columns)
     else:
-        yield Table(source, only)
+        yield Table(source, only, columns)
 
 
-def read_table(source: str | Path | InlineRows, *, only: Only | None = None) -> Iterator[Row]:
+def read_table(
+    source: str | Path | InlineRows, *, only: Only | None = None, columns: Mapping[str, str] | None = None
+) -> Iterator[Row]:
     """Read a file on this machine, or a list of requests or rows, once and row by row.
 
     A file is opened when its first row is read. See `Table.rows` for the rows, and `open_table` for addresses.
@@ -176,14 +196,19 @@ def read_table(source: str | Path | InlineRows, *, only: Only | None = None) -> 
             print(row.number, row.id, row.error or row.request.label)
         ```
     """
-    return Table(local_source(source) if isinstance(source, (str, Path)) else source, only).rows()
+    return Table(local_source(source) if isinstance(source, (str, Path)) else source, only, columns).rows()
 
 
 def _read_inline(contents: InlineRows) -> Iterator[tuple[int, Any]]:
     for number, content in enumerate(contents, start=1):
-        given = dict(content) if isinstance(content, Mapping) else content
+        given = _without_nan(content) if isinstance(content, Mapping) else content
         problem = None if isinstance(given, ImageRequest) else describe_unstorable(given)
         yield number, given if problem is None else UnreadableRow(f"it {problem}")
+
+
+def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with None in the place of NaN, which pandas has for an empty cell."""
+    return {name: None if isinstance(value, float) and is_nothing(value) else value for name, value in row.items()}
 
 
 def _restore(record: Mapping[str, Any]) -> Row:
@@ -198,28 +223,31 @@ def _restore(record: Mapping[str, Any]) -> Row:
     return Row(number, row_id, request, carried)
 
 
-def _parse(number: int, content: Any) -> Row:
+def _parse(number: int, content: Any, reading: Reading) -> Row:
     if isinstance(content, ImageRequest):
         return Row(number, str(number), content)
     if isinstance(content, UnreadableRow):
         return Row(number, str(number), error=f"row {number}: {content.reason}")
     if not isinstance(content, Mapping):
         return Row(number, str(number), error=f"row {number} is not an object with a prompt")
-    given = {name: value for name, value in content.items() if name in FIELDS and value is not None and value != ""}
-    carried = {name: value for name, value in content.items() if name not in OWN_COLUMNS}
-    own_id = content.get("id")
-    row_id = str(number) if own_id is None or str(own_id).strip() == "" else str(own_id).strip()
-    for name in carried:
-        if problem := describe_misspelling(name):
-            return Row(number, row_id, carried=carried, error=f"row {number}: {problem}")
-    tolerance = given.get("safety_tolerance")
-    if isinstance(tolerance, int) and not isinstance(tolerance, bool):
-        given["safety_tolerance"] = str(tolerance)  # the service takes a string; tables usually hold a number
     try:
-        request = ImageRequest.model_validate(given)
+        named = reading.apply(content)
+    except ValueError as error:
+        return Row(number, str(number), carried=dict(content), error=f"row {number}: {error}")
+    carried = {name: value for name, value in named.items() if name not in OWN_COLUMNS}
+    row_id = read_id(named.get("id")) or str(number)
+    try:
+        request = ImageRequest.model_validate(read_fields(named))
     except ValidationError as error:
         return Row(number, row_id, carried=carried, error=f"row {number}: {explain_invalid(error)}")
-    return Row(number, row_id, request, carried)
+    return Row(number, row_id, request, carried, seed_id=read_seed_id(named.get("id")) or None)
+
+
+_REMEDIES = {
+    "int_parsing": ". Write digits alone, such as 100000: no separators, no exponent",
+    "int_from_float": ". Write a whole number",
+    "float_parsing": ". Write it with a point, such as 3.5",
+}
 
 
 def explain_invalid(error: ValidationError) -> str:
@@ -232,7 +260,7 @@ def explain_invalid(error: ValidationError) -> str:
             continue
         shown = repr(detail["input"])
         shown = shown if len(shown) <= 60 else f"{shown[:59]}…"  # noqa: PLR2004 - fits a line
-        problems.append(f"{column} is {shown}: {detail['msg']}")
+        problems.append(f"{column} is {shown}: {detail['msg']}{_REMEDIES.get(detail['type'], '')}")
     return "; ".join(problems)
 
 

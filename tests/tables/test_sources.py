@@ -109,7 +109,7 @@ class TestFiles:
             await _fetch(address)
 
     @pytest.mark.parametrize(
-        "address", ["s3://team/a.xlsx", "https://host/a", "https://host/a?name=b.csv", "https://host", "s3://team"]
+        "address", ["s3://team/a.xlsx", "https://host/a.xlsx", "https://host/a.xlsx?name=b.csv", "a.txt"]
     )
     async def test_an_address_needs_a_suffix(self, address: str) -> None:
         """It is refused before anything is sent; a query is not part of the name."""

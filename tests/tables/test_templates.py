@@ -36,7 +36,11 @@ class TestPrompts:
             ("{{ day }}, {{ day.year }}", "2026-03-01, 2026"),
             ("{{ day | weekday }} in {{ day | month }}", "Sunday in March"),
             ("{{ day | season }}, {{ day | season('south') }}", "spring, autumn"),
-            ("a{{ empty }}b", "ab"),
+            ("a{% if empty %} {{ empty }}{% endif %}b", "ab"),
+            ("{{ empty | default('plain', true) }} {{ empty or 'grey' }}", "plain grey"),
+            ("{% if empty is none and empty == None %}a{% endif %}{{ '' if blank == '' }}", "a"),
+            ("a{{ blank }}b", "ab"),
+            ("{{ 'a' if empty is defined and missing is undefined }}{{ missing | default('b') }}", "ab"),
             ("{{ tags | join(', ') }}", "wild, small"),
             ("  {% if colour == 'red' %}warm{% endif %}\n", "warm"),
             ("{{ html }}", "<b>&amp;</b>"),
@@ -50,6 +54,7 @@ class TestPrompts:
             "name": "fox",
             "shelf mark": "A3",
             "empty": None,
+            "blank": "",
             "tags": ["wild", "small"],
             "html": "<b>&amp;</b>",
             "looks_like_one": "{{ colour }}",
@@ -66,6 +71,13 @@ class TestPrompts:
         ("prompt", "reason"),
         [
             ("{{ color }}", "'color' is undefined"),
+            ("a {{ empty }} fox", "the column 'empty' is empty in this row: fill it"),
+            ("{{ 'a ' ~ empty }}", "the column 'empty' is empty in this row"),
+            ("{{ row.empty }}", "the column 'empty' is empty in this row"),
+            ("{{ gap }}", "the column 'gap' is empty in this row"),
+            ("{{ nested.empty }}", "the column 'empty' is empty in this row"),
+            ("{{ listed | join(', ') }}", "the column 'listed' is empty in this row"),
+            ("{{ empty | default('plain') }}", "the column 'empty' is empty in this row"),
             ("{% if color %}x{% endif %}", "'color' is undefined"),
             ("{{ row.color }}", "no attribute 'color'"),
             ("{{ colour", "line 1 of its template is broken"),
@@ -78,7 +90,7 @@ class TestPrompts:
     def test_a_template_that_can_not_be_rendered_is_an_error(self, prompt: str | None, reason: str) -> None:
         """An unknown variable or filter is named in the message."""
         with pytest.raises(ValueError, match=reason):
-            render(prompt, colour="red")
+            render(prompt, colour="red", empty=None, gap=float("nan"), nested={"empty": None}, listed=["a", None])
 
     @pytest.mark.parametrize("length", [4000, 4001])
     def test_a_prompt_has_at_most_the_services_4000_characters(self, length: int) -> None:
