@@ -22,7 +22,7 @@ from flux_prefect.api.downloads import DownloadedImage
 from flux_prefect.api.images import ExpectedShape
 from flux_prefect.api.models import GeneratedImage, Generation, ImageRequest
 from flux_prefect.bucket.image_bucket import ImageBucket
-from flux_prefect.bucket.leases import BucketLeases, current_lease
+from flux_prefect.bucket.leases import BucketLeases, Lease, current_lease
 from flux_prefect.bucket.published_image import PublishedImage, PublishingRun, read_generation
 from flux_prefect.bucket.shared_answers import SharedAnswers
 from flux_prefect.concurrency import run_in_thread, run_to_end
@@ -129,6 +129,7 @@ async def generate(
         RunStopped: nothing was sent, as that budget was closed.
         LeaseLost: nothing was sent, as the lease of the enclosing `BucketLeases.hold` is lost.
         SpoolUnwritable: nothing was sent.
+        BucketError: nothing was sent, as the run's ledger can't be written for other hosts.
     """
     budget = current_budget() or Budget(default_price=current_settings().credits_per_image)
     lease = current_lease()
@@ -153,13 +154,13 @@ async def generate(
 
     sent, billed, credits_used = False, Billed.NO, None
 
-    def note() -> None:
+    async def note() -> None:
         nonlocal call, sent, billed
-        budget.check_open()  # it may have been closed while the call waited for its turn
-        if lease is not None:
-            lease.check()
+        _check_allowed(budget, lease)  # it may have been closed while the call waited for its turn
         # Now, after any wait for its turn.
         call = call.model_copy(update={"sent_at": datetime.now(timezone.utc), "sends": call.sends + 1})
+        await reservation.announce(call)
+        _check_allowed(budget, lease)
         reservation.note_sent(call)
         spool.open_call(call)
         sent, billed = True, Billed.UNKNOWN  # until there is an answer
@@ -196,6 +197,12 @@ async def generate(
         await _share(kept, billed, answers)
     generation = generation.model_copy(update={"replaces": order.replacing, "shared_as": shared_as})
     return await run_to_end(_keep, call, generation, spool)
+
+
+def _check_allowed(budget: Budget, lease: Lease | None) -> None:
+    budget.check_open()
+    if lease is not None:
+        lease.check()
 
 
 async def _share(kept: KeptAnswer | None, billed: Billed, answers: SharedAnswers | None) -> None:

@@ -213,7 +213,7 @@ class AimlApiClient:
         request: ImageRequest,
         *,
         client_request_id: str | None = None,
-        before_send: Callable[[], None] | None = None,
+        before_send: Callable[[], Awaitable[None]] | None = None,
         after_refusal: Callable[[], None] | None = None,
         on_answer: Callable[[RawAnswer], Awaitable[None]] | None = None,
     ) -> Generation:
@@ -228,7 +228,7 @@ class AimlApiClient:
             request: the images to generate.
             client_request_id: this package's id of the call in the service's log, 1 to 128 of `A-Za-z0-9._:-`. A new
                 one if None.
-            before_send: called directly before each send of the POST. An exception from it stops the call.
+            before_send: awaited directly before each send of the POST. An exception from it stops the call.
             after_refusal: called directly after each rate-limit refusal, before the delay.
             on_answer: awaited with the body of a success before it is parsed, and before any slot is released.
 
@@ -250,7 +250,7 @@ class AimlApiClient:
                 async with self._pacer.slot(turn):
                     async with self._gate():
                         if before_send is not None:
-                            before_send()
+                            await before_send()
                         answer = await self._post(request, call_id)
                         raw = RawAnswer.of(answer.body, answer.headers) if answer.succeeded else None
                         if on_answer is not None and raw is not None:

@@ -39,6 +39,9 @@ class BackfillReport(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     days: tuple[DayOutcome, ...] = Field(description="One outcome a day.")
+    earlier_credits: float = Field(
+        default=0, description="Reported cost of earlier attempts of the same flow run, in credits."
+    )
 
     @property
     def failed(self) -> list[date]:
@@ -47,8 +50,10 @@ class BackfillReport(BaseModel):
 
     @property
     def credits_used(self) -> float:
-        """Reported cost of all days, in credits."""
-        return sum(outcome.report.credits_used for outcome in self.days if outcome.report is not None)
+        """Reported cost of all days, in credits, with that of earlier attempts."""
+        return self.earlier_credits + sum(
+            outcome.report.credits_used for outcome in self.days if outcome.report is not None
+        )
 
     def summary(self) -> str:
         """Summarize the number of days, their cost and the failed days in one line."""

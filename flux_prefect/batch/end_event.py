@@ -18,6 +18,7 @@ from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.display.events import End, Outcome, emit_batch_events
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport, Tally
+from flux_prefect.money.ledger import Ledger
 
 __all__ = ["BatchEnd", "batch_end"]
 
@@ -37,6 +38,7 @@ class BatchEnd:
         bucket: the bucket of the images, or what was given for it.
         run: id of the batch; part of its manifest's key.
         manifest: the address of the manifest, once it was opened.
+        ledger: the run's ledger, once it was opened.
         report: the whole report, once every row has ended. Before that the event has the sums of the rows so far.
     """
 
@@ -46,6 +48,7 @@ class BatchEnd:
         self.manifest: str | None = None
         self.report: BatchReport | None = None
         self.state: State[Any] | None = None
+        self.ledger: Ledger | None = None
         self._tally = Tally()
 
     def add(self, record: ItemRecord) -> None:
@@ -59,7 +62,11 @@ class BatchEnd:
 
     def emit(self, outcome: Outcome, message: str, reason: str | None) -> None:
         """Send the event."""
-        report = self.report or self._tally.report().model_copy(update={"manifest": self.manifest})
+        report = self.report
+        if report is None:
+            report = self._tally.report().model_copy(update={"manifest": self.manifest})
+            if self.ledger is not None:
+                report = report.include_attempts(self.ledger)
         end = End(
             outcome=outcome,
             reason=reason,

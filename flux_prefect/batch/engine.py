@@ -35,9 +35,11 @@ from flux_prefect.manifest.records import (
     record_skipped,
     record_stopped,
     record_unchanged,
+    sums_of_attempts,
 )
 from flux_prefect.manifest.report import BatchReport, Tally
 from flux_prefect.money.budget import Budget, spending_from
+from flux_prefect.money.ledger import paying_for_row
 from flux_prefect.pipeline import Density, StepRunner, produce_image, run_as_task
 from flux_prefect.settings import current_settings
 from flux_prefect.tables.table import Row
@@ -234,16 +236,22 @@ class _Batch:
         if (reason := self._reason_to_stop()) is not None:
             return record_stopped(row, reason)
         try:
-            if not self._budget.has_room(request) and recover(request, self._credentials.base_url, self._spool) is None:
-                return record_skipped(row)
-            production = await produce_image(request, self._bucket, self._credentials, run=run)
+            with paying_for_row(row.number):
+                return await self._pay(row, request, run)
         except Exception as error:  # noqa: BLE001 - any failure of a row leaves the other rows running
             return record_failed(row, request, error)
+
+    async def _pay(self, row: Row, request: ImageRequest, run: StepRunner) -> ItemRecord:
+        if not self._budget.has_room(request) and recover(request, self._credentials.base_url, self._spool) is None:
+            return record_skipped(row)
+        production = await produce_image(request, self._bucket, self._credentials, run=run)
         self._breaker.record(production.error)
         return record_production(row, production)
 
     def _emit(self, record: ItemRecord) -> ItemRecord:
-        record = record.model_copy(update={"run": self._planned.run})
+        ledger = self._budget.ledger
+        sums = sums_of_attempts(record, ledger, ledger.row(record.row))
+        record = record.model_copy(update={**sums, "run": self._planned.run})
         self._active.pop(record.row, None)
         self._tally.add(record)
         self._on_record(record)

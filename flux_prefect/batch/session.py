@@ -9,6 +9,7 @@ from flux_prefect.api.pacing import Pacer, shared_pacer
 from flux_prefect.batch.context import BatchContext
 from flux_prefect.batch.engine import run_rows
 from flux_prefect.batch.planning import PlannedBatch
+from flux_prefect.batch.settlement import Settlement
 from flux_prefect.batch.shutdown import sigterm_as_cancellation
 from flux_prefect.display.artifacts import live_progress
 from flux_prefect.display.progress import Logger, Progress, show_progress
@@ -16,7 +17,7 @@ from flux_prefect.host.spool import Experience
 from flux_prefect.manifest.records import ItemRecord
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.manifest.writer import ManifestWriter
-from flux_prefect.money.reconciliation import Reconciliation, reconcile
+from flux_prefect.money.reconciliation import Reconciliation
 from flux_prefect.pipeline import Density
 
 __all__ = ["BatchResult", "execute_batch", "resume_pace"]
@@ -47,7 +48,8 @@ async def execute_batch(  # noqa: PLR0913 - keyword-only from the fourth on
     """Execute every planned row and return the report.
 
     Every record is in the manifest before `on_record` receives it. Progress is shown meanwhile, in the log and in the
-    enclosing flow run's artifacts. Calls whose answers were lost are looked up in the service's log at the end. The
+    enclosing flow run's artifacts. Calls whose answers were lost are looked up in the service's log at the end, and the
+    records of their rows written again with what was found. The
     pace starts from this host's last batch at the endpoint, and what this batch observes is stored for the next one.
 
     Args:
@@ -65,6 +67,7 @@ async def execute_batch(  # noqa: PLR0913 - keyword-only from the fourth on
     """
     pacer = resume_pace(context)
     progress = Progress.of(planned.plan)
+    settlement = Settlement(context)
     with sigterm_as_cancellation():
         async with manifest, live_progress(progress, logger):
             if planned.plan.requests:
@@ -73,18 +76,19 @@ async def execute_batch(  # noqa: PLR0913 - keyword-only from the fourth on
 
                 def record_row(record: ItemRecord) -> None:
                     manifest.append(record)
+                    settlement.add(record)
                     show(record)
                     on_record(record)
 
                 report = await run_rows(
                     planned, context.bucket, context.account, context.budget, density=density, on_record=record_row
                 )
+            found = await settlement.settle()
+            for record in settlement.changed:
+                manifest.append(record)
     report = report.model_copy(update={"manifest": manifest.uri, "records": manifest.path})
-    found: Reconciliation | None = None
-    unsettled = [call for call in context.spool.open_calls() if call.client_request_id in report.possibly_billed]
-    if unsettled:
-        found = await reconcile(context.client, context.spool, calls=unsettled)
-        report = report.settle(found)
+    report = report.include_attempts(context.budget.ledger, found)
+    if found is not None:
         logger.warning("%s", report.reconciled)
     context.spool.keep_experience(context.account.base_url, _experience_after(context, report, pacer))
     return BatchResult(report, found)
@@ -102,7 +106,7 @@ def resume_pace(context: BatchContext) -> Pacer:
 def _experience_after(context: BatchContext, report: BatchReport, pacer: Pacer) -> Experience:
     """Prices, pace and in-flight limit that the next batch at this endpoint starts from."""
     seconds = context.experience.seconds
-    if report.billed_calls:
+    if report.billed_calls and not context.budget.ledger.is_continued:  # else earlier attempts' calls are among them
         seconds = report.seconds * min(pacer.limit, report.billed_calls) / report.billed_calls
     prices = {**context.experience.prices, **context.budget.observed}
     return Experience(prices=prices, seconds=seconds, in_flight=pacer.learned_limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from datetime import date
 from typing import Annotated, Any, cast
 
@@ -13,7 +14,9 @@ from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
 
 from flux_prefect.api.models import ImageSettings
+from flux_prefect.batch.context import current_attempt, summing_up
 from flux_prefect.batch.days import BackfillReport, DayOutcome, Order, list_days, remaining_credits
+from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
 from flux_prefect.errors import BackfillFailed, BatchFailed
 from flux_prefect.flows.form_types import (
@@ -28,6 +31,7 @@ from flux_prefect.flows.form_types import (
 )
 from flux_prefect.flows.publish_daily import publish_daily
 from flux_prefect.manifest.report import BatchReport
+from flux_prefect.money.ledger import Sums
 from flux_prefect.tables.templates import DEFAULT_IMAGE_SETTINGS
 
 __all__ = ["backfill"]
@@ -90,33 +94,39 @@ async def backfill(
     days = list_days(start, end, max_days, order)
     account = await AimlApiCredentials.resolve(credentials)
     outcomes: list[DayOutcome] = []
-    left = max_credits
-    for day in days:
-        state = cast(
-            "State[Any]",
-            await publish_daily(
-                source,
-                bucket,
-                template=template,
-                day=day,
-                images=images,
-                credentials=credentials,
-                max_in_flight=max_in_flight,
-                max_failed=max_failed,
-                max_credits=left,
-                min_rows=min_rows,
-                dry_run=dry_run,
-                return_state=True,
-            ),
-        )
-        if state.is_cancelled():
-            return cast("BackfillReport", Cancelled(message=f"Cancelled at {day}. {state.message or ''}".strip()))
-        result = await state.aresult(raise_on_failure=False)
-        report = result.report if isinstance(result, BatchFailed) else result
-        day_report = report if isinstance(report, BatchReport) else None
-        outcomes.append(DayOutcome(day=day, state=state.name or "", message=state.message or "", report=day_report))
-        left = remaining_credits(left, result, account.base_url)
-    ended = BackfillReport(days=tuple(outcomes))
+    destination = await ImageBucket.resolve(bucket)
+    async with AsyncExitStack() as cleanup:
+        earlier = Sums()
+        if not dry_run:
+            earlier = (await cleanup.enter_async_context(summing_up(current_attempt(), destination))).sums
+        earlier_credits = earlier.reported_credits
+        left = None if max_credits is None else max(0.0, max_credits - earlier.spent.credits)
+        for day in days:
+            state = cast(
+                "State[Any]",
+                await publish_daily(
+                    source,
+                    bucket,
+                    template=template,
+                    day=day,
+                    images=images,
+                    credentials=credentials,
+                    max_in_flight=max_in_flight,
+                    max_failed=max_failed,
+                    max_credits=left,
+                    min_rows=min_rows,
+                    dry_run=dry_run,
+                    return_state=True,
+                ),
+            )
+            if state.is_cancelled():
+                return cast("BackfillReport", Cancelled(message=f"Cancelled at {day}. {state.message or ''}".strip()))
+            result = await state.aresult(raise_on_failure=False)
+            report = result.report if isinstance(result, BatchFailed) else result
+            day_report = report if isinstance(report, BatchReport) else None
+            outcomes.append(DayOutcome(day=day, state=state.name or "", message=state.message or "", report=day_report))
+            left = remaining_credits(left, result, account.base_url)
+    ended = BackfillReport(days=tuple(outcomes), earlier_credits=earlier_credits)
     await acreate_table_artifact(
         [{"day": str(each.day), "state": each.state, "message": each.message} for each in ended.days],
         key="flux-backfill",

@@ -10,7 +10,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flux_prefect.batch.context import open_context
+from flux_prefect.batch.context import current_attempt, open_context
 from flux_prefect.batch.end_event import batch_end
 from flux_prefect.batch.engine import choose_density
 from flux_prefect.batch.final_state import announce_plan, batch_state, cancelled_state, finish_dry_run
@@ -74,7 +74,7 @@ async def publish_batch(
         max_in_flight: The most paid calls at the same time.
         max_failed: How many rows may end without their images before the run counts as Failed.
         max_credits: A hard cap on what this run spends, in credits (2,000,000 to the US dollar). What does not fit is
-            left for the next run and is not a failure.
+            left for the next run and is not a failure. A retry of the run goes on under the same caps.
         max_images: A hard cap on the number of images that this run pays for.
         only: The rows of a manifest (as the source) to try again: failed, flagged, skipped_budget, or unpublished
             for failed and skipped_budget together.
@@ -109,8 +109,15 @@ async def publish_batch(
         destination = end.bucket = await ImageBucket.resolve(bucket)
         account = (await AimlApiCredentials.resolve(credentials)).model_copy(update={"max_in_flight": max_in_flight})
         context = await cleanup.enter_async_context(
-            open_context(destination, account, max_credits=max_credits, max_images=max_images)
+            open_context(
+                destination,
+                account,
+                max_credits=max_credits,
+                max_images=max_images,
+                ledger_of=None if dry_run else current_attempt(),
+            )
         )
+        end.ledger = context.budget.ledger
         table = await cleanup.enter_async_context(open_table(source, only=only, bucket=destination))
         table.check_rows(min_rows)
         planned = await cleanup.enter_async_context(open_plan(context, table, run=str(flow_run.id)))

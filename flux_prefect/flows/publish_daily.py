@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flux_prefect.api.models import ImageSettings
+from flux_prefect.batch.context import current_attempt, paying_as
 from flux_prefect.batch.end_event import batch_end
 from flux_prefect.batch.final_state import copy_state
 from flux_prefect.bucket.image_bucket import ImageBucket
@@ -111,16 +112,17 @@ async def publish_daily(
             end.bucket = destination = await ImageBucket.resolve(bucket)
             count = await render_table(source, chosen, rendered, template=template, images=images, bucket=destination)
         get_run_logger().info("Rendered %d rows for %s", count, chosen)
-        state: State[Any] = await publish_batch.with_options(flow_run_name=f"images of {chosen}")(
-            str(rendered),
-            bucket,
-            credentials,
-            max_in_flight=max_in_flight,
-            max_failed=max_failed,
-            max_credits=max_credits,
-            max_images=max_images,
-            min_rows=min_rows,
-            dry_run=dry_run,
-            return_state=True,
-        )
+        with paying_as(current_attempt()):
+            state: State[Any] = await publish_batch.with_options(flow_run_name=f"images of {chosen}")(
+                str(rendered),
+                bucket,
+                credentials,
+                max_in_flight=max_in_flight,
+                max_failed=max_failed,
+                max_credits=max_credits,
+                max_images=max_images,
+                min_rows=min_rows,
+                dry_run=dry_run,
+                return_state=True,
+            )
     return cast("BatchReport", copy_state(state, await state.aresult(raise_on_failure=False)))

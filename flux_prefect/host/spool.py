@@ -4,6 +4,7 @@ spool/
   calls/       one small file for each paid call without a known end; usually empty
   answers/     the body of each success, until its generation is recorded
   records/     one JSON record a generation, written before it is returned to the caller
+  ledgers/     what is known of each paid call of a flow run, over all its attempts
   endpoints/   prices and pace of each endpoint, as the last batch found them
   pictures/    the images as delivered, named by the fingerprint (the folder's name outlives a release)
   published/   one small record a published image; `retention` removes what they name after some time

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from flux_prefect.api.models import ImageRequest
 from flux_prefect.bucket.published_image import PublishedImage
 from flux_prefect.errors import Billed, FluxError, RunStopped
+from flux_prefect.money.ledger import Ledger, Sums
+from flux_prefect.money.reconciliation import Reconciliation
 from flux_prefect.pipeline import ImageOutcome, Production, Status
 from flux_prefect.tables.table import Row
 
@@ -23,6 +25,8 @@ __all__ = [
     "record_skipped",
     "record_stopped",
     "record_unchanged",
+    "settle_calls",
+    "sums_of_attempts",
 ]
 
 ItemStatus = Literal["published", "unchanged", "flagged", "skipped_budget", "failed", "invalid"]
@@ -153,6 +157,46 @@ def record_production(row: Row, production: Production) -> ItemRecord:
         possibly_billed=tuple(c.client_request_id for c in production.open_calls if c.billed is Billed.UNKNOWN),
         carried=row.carried,
     )
+
+
+class Owed(Protocol):
+    """A record or a report, with the calls that may have been paid for without an image."""
+
+    @property
+    def billed_and_lost(self) -> tuple[str, ...]:
+        """Calls that were billed and returned no image."""
+
+    @property
+    def possibly_billed(self) -> tuple[str, ...]:
+        """Calls of unknown cost."""
+
+
+def sums_of_attempts(owed: Owed, ledger: Ledger, sums: Sums) -> dict[str, Any]:
+    """Return the money of all attempts of a run, as fields of its records and its report.
+
+    Args:
+        owed: what this attempt found. Of calls of earlier runs, which are not in the ledger, it keeps those of unknown
+            cost: the others have been in a report.
+        ledger: the run's ledger.
+        sums: the ledger's sums, over all calls or over those of one row.
+    """
+    return {
+        **sums.fields(),
+        "credits_used": sums.reported_credits,
+        "possibly_billed": (*sums.unknown, *(call for call in owed.possibly_billed if call not in ledger)),
+    }
+
+
+def settle_calls(owed: Owed, ledger: Ledger, sums: Sums, found: Reconciliation) -> dict[str, Any]:
+    """Return the fields of `sums_of_attempts` after calls of unknown cost were settled, also those of earlier runs."""
+    fields = sums_of_attempts(owed, ledger, sums)
+    earlier = [call for call in owed.possibly_billed if call not in ledger]
+    settled = {*found.billed, *found.not_billed, *found.kept}
+    return {
+        **fields,
+        "billed_and_lost": (*fields["billed_and_lost"], *(call for call in earlier if call in found.billed)),
+        "possibly_billed": tuple(call for call in fields["possibly_billed"] if call not in settled),
+    }
 
 
 def _worst(outcomes: list[ImageOutcome]) -> Status:

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from flux_prefect.manifest.plan import Plan
-from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord, ItemStatus
+from flux_prefect.manifest.records import UNSUCCESSFUL, ItemRecord, ItemStatus, settle_calls, sums_of_attempts
 from flux_prefect.money.budget import describe_credits
+from flux_prefect.money.ledger import Ledger
 from flux_prefect.money.reconciliation import Reconciliation
 from flux_prefect.tables.manifest_lines import read_manifest
 
@@ -32,7 +33,7 @@ class BatchReport(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     counts: dict[ItemStatus, int] = Field(default_factory=dict, description="The number of rows by status.")
-    calls: int = Field(default=0, description="Calls sent by this run.")
+    calls: int = Field(default=0, description="Calls sent by this run, in all its attempts.")
     billed_calls: int = Field(default=0, description="Calls of this run that were billed for certain.")
     unbilled_calls: int = Field(default=0, description="Calls of this run that cost nothing for certain.")
     unpriced_calls: int = Field(default=0, description="Billed calls whose cost the service did not report.")
@@ -103,18 +104,23 @@ class BatchReport(BaseModel):
         return list(self.read())
 
     def settle(self, found: Reconciliation) -> BatchReport:
-        """Return a copy of the report in which calls of unknown outcome are resolved by the service's log.
-
-        The records in the manifest are not changed.
-        """
+        """Return a copy of the report in which calls of unknown outcome are resolved by the service's log."""
         known = {*found.billed, *found.not_billed, *found.kept}
+        lost = dict.fromkeys((*self.billed_and_lost, *found.billed))
         return self.model_copy(
             update={
-                "billed_and_lost": (*self.billed_and_lost, *found.billed),
+                "billed_and_lost": tuple(lost),
                 "possibly_billed": tuple(call for call in self.possibly_billed if call not in known),
                 "reconciled": found.summary(),
             }
         )
+
+    def include_attempts(self, ledger: Ledger, found: Reconciliation | None = None) -> BatchReport:
+        """Return a copy of the report with the money of all attempts of the run, and what the service's log settled."""
+        if found is None:
+            return self.model_copy(update=sums_of_attempts(self, ledger, ledger.sums))
+        fields = settle_calls(self, ledger, ledger.sums, found)
+        return self.model_copy(update={**fields, "reconciled": found.summary()})
 
     def summary(self) -> str:
         """Summarize the outcome and the cost in one line; for a dry run, the plan."""

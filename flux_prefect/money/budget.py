@@ -169,6 +169,16 @@ class Reservation:
     call: str
     row: int | None
     _record: CallRecord | None = field(default=None, repr=False)
+    _announced: CallRecord | None = field(default=None, repr=False)
+
+    async def announce(self, call: PaidCall) -> None:
+        """Note the call where other hosts find it, each time before it is sent.
+
+        Raises:
+            BucketError: so it must not be sent.
+        """
+        self._announced = self._described(fingerprint=call.fingerprint, endpoint=call.endpoint, sent_at=call.sent_at)
+        await self.budget.ledger.announce(self._announced)
 
     def note_sent(self, call: PaidCall) -> None:
         """Note in the ledger that the call is sent now. Call it directly before each time that it is.
@@ -178,7 +188,7 @@ class Reservation:
         """
         record = self._described(fingerprint=call.fingerprint, endpoint=call.endpoint, sent_at=call.sent_at)
         self.budget.ledger.record_sent(record)
-        self._record = record
+        self._record, self._announced = record, None
 
     def note_refused(self) -> None:
         """Note that the service refused the call, which costs nothing. It may be sent again."""
@@ -199,6 +209,9 @@ class Reservation:
         if record is not None:
             outcome = {"billed": billed, "credits_used": credits_used, "delivered": delivered}
             self.budget.ledger.record(record.model_copy(update=outcome))
+        if self._announced is not None:
+            update = {"billed": Billed.NO, "withdrawn": record is None}
+            self.budget.ledger.withdraw(self._announced.model_copy(update=update))
         self.budget._release(self)  # noqa: SLF001 - a reservation belongs to its budget
 
     def _described(self, **known: Any) -> CallRecord:

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flux_prefect.errors import Billed, SpoolUnreadable, SpoolUnwritable
 from flux_prefect.local_files import explain_os_error
 
-__all__ = ["Amount", "CallRecord", "Fold", "Ledger", "Sums", "current_row", "paying_for_row"]
+__all__ = ["Amount", "CallRecord", "Fold", "Ledger", "Sums", "current_row", "encode_record", "paying_for_row"]
 
 VERSION = 1
 """The version of the format, in each line under `ledger`."""
@@ -74,6 +74,7 @@ class CallRecord(BaseModel):
     billed: Billed = Field(default=Billed.UNKNOWN, description="What is known of its cost.")
     credits_used: float | None = Field(default=None, description="Its cost as reported, in credits. None: unknown.")
     delivered: bool = Field(default=False, description="Whether its answer is here, with images.")
+    withdrawn: bool = Field(default=False, description="Whether it was noted for other hosts, and then not sent.")
 
     @property
     def is_priced(self) -> bool:
@@ -119,6 +120,7 @@ class Sums:
         unbilled_calls: those that cost nothing for certain.
         unpriced_calls: billed calls without a reported cost, which count at their known price.
         credits_used: what the billed calls cost, in credits.
+        reported_credits: the costs that were reported for them, in credits.
         images: the images of the billed calls.
         unknown: the calls of which it is not known whether they were billed, by id.
         lost: the billed calls that delivered nothing, by id.
@@ -129,6 +131,7 @@ class Sums:
     unbilled_calls: int = 0
     unpriced_calls: int = 0
     credits_used: float = 0.0
+    reported_credits: float = 0.0
     images: int = 0
     unknown: dict[str, CallRecord] = field(default_factory=dict)
     lost: dict[str, CallRecord] = field(default_factory=dict)
@@ -141,11 +144,14 @@ class Sums:
 
     def count(self, call: CallRecord, sign: int = 1) -> None:
         """Add a call, or with a negative sign take it out again."""
+        if call.withdrawn:
+            return
         self.calls += sign
         if call.billed is Billed.YES:
             self.billed_calls += sign
             self.unpriced_calls += sign * (not call.is_priced)
             self.credits_used += sign * call.cost
+            self.reported_credits += sign * (call.credits_used or 0.0)
             self.images += sign * call.images
         elif call.billed is Billed.NO:
             self.unbilled_calls += sign
@@ -196,6 +202,10 @@ class Fold:
         """Return what is known of a call; None for one that is not in the ledger, or has delivered."""
         return self._others.get(call)
 
+    def __contains__(self, call: object) -> bool:
+        """Whether a call of this id is in the ledger."""
+        return call in self._delivered or call in self._others
+
     def add(self, record: CallRecord) -> None:
         """Add one record."""
         if record.call in self._delivered:
@@ -219,6 +229,20 @@ class Fold:
             self.rows.setdefault(record.row, Sums()).count(record, sign)
 
 
+class Copy(Protocol):
+    """Another place of a ledger, which outlives this host."""
+
+    def add(self, record: CallRecord) -> None:
+        """Add a record. It is there after the next flush."""
+
+    async def flush(self) -> None:
+        """Write what was added.
+
+        Raises:
+            BucketError: it is not there.
+        """
+
+
 class Ledger:
     """The ledger of one flow run on this host, over all its attempts.
 
@@ -233,6 +257,7 @@ class Ledger:
     Attributes:
         run: the flow run's id.
         attempt: the number of this attempt.
+        is_continued: whether it has calls of earlier attempts.
 
     Raises:
         SpoolUnreadable: the file is there and can't be read.
@@ -247,6 +272,8 @@ class Ledger:
         self._within = within
         self._path = None if folder is None else folder / f"{run}.jsonl"
         self._fold = Fold() if self._path is None else Fold(read_ledger(self._path))
+        self.is_continued = self._fold.sums.calls > 0
+        self._copy: Copy | None = None
         self._file: int | None = None
         self._torn = False
         if self._path is not None:
@@ -254,6 +281,10 @@ class Ledger:
                 self._file = _open(self._path)
             except OSError as error:
                 raise _unwritable(self._path, error) from error
+
+    def __contains__(self, call: object) -> bool:
+        """Whether a call of this id is in the ledger."""
+        return call in self._fold
 
     @property
     def sums(self) -> Sums:
@@ -273,6 +304,45 @@ class Ledger:
     def row(self, number: int) -> Sums:
         """Return the sums over the calls of one row."""
         return self._fold.rows.get(number, Sums())
+
+    def continue_from(self, records: Iterable[CallRecord], copy: Copy) -> list[CallRecord]:
+        """Add what other hosts noted, and note all that follows in the copy as well.
+
+        Returns:
+            The calls of other hosts without an answer: perhaps billed, or billed and lost.
+        """
+        others: dict[str, None] = {}
+        for record in records:
+            if record.call in others or record.call not in self._fold:
+                others[record.call] = None
+            self._fold.add(record)
+        self.is_continued = self._fold.sums.calls > 0
+        self._copy = copy
+        known = (self._fold.find(call) for call in others)
+        return [call for call in known if call is not None and call.billed is not Billed.NO]
+
+    async def announce(self, record: CallRecord) -> None:
+        """Note a call in the copy before it is noted here and sent. Withdraw it if it is then not sent.
+
+        Raises:
+            BucketError: so it must not be sent.
+        """
+        if self._copy is not None:
+            self._copy.add(record)
+            await self._copy.flush()
+        if self._within is not None:
+            await self._within.announce(self._within.own(record))
+
+    def withdraw(self, record: CallRecord) -> None:
+        """Take the announcement of a call back that was not sent."""
+        if self._copy is not None:
+            self._copy.add(record)
+        if self._within is not None:
+            self._within.withdraw(self._within.own(record))
+
+    def own(self, record: CallRecord) -> CallRecord:
+        """Return the record of a part's call as this ledger has it."""
+        return record.model_copy(update={"row": None, "attempt": self.attempt})
 
     def record_sent(self, record: CallRecord) -> None:
         """Note a call before it is sent.
@@ -295,6 +365,8 @@ class Ledger:
     def settle(self, call: str, billed: Billed, credits_used: float | None, *, delivered: bool) -> bool:
         """Note what was found out about a call later. Returns False if the call needs no settling, or is not here."""
         known = self._fold.find(call)
+        if known is None and self._within is not None:  # a call of an earlier part
+            return self._within.settle(call, billed, credits_used, delivered=delivered)
         if known is None or (known.billed is not Billed.UNKNOWN and not delivered):
             return False
         update = {"billed": billed, "credits_used": credits_used, "delivered": delivered}
@@ -309,13 +381,15 @@ class Ledger:
 
     def _count(self, record: CallRecord) -> None:
         self._fold.add(record)
+        if self._copy is not None:
+            self._copy.add(record)
         if self._within is not None:
-            self._within.record(record.model_copy(update={"row": None, "attempt": self._within.attempt}))
+            self._within.record(self._within.own(record))
 
     def _append(self, record: CallRecord) -> None:
         if self._file is None:
             return
-        line = _line(record)
+        line = encode_record(record)
         if self._torn:
             line = b"\n" + line
         self._torn = os.write(self._file, line) < len(line)
@@ -361,7 +435,8 @@ def current_row() -> int | None:
     return _row.get()
 
 
-def _line(record: CallRecord) -> bytes:
+def encode_record(record: CallRecord) -> bytes:
+    """Encode a record as a line of a ledger."""
     return b'{"ledger":%d,%s\n' % (VERSION, record.model_dump_json()[1:].encode(errors="replace"))
 
 

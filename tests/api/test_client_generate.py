@@ -142,8 +142,12 @@ async def test_before_send_runs_right_before_each_post(lighthouse: ImageRequest)
     pacer = Pacer(1)
     service = Service(refuse(429, **{"Retry-After": "0"}), httpx.Response(200, json=GOOD))
     notified: list[tuple[int, int]] = []
+
+    async def note() -> None:
+        notified.append((len(service.requests), pacer.in_flight))
+
     async with make_client(service, pacer=pacer) as client:
-        await client.generate(lighthouse, before_send=lambda: notified.append((len(service.requests), pacer.in_flight)))
+        await client.generate(lighthouse, before_send=note)
     assert notified == [(0, 1), (1, 1)]
 
 
@@ -152,7 +156,7 @@ async def test_a_caller_that_objects_stops_the_call(lighthouse: ImageRequest) ->
     pacer = Pacer(1)
     service = Service(httpx.Response(200, json=GOOD))
 
-    def object_() -> None:
+    async def object_() -> None:
         raise TimeoutError("the journal is locked")
 
     async with make_client(service, pacer=pacer) as client:

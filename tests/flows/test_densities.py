@@ -178,7 +178,7 @@ def _without_run(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what is its run's own: the run, times, and the names drawn in it."""
     text = json.dumps({name: value for name, value in record.items() if name != "run"})
     text = re.sub(r'"published_at": "[^"]*"', '"published_at": ""', text)
-    text = re.sub(r"fp-[0-9a-f]{32}", "fp", text)
+    text = re.sub(r"fp-[0-9a-f]{32}(\.[0-9a-f]{16})?", "fp", text)
     masked = json.loads(re.sub(r"\.[0-9a-f]{16}\.json", ".json", text))
     assert isinstance(masked, dict)
     return masked

@@ -270,13 +270,37 @@ class TestFromPython:
         report = await publish_batch(prompts[:2], bucket, credentials)
 
         assert report.count("published") == 2
-        assert (report.calls, report.billed_calls, report.unknown_calls) == (3, 2, 1)
+        assert (report.calls, report.billed_calls, report.unknown_calls) == (3, 3, 0)
+        assert report.credits_used == sum(row.credits for row in sandbox.control.ledger().rows)
         lost = [row.client_request_id for row in sandbox.control.ledger().rows if row.billed]
         assert len(lost) == 3
         assert set(report.billed_and_lost) < set(lost)
         assert (len(report.billed_and_lost), report.possibly_billed) == (1, ())
         assert "1 billed and lost (168,000 credits ($0.08))" in str(report.reconciled)
-        assert report.summary().endswith("; 1 billed and lost")
+        assert report.summary().endswith("; 3 calls billed, 504,000 credits ($0.25); 1 billed and lost")
+        assert report.items[0].billed_and_lost == report.billed_and_lost
+        assert sum(item.credits_used for item in report.items) == report.credits_used
+
+    async def test_a_loss_is_reported_once(
+        self,
+        prompts: list[dict[str, Any]],
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        sandbox: RunningSandbox,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The run that takes up the row again has its own call alone: the loss was in the report before."""
+        monkeypatch.setenv("FLUX_PREFECT_REPEAT_UNKNOWN", "0")
+        sandbox.control.inject("reset_after_work", times=1, prompt_contains=prompts[0]["prompt"])
+        first = await publish_batch(prompts[:2], bucket, credentials, max_failed=1)
+        monkeypatch.setenv("FLUX_PREFECT_REPEAT_UNKNOWN", "1")
+        assert first.manifest is not None
+        second = await publish_batch(first.manifest, bucket, credentials, only="failed")
+
+        assert (len(first.billed_and_lost), first.billed_calls) == (1, 2)
+        assert (second.counts, second.billed_calls, second.billed_and_lost) == ({"published": 1}, 1, ())
+        assert second.items[0].billed_and_lost == ()
+        assert "lost" not in second.summary()
 
     async def test_the_manifest_is_a_source_for_what_failed(
         self,
