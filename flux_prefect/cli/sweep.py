@@ -10,7 +10,7 @@ from rich.console import RenderableType
 
 from flux_prefect.cli.flow_commands import FlowCommand, Given, Special
 from flux_prefect.cli.publish import batch_to_json, show_batch
-from flux_prefect.flows.sweep_seeds import SweepReport, sweep_seeds
+from flux_prefect.flows.sweep_seeds import MAX_COMBINATIONS, SweepReport, sweep_seeds
 from flux_prefect.manifest.report import BatchReport
 
 __all__ = ["sweep"]
@@ -38,6 +38,9 @@ def _read_seeds(given: list[str]) -> list[int]:
         ranges = [(int(first), int(last or first)) for first, _, last in (text.partition("-") for text in given)]
     except ValueError as error:
         raise ValueError(f"{' '.join(given)!r}: write numbers and ranges, such as 7 20-29") from error
+    count = sum(max(0, last - first + 1) for first, last in ranges)
+    if count > MAX_COMBINATIONS:
+        raise ValueError(f"{' '.join(given)!r} are {count:,} seeds: a sweep has at most {MAX_COMBINATIONS:,} images")
     return [seed for first, last in ranges for seed in range(first, last + 1)]
 
 

@@ -129,6 +129,8 @@ async def publish_contact_sheets(
 ) -> dict[str, str]:
     """Publish the contact sheet of each prompt, and return their addresses by prompt.
 
+    A sheet that can't be made or published is logged as a warning and left out: it never fails what was paid for.
+
     Args:
         records: the records; those of one prompt follow each other.
         bucket: the bucket of the images, and of the sheets.
@@ -137,8 +139,13 @@ async def publish_contact_sheets(
     """
     sheets: dict[str, str] = {}
     for prompt, variants in itertools.groupby(records, key=_prompt_of):
-        sheets[prompt] = await publish_contact_sheet(prompt, list(variants), bucket, columns=columns)
-        logger.info("Contact sheet: %s", sheets[prompt])
+        items = list(variants)
+        try:
+            sheets[prompt] = await publish_contact_sheet(prompt, items, bucket, columns=columns)
+        except Exception as error:  # noqa: BLE001 - the images are paid for and published, whatever fails here
+            logger.warning("There is no contact sheet of %r: %s. Its images are published.", prompt[:60], error)
+        else:
+            logger.info("Contact sheet: %s", sheets[prompt])
     return sheets
 
 

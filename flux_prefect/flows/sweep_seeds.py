@@ -26,7 +26,10 @@ from flux_prefect.flows.publish_batch import publish_batch
 from flux_prefect.manifest.report import BatchReport
 from flux_prefect.tables.variants import combine_requests, write_requests
 
-__all__ = ["SweepReport", "sweep_seeds"]
+__all__ = ["MAX_COMBINATIONS", "SweepReport", "sweep_seeds"]
+
+MAX_COMBINATIONS = 1000
+"""The most images that max_combinations allows."""
 
 Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
 Guidance = Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)]
@@ -54,7 +57,7 @@ async def sweep_seeds(
     seeds: Annotated[list[Seed], Field(min_length=1)] = [1, 2, 3, 4],  # noqa: B006 - never changed; the form's default
     aspect_ratios: Annotated[list[AspectRatio], Field(min_length=1)] = ["1:1"],  # noqa: B006 - as above
     guidance_scales: list[Guidance] = [],  # noqa: B006 - as above
-    max_combinations: Annotated[int, Field(ge=1, le=1000)] = 64,
+    max_combinations: Annotated[int, Field(ge=1, le=MAX_COMBINATIONS)] = 64,
     output_format: OutputFormat = "jpeg",
     safety_tolerance: SafetyTolerance = "2",
     model: TextToImageModel = "flux/kontext-max/text-to-image",

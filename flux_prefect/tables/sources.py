@@ -65,6 +65,7 @@ _CONTENT_TYPES: dict[str, Format] = {
     "application/vnd.apache.arrow.stream": "arrow",
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_SIGNATURES = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 _PATTERN = re.compile(r"[*?\[]")
 _EXPECTED = "neither .csv nor .jsonl nor .parquet (nor .tsv, .json, .arrow; each also with .gz or .zst)"
 _REFUSED = {".xlsx", ".xls", ".ods", ".numbers"}  # their content types say no more
@@ -119,13 +120,16 @@ def local_source(path: str | Path) -> Source:
     if "://" in name:
         raise TableError(f"source {_redact(name)!r} is an address: use open_table or open_source to fetch it.")
     place = Path(path)
+    root = name
     if name and place.is_dir():
         found = sorted(str(file) for file in place.rglob("*") if _is_table(file.relative_to(place)) and file.is_file())
     elif _PATTERN.search(name) and not place.exists():
+        root = _root_of(name)
         found = sorted(file for file in glob.iglob(name, recursive=True) if Path(file).is_file())  # noqa: PTH207 - takes absolute patterns
     else:
         return _make_source(name, *_format_of(name), lambda: Path(path).open("rb"))
-    return _join_parts(name, [_make_source(file, *_format_of(file), partial(_open_file, file)) for file in found])
+    parts = [_make_source(file, *_format_of(file), partial(_open_file, file)) for file in found]
+    return _join_parts(name, parts, root)
 
 
 @asynccontextmanager
@@ -184,12 +188,12 @@ def _make_source(name: str, form: Format, compression: str | None, open_raw: Cal
     return Source(name, form, lambda: _unpack(open_raw(), compression, name), is_packed=True)
 
 
-def _join_parts(name: str, parts: list[Source]) -> Source:
+def _join_parts(name: str, parts: list[Source], root: str) -> Source:
     if not parts:
         raise TableError(f"source {name!r} has no tables: check the folder or pattern, and the suffixes of its files.")
     if len(parts) > MAX_FILES:
         raise TableError(f"source {name!r} is more than {MAX_FILES:,} files: join them, or use a narrower pattern.")
-    complete = tuple(replace(part, partition=_partition_of(part.name)) for part in parts)
+    complete = tuple(replace(part, partition=_partition_of(part.name, root)) for part in parts)
 
     def refuse() -> BinaryIO:
         raise TableError(f"source {name!r} is several files: name one of them.")
@@ -197,8 +201,15 @@ def _join_parts(name: str, parts: list[Source]) -> Source:
     return Source(name, complete[0].format, refuse, complete)
 
 
-def _partition_of(name: str) -> dict[str, str]:
-    pairs = (folder.partition("=") for folder in PurePosixPath(name).parts[:-1])
+def _root_of(pattern: str) -> str:
+    """The folders of a pattern that are the same for all of its files."""
+    return _PATTERN.split(pattern)[0].rpartition("/")[0]
+
+
+def _partition_of(name: str, root: str) -> dict[str, str]:
+    """The columns that the folders below the source name; the folders above it are no part of the table."""
+    below = PurePosixPath(name).parts[len(PurePosixPath(root).parts) : -1]
+    pairs = (folder.partition("=") for folder in below)
     values = {unquote(column): unquote(value) for column, sign, value in pairs if sign and column}
     return {column: "" if value == "__HIVE_DEFAULT_PARTITION__" else value for column, value in values.items()}
 
@@ -314,7 +325,8 @@ async def _fetch_from_bucket(address: str, fetched: _FetchedFile, bucket: ImageB
         form = _format_of(found)
         await _fetch_object(name, found, fetched, bucket)
         parts.append(_make_source(f"s3://{name}/{found}", *form, fetched.end_part()))
-    return _join_parts(fetched.name, parts)
+    root = fetched.name if is_folder and "*" not in key else _root_of(fetched.name)
+    return _join_parts(fetched.name, parts, root)
 
 
 async def _list_tables(
@@ -392,9 +404,11 @@ async def _fetch_url(
                 _check_response(response, name)
                 form = _find_format(name.partition("://")[2].partition("/")[2]) or _format_of_response(response, name)
                 fetched.expect(int(response.headers.get("Content-Length", 0)))
+                start = b""
                 async for piece in response.aiter_bytes():
+                    start = start or piece[:4]
                     fetched.write(piece)
-                return form
+                return form if _is_still_packed(form[1], start, response) else (form[0], None)
     except (httpx.TimeoutException, TimeoutError) as error:
         raise TableError(
             f"source {name!r} timed out: try again, or copy it to this machine and use its path."
@@ -405,6 +419,12 @@ async def _fetch_url(
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise TableError(f"source {name!r} can't be fetched ({error}): check the address and the network.") from error
+
+
+def _is_still_packed(compression: str | None, start: bytes, response: httpx.Response) -> bool:
+    """Whether a compressed file is what arrived: some hosts serve it with a Content-Encoding, which httpx undoes."""
+    encoded = response.headers.get("Content-Encoding", "identity") != "identity"
+    return not encoded or compression is None or start.startswith(_SIGNATURES[compression])
 
 
 def _check_response(response: httpx.Response, name: str) -> None:

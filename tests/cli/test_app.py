@@ -47,6 +47,10 @@ def test_help_is_the_flow_s_own(capsys: pytest.CaptureFixture[str]) -> None:
         (["publish", "batch", "prompts.csv", "--bucket", "s3://a/b", "--density", "thick"], "--density"),
         (["publish", "daily", "x.csv", "--bucket", "s3://a/b", "--timezone", "Mars/Base"], "--timezone is 'Mars/Base'"),
         (["sweep", "a fox", "--bucket", "s3://a/b", "--seeds", "a-b"], "--seeds: 'a-b': write numbers and ranges"),
+        (
+            ["sweep", "a fox", "--bucket", "s3://a/b", "--seeds", "1-400000000"],
+            "--seeds: '1-400000000' are 400,000,000 seeds: a sweep has at most 1,000 images",
+        ),
     ],
 )
 def test_misuse_ends_with_2(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

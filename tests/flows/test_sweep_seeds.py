@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -13,6 +14,7 @@ from support.nursery import Nursery
 
 from flux_prefect.bucket.image_bucket import ImageBucket
 from flux_prefect.credentials import AimlApiCredentials
+from flux_prefect.display import contact_sheets
 from flux_prefect.display.contact_sheets import MAX_DATA_URI, Cell, ContactSheet
 from flux_prefect.errors import BatchFailed, TooManyCombinations
 from flux_prefect.flows.sweep_seeds import sweep_seeds
@@ -67,6 +69,29 @@ class TestFromPython:
             Bucket=bucket.bucket_name, Prefix=f"{bucket.prefix}/contact-sheets/"
         )
         assert objects["KeyCount"] == 1
+
+    async def test_a_failing_sheet_fails_nothing_that_is_paid(
+        self,
+        bucket: ImageBucket,
+        credentials: AimlApiCredentials,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """The other sheets are made, and the log says which is missing and why."""
+        broken, whole = f"a broken fox {uuid4().hex}", f"a whole fox {uuid4().hex}"
+        publish = contact_sheets.publish_contact_sheet
+
+        async def fail_once(prompt: str, *args: Any, **options: Any) -> str:
+            if prompt == broken:
+                raise OSError("no space left")
+            return await publish(prompt, *args, **options)
+
+        monkeypatch.setattr(contact_sheets, "publish_contact_sheet", fail_once)
+        report = await sweep_seeds([broken, whole], bucket, seeds=[1], credentials=credentials)
+
+        assert report.batch.counts == {"published": 2}
+        assert set(report.sheets) == {whole}
+        assert "no space left. Its images are published." in caplog.text
 
     async def test_too_many_are_refused_with_their_number(
         self, bucket: ImageBucket, credentials: AimlApiCredentials, sandbox: RunningSandbox

@@ -331,6 +331,19 @@ class TestFolders:
             Row(2, "b", ImageRequest(prompt="a dog", aspect_ratio="16:9"), {"country": ""}),
         ]
 
+    @pytest.mark.parametrize("pattern", ["", "/", "/*.csv", "/**/*.csv", "/./[a]*.csv"])
+    def test_folders_above_the_source_are_no_columns(self, tmp_path: Path, pattern: str) -> None:
+        """Such as those of the run that wrote the table."""
+        write(tmp_path / "run=7/prompts/a.csv", CSV)
+        assert read(f"{tmp_path}/run=7/prompts{pattern}")[0] == read(tmp_path / "run=7/prompts/a.csv")[0]
+
+    async def test_folders_above_the_source_in_a_bucket_are_no_columns(self, bucket: ImageBucket) -> None:
+        """Neither for a folder nor for a pattern."""
+        await bucket.write_path("run=7/prompts/country=de/a.csv", b"id,prompt\na,a cat\n")
+        for source in ("run=7/prompts/", "run=7/prompts/**/*.csv", "run=7/prompts/country=*/a.csv"):
+            async with open_table(f"{bucket.uri}/{source}", bucket=bucket) as table:
+                assert [row.carried for row in table.rows()] == [{"country": "de"}]
+
     def test_a_partition_that_a_row_contradicts_is_refused(self, tmp_path: Path) -> None:
         """With the file and the row."""
         write(tmp_path / "t/country=de/a.csv", b"prompt,country\na,de\nb,fr\n")

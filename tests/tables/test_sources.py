@@ -40,6 +40,8 @@ class _Site(BaseHTTPRequestHandler):
                 self._answer(b"<!doctype html>", {"Content-Type": "text/html; charset=utf-8"})
             case "cut":
                 self._answer(TABLE, {"Content-Length": "1000"})
+            case "prompts.csv.gz":
+                self._answer(gzip.compress(TABLE), {"Content-Encoding": "gzip"})
             case "packed":
                 self._answer(gzip.compress(b"prompt\n" + b"a" * 100_000), {"Content-Encoding": "gzip"})
             case _:
