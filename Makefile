@@ -29,7 +29,7 @@ test-install: $(READY) ## Install the wheel without the lock on Python 3.10 and 
 
 test-all: test test-prefect-versions test-install chaos ## Run everything: the tests, the ends of the allowed Prefects and Pythons, the long chaos
 
-chaos: $(READY) ## Kill a batch of 200 images 200 times and verify what is left (about ten minutes)
+chaos: $(READY) ## Kill, stop, move and retry runs of 200 images 200 times and verify images and sums (about half an hour)
 	@PYTHONPATH=. $(RUN) tests/chaos.py $(ARGS)
 
 bench: $(READY) ## Measure time, memory and CPU (ten to fifteen minutes); ARGS=--help lists the benchmarks
